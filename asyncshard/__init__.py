@@ -1,0 +1,43 @@
+"""The asyncio-native way to get model weights into memory."""
+
+from asyncshard import errors
+from asyncshard._version import __version__
+from asyncshard.errors import AsyncShardError
+from asyncshard.format.header import Header, TensorInfo, parse_header
+from asyncshard.format.pattern import ShardPattern
+from asyncshard.loaders import load, stream
+from asyncshard.loaders.loader import read_header
+from asyncshard.loaders.sharded_state import ShardedStateLoader
+from asyncshard.loaders.streaming import AsyncShardLoader
+from asyncshard.loaders.writer import save_sharded_state
+from asyncshard.pipeline.budget import MemoryBudget
+from asyncshard.pipeline.destinations import Sink
+from asyncshard.pipeline.statistics import Statistics
+from asyncshard.pipeline.stream import Stream
+from asyncshard.plan.assignment import compute_shard_assignment
+from asyncshard.plan.sharding import ShardedTensor, validate_shard_shapes
+from asyncshard.plan.subtensors import SubtensorFilter
+
+__all__ = [
+    "AsyncShardError",
+    "AsyncShardLoader",
+    "Header",
+    "MemoryBudget",
+    "ShardPattern",
+    "ShardedStateLoader",
+    "ShardedTensor",
+    "Sink",
+    "Statistics",
+    "Stream",
+    "SubtensorFilter",
+    "TensorInfo",
+    "__version__",
+    "compute_shard_assignment",
+    "errors",
+    "load",
+    "parse_header",
+    "read_header",
+    "save_sharded_state",
+    "stream",
+    "validate_shard_shapes",
+]

@@ -5,6 +5,7 @@
     ``CheckpointError``    each file is valid, the set of them is not what was asked for
     ``DestinationError``   the caller's arrays or state dict cannot take what the checkpoint holds
     ``BudgetError``        the memory budget is too small for what was asked
+    ``StreamClosedError``  a stream was used after it had been closed
     ``StoreError``         the bytes could not be got; ``retryable`` says whether trying again may help
 
 Each also inherits the built-in exception that a caller would otherwise catch, and pickles.
@@ -116,6 +117,10 @@ class BudgetError(AsyncShardError, ValueError):
         super().__init__(message, path=path, tensor=tensor)
         self.needed_bytes = needed_bytes
         self.budget_bytes = budget_bytes
+
+
+class StreamClosedError(AsyncShardError, RuntimeError):
+    """A stream was closed before its end, and then asked for more."""
 
 
 class StoreError(AsyncShardError, OSError):

@@ -1,0 +1,65 @@
+"""Where bytes come from: `from_url` chooses the store."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from asyncshard.stores.base import Listing, ObjectMeta, Store
+from asyncshard.stores.local import LocalStore
+
+__all__ = ["Listing", "LocalStore", "ObjectMeta", "Store", "from_url"]
+
+
+def from_url(
+    url: str | os.PathLike[str],
+    *,
+    max_workers: int | None = None,
+    page_cache: str = "keep",
+    **storage_options: Any,
+) -> Store:
+    """Return the store for a local path or a URL. It does no I/O.
+
+    Parameters
+    ----------
+    url : str or path
+        A path, or ``file:///path``.
+    max_workers : int, optional
+        Reads in flight; the store's own default where it is not given.
+    page_cache : {"keep", "drop"}
+        What the kernel's page cache does with local files after they were read.
+    **storage_options
+        The store's constructor arguments.
+
+    Raises
+    ------
+    ValueError
+        A scheme that no store serves.
+    TypeError
+        An option that the store does not know.
+    """
+    path = os.fspath(url)
+    if not isinstance(path, str):
+        raise TypeError(f"a model path is a str or a path of str, not {path!r}")
+    if not path or "\0" in path:
+        raise ValueError(f"{path!r} is not a path")
+    scheme = urlsplit(path).scheme if "://" in path else ""
+    if scheme == "file":
+        path = unquote(urlsplit(path).path)
+    elif scheme:
+        raise ValueError(f"{path}: no store serves {scheme}://; a local path or file:// URL is needed")
+    _require_known(LocalStore, storage_options)
+    return LocalStore(path, max_workers=max_workers, page_cache=page_cache, **storage_options)
+
+
+def _require_known(store: Callable[..., Store], options: dict[str, Any]) -> None:
+    known = [name for name, parameter in inspect.signature(store).parameters.items() if parameter.kind == parameter.KEYWORD_ONLY]
+    known = [name for name in known if name not in ("max_workers", "page_cache")]
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise TypeError(
+            f"unknown storage option{'s' * (len(unknown) > 1)} {', '.join(unknown)}; this store knows {', '.join(known)}"
+        )

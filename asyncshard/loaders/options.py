@@ -1,0 +1,121 @@
+"""The tuning keywords that every loader takes: what each means, checked and inherited."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Self, TypedDict, cast
+
+from asyncshard.pipeline.arrays import ArrayLibrary, NumpyArrays
+from asyncshard.pipeline.budget import MemoryBudget
+from asyncshard.plan.items import GRAIN
+
+MIB = 1 << 20
+_FRAMEWORKS = {"np": None, "pt": "asyncshard.integrations.torch"}
+_ORDERS = ("plan", "completion")
+
+
+class Tuning(TypedDict, total=False):
+    """The keywords, for type checkers; `Options` says what each means. None is as good as not given."""
+
+    memory_budget_mb: float | None
+    budget: MemoryBudget | None
+    prefetch_count: int | None
+    max_workers: int | None
+    chunk_size: int | None
+    framework: Literal["np", "pt"] | None
+    page_cache: Literal["keep", "drop"] | None
+    strict_budget: bool | None
+    order: Literal["plan", "completion"] | None
+    max_header_bytes: int | None
+    max_tensors: int | None
+    storage_options: Mapping[str, Any] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How loads run; None stands for a default that is found when a load begins."""
+
+    memory_budget_mb: float | None = None
+    """Bytes that the loader may hold, in MiB; by default the smaller of 2048 and a quarter of the free memory."""
+    budget: MemoryBudget | None = None
+    """A budget shared with other loaders, instead of one of its own."""
+    prefetch_count: int = 8
+    """Read items ahead of the consumer."""
+    max_workers: int | None = None
+    """Reads in flight; by default the store's own number."""
+    chunk_size: int = 8 * MIB
+    """Bytes of one read at most; smaller tensors are read together up to it."""
+    framework: str = "np"
+    """What tensors are: "np" for NumPy arrays, "pt" for torch tensors."""
+    page_cache: str = "keep"
+    """Whether the kernel keeps local files in its page cache after they were read: "keep" or "drop"."""
+    strict_budget: bool = False
+    """Raise BudgetError, rather than let tensors that the consumer keeps leave the budget."""
+    order: str = "plan"
+    """The order of delivery: "plan", or "completion" for as the reads complete."""
+    max_header_bytes: int | None = None
+    """Refuse a file with a larger header; by default the format's limit of 100,000,000."""
+    max_tensors: int | None = None
+    """Refuse a file with more tensors."""
+    storage_options: Mapping[str, Any] = field(default_factory=dict)
+    """The store's constructor arguments."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("prefetch_count", 1), ("chunk_size", GRAIN)):
+            _require_int(name, getattr(self, name), least)
+        for name in ("max_workers", "max_header_bytes", "max_tensors"):
+            if getattr(self, name) is not None:
+                _require_int(name, getattr(self, name), 1)
+        _require_one_of("framework", self.framework, tuple(_FRAMEWORKS))
+        _require_one_of("page_cache", self.page_cache, ("keep", "drop"))
+        _require_one_of("order", self.order, _ORDERS)
+        if self.budget is not None and not isinstance(self.budget, MemoryBudget):
+            raise TypeError(f"budget must be a MemoryBudget, not {self.budget!r}")
+        if self.budget is not None and self.memory_budget_mb is not None:
+            raise ValueError("pass either memory_budget_mb or budget, not both")
+        if self.memory_budget_mb is not None:
+            MemoryBudget(self.memory_budget_mb)  # checks it
+        if not isinstance(self.storage_options, Mapping):
+            raise TypeError(f"storage_options must be a mapping, not {self.storage_options!r}")
+
+    def override(self, given: Mapping[str, Any]) -> Self:
+        """Return these options with those that were given (are not None) in their place.
+
+        Raises
+        ------
+        TypeError
+            An option that does not exist.
+        """
+        unknown = sorted(set(given) - set(Options.__dataclass_fields__))
+        if unknown:
+            raise TypeError(
+                f"unknown option{'s' * (len(unknown) > 1)} {', '.join(unknown)}; "
+                f"loaders take {', '.join(Options.__dataclass_fields__)}"
+            )
+        changes = {name: value for name, value in given.items() if value is not None}
+        if "budget" in changes and "memory_budget_mb" not in changes:
+            changes["memory_budget_mb"] = None
+        elif "memory_budget_mb" in changes and "budget" not in changes:
+            changes["budget"] = None
+        return replace(self, **changes)
+
+    def library(self) -> ArrayLibrary:
+        """Return the array library; its framework is imported here, so call it off the event loop the first time."""
+        module = _FRAMEWORKS[self.framework]
+        if module is None:
+            return NumpyArrays()
+        return cast(ArrayLibrary, importlib.import_module(module).library)
+
+
+def _require_int(name: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, not {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be {least} or more, not {value}")
+
+
+def _require_one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, not {value!r}")

@@ -1,0 +1,128 @@
+"""Load the files of one rank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar, Unpack, overload
+
+from asyncshard.format.pattern import ShardPattern
+from asyncshard.loaders.loader import Loader, ModelPath, Request, discover
+from asyncshard.loaders.options import Options, Tuning
+from asyncshard.pipeline.checkpoint import Selection
+from asyncshard.pipeline.stream import Stream
+from asyncshard.plan.layout import validate_rank
+
+StateDict = TypeVar("StateDict", bound=Mapping[str, Any])
+
+
+class ShardedStateLoader(Loader):
+    """Which files are mine, how they are reached, and loading them into a state dict.
+
+    A path names a directory of rank shards (only this rank's files are opened), a Hugging Face directory
+    (``model.safetensors.index.json``, or one ``model.safetensors``), or one file.
+
+    Parameters
+    ----------
+    pattern : str or ShardPattern, optional
+        Names of rank shards; by default ``model-rank-{rank}-part-{part}.safetensors`` and vLLM's names for pipeline
+        parallel ranks.
+    rank, world_size : int
+        Which rank of how many.
+    pp_rank : int
+        The pipeline-parallel rank, for patterns that have one.
+    **tuning
+        See `Options`.
+
+    Raises
+    ------
+    ValueError
+        A rank outside the world, a pattern without its placeholders, or an option out of range.
+    TypeError
+        An option that does not exist.
+    """
+
+    def __init__(
+        self,
+        pattern: str | ShardPattern | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        *,
+        pp_rank: int = 0,
+        **tuning: Unpack[Tuning],
+    ) -> None:
+        validate_rank(rank, world_size, pp_rank)
+        options = Options().override(tuning)
+        selection = Selection(
+            pattern=ShardPattern(pattern) if isinstance(pattern, str) else pattern,
+            rank=rank,
+            world_size=world_size,
+            pp_rank=pp_rank,
+            max_header_bytes=options.max_header_bytes,
+            max_tensors=options.max_tensors,
+        )
+        super().__init__(selection, options)
+
+    def __repr__(self) -> str:
+        return f"ShardedStateLoader(rank={self._selection.rank}, world_size={self._selection.world_size})"
+
+    async def discover_shards(self, path: ModelPath) -> list[str]:
+        """Return the full paths of the files to load, in delivery order: parts by number, 2 before 10.
+
+        Raises
+        ------
+        ObjectNotFoundError
+            Nothing there, or no file for this rank; the message says which ranks are there.
+        CheckpointError
+            A gap in the parts, a rank outside the world, or a file that the index names and the directory lacks.
+        """
+        return await discover(path, self._selection, self._options)
+
+    @overload
+    async def load_weights(
+        self, path: ModelPath, state_dict: None = None, strict: bool = ..., cast: bool = ...
+    ) -> dict[str, Any]: ...
+
+    @overload
+    async def load_weights(
+        self, path: ModelPath, state_dict: StateDict, strict: bool = ..., cast: bool = ...
+    ) -> StateDict: ...
+
+    async def load_weights(
+        self, path: ModelPath, state_dict: Any = None, strict: bool = True, cast: bool = False
+    ) -> Any:
+        """Load all of this rank's tensors, into `state_dict` in place, or as a dict of new ones.
+
+        Bytes go straight into the arrays' own memory: no other copy, and no budget for contiguous ones. A tensor that
+        is smaller than its array fills its first corner, with a warning. What does not fit raises before a byte is
+        written. A read error, or a cancel, leaves the arrays partly written; the exception's ``filled`` and ``torn``
+        say which are whole and which are not.
+
+        Parameters
+        ----------
+        path : str, path or Store
+            A local path or URL.
+        state_dict : mapping of str to array, tensor or Sink, optional
+            Destinations: NumPy arrays or torch tensors, views and strided ones too.
+        strict : bool
+            Raise when names are missing or unexpected. Otherwise they are logged, and unexpected ones are not read.
+            `last_report` lists them.
+        cast : bool
+            Convert differing dtypes, through buffers of the budget.
+
+        Returns
+        -------
+        mapping
+            `state_dict`, or the new dict, which the caller owns and which does not count against the budget.
+
+        Raises
+        ------
+        NamesError, DestinationError, CheckpointError, FormatError, BudgetError, StoreError
+        """
+        if state_dict is None:
+            return await self._load_new(path)
+        await self._fill(Request(path, into=state_dict, strict=strict, cast=cast))
+        return state_dict
+
+    def iterate_weights(self, path: ModelPath) -> Stream:
+        """Return a stream over this rank's tensors: ``async for name, tensor in loader.iterate_weights(path)``."""
+        return self._stream(Request(path))

@@ -1,0 +1,369 @@
+"""The memory budget: bytes are reserved before a read starts, and come back when the last view of them dies.
+
+Each stream has an `Account`. What it takes of the budget is the larger of its floor (what its largest read item needs,
+so that it can always go on) and what its buffers use; headers come on top. A request within the floor is granted at
+once; all others queue, first come first served, all or nothing. Floors are asked for in the same queue, so two streams
+that each need more than half of the budget run one after the other.
+
+A buffer is used from `Account.allocate` until its lease dies, or until it is handed over: then it has left the budget
+and counts as held by the consumer. What a stream leaves alive when it ends is handed over too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from asyncshard._core import Lease, ReturnList
+from asyncshard.errors import BudgetError
+from asyncshard.pipeline.arena import Arena, Extent, round_up
+
+MIB = 1 << 20
+
+
+@dataclass(slots=True, eq=False)
+class _Buffer:
+    """Memory that a lease stands for."""
+
+    account: Account
+    extent: Extent
+    charge: int
+    is_held: bool = False
+    """Whether it was handed over to the consumer."""
+
+
+@dataclass(slots=True, eq=False)
+class _Waiter:
+    """A request that stands in the queue; `grant` takes effect under the budget's lock."""
+
+    account: Account
+    nbytes: int
+    is_floor: bool
+    loop: asyncio.AbstractEventLoop
+    future: asyncio.Future[None]
+    is_granted: bool = False
+
+    def is_within_floor(self) -> bool:
+        return not self.is_floor and self.account.used + self.nbytes <= self.account.floor
+
+    def grant(self) -> None:
+        if self.is_floor:
+            self.account.floor = self.nbytes
+            self.account.is_admitted = True
+        else:
+            self.account.used += self.nbytes
+        self.is_granted = True
+
+    def take_back(self) -> None:
+        if self.is_floor:
+            self.account.floor = 0
+            self.account.is_admitted = False
+        else:
+            self.account.used -= self.nbytes
+        self.is_granted = False
+
+    def tell(self) -> bool:
+        """Wake the waiting task, in whichever loop it is; False where that loop has closed."""
+        try:
+            self.loop.call_soon_threadsafe(_set_done, self.future)
+        except RuntimeError:
+            return False
+        return True
+
+
+def _set_done(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+class MemoryBudget:
+    """Bound the bytes that loaders hold for data they have read, are reading or have cached.
+
+    One budget may be shared by several loaders, in several threads and event loops (``budget=``). Pickling keeps the
+    size; the copy is a budget of its own.
+
+    Parameters
+    ----------
+    memory_budget_mb : float
+        Size in units of 2**20 bytes.
+    """
+
+    def __init__(self, memory_budget_mb: float) -> None:
+        if isinstance(memory_budget_mb, bool) or not isinstance(memory_budget_mb, int | float):
+            raise TypeError(f"memory_budget_mb must be a number of MiB, not {memory_budget_mb!r}")
+        if not 0 < memory_budget_mb < 1 << 30:
+            raise ValueError(f"memory_budget_mb must be above 0 and finite, not {memory_budget_mb!r}")
+        self.memory_budget_mb = memory_budget_mb
+        self.nbytes = max(int(memory_budget_mb * MIB), 1)
+        self._lock = threading.Lock()
+        self._arena = Arena(self.nbytes)
+        self._buffers: dict[int, _Buffer] = {}
+        self._tokens = itertools.count()
+        self._accounts: list[Account] = []
+        self._waiters: list[_Waiter] = []
+        self._held = 0
+        self._returns = ReturnList()
+        self._returns.wake = self._wake
+        self._returns.discards = True
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return MemoryBudget, (self.memory_budget_mb,)
+
+    def __repr__(self) -> str:
+        return f"MemoryBudget({self.memory_budget_mb!r})"
+
+    @property
+    def bytes_used(self) -> int:
+        """Bytes charged now: headers, buffers being read or ready, and delivered tensors that are still alive."""
+        with self._lock:
+            self._settle()
+            return sum(account.header_bytes + account.used for account in self._accounts)
+
+    @property
+    def bytes_held(self) -> int:
+        """Bytes of delivered tensors that have left the budget and are still alive."""
+        with self._lock:
+            self._settle()
+            return self._held
+
+    def open_account(self) -> Account:
+        """Begin to count for a stream, which must close the account."""
+        account = Account(self)
+        with self._lock:
+            self._accounts.append(account)
+            self._returns.discards = False
+        return account
+
+    def settle(self) -> None:
+        """Collect the buffers that came back and grant what can now be granted."""
+        with self._lock:
+            self._settle()
+            self._grant()
+
+    def trim(self) -> None:
+        """Give unused pages back to the system if no stream is open. Slow: not for the event loop."""
+        with self._lock:
+            self._settle()
+            idle = [] if self._accounts else self._arena.take_idle(0)
+        self._discard(idle)
+
+    def _wake(self) -> None:
+        """A lease died while somebody waits: called from its deallocator, so it takes no lock."""
+        for waiter in self._waiters.copy():
+            try:
+                waiter.loop.call_soon_threadsafe(self.settle)
+            except RuntimeError:  # that loop has closed; the next waiter's may be open
+                continue
+            return
+
+    def _discard(self, idle: list[Extent]) -> None:
+        for extent in idle:
+            extent.region.discard(extent.start, extent.stop)
+        if idle:
+            with self._lock:
+                for extent in idle:
+                    self._arena.free(extent, is_touched=False)
+
+    # The lock is held in all that follows.
+
+    def _settle(self) -> None:
+        for token in self._returns.collect():
+            buffer = self._buffers.pop(token)
+            account = buffer.account
+            del account.buffers[token]
+            if buffer.is_held:
+                account.held -= buffer.charge
+                self._held -= buffer.charge
+            else:
+                account.used -= buffer.charge
+            self._arena.free(buffer.extent)
+
+    def _can_grant(self, waiter: _Waiter) -> bool:
+        taken = sum(account.committed for account in self._accounts)
+        if waiter.is_floor:
+            # Headers alone keep nobody out: where no stream has been admitted, the first in the queue is.
+            is_alone = not any(account.is_admitted for account in self._accounts)
+            return is_alone or taken + waiter.nbytes <= self.nbytes
+        account = waiter.account
+        more = max(account.used + waiter.nbytes, account.floor) - max(account.used, account.floor)
+        return more == 0 or taken + more <= self.nbytes
+
+    def _grant(self) -> None:
+        is_blocked = False
+        for waiter in self._waiters.copy():
+            if (waiter.is_within_floor() or not is_blocked) and self._can_grant(waiter):
+                self._waiters.remove(waiter)
+                waiter.grant()
+                if not waiter.tell():
+                    waiter.take_back()
+            else:
+                is_blocked = True
+        self._returns.is_awaited = bool(self._waiters)
+
+    async def _reserve(
+        self, account: Account, nbytes: int, *, is_floor: bool, on_wait: Callable[[], object] | None = None
+    ) -> None:
+        """Wait for a grant. Cancelling passes a grant that came at the same time on to the next."""
+        loop = asyncio.get_running_loop()
+        waiter = _Waiter(account, nbytes, is_floor, loop, loop.create_future())
+        with self._lock:
+            self._settle()
+            self._waiters.append(waiter)
+            self._returns.is_awaited = True
+            self._settle()  # again: a lease that died before the line above told nobody
+            self._grant()
+            if waiter.is_granted:
+                return
+        try:
+            if on_wait is not None:
+                on_wait()
+            await waiter.future
+        except BaseException:
+            with self._lock:
+                if waiter.is_granted:
+                    waiter.take_back()
+                else:
+                    self._waiters.remove(waiter)
+                self._settle()
+                self._grant()
+            raise
+
+
+@dataclass(slots=True, eq=False)
+class Account:
+    """What one stream has of a budget."""
+
+    budget: MemoryBudget
+    header_bytes: int = 0
+    floor: int = 0
+    """Bytes set aside for it whether used or not."""
+    is_admitted: bool = False
+    used: int = 0
+    """Bytes of its buffers that are in the budget."""
+    held: int = 0
+    """Bytes of its buffers that were handed over and are alive."""
+    wait_s: float = 0.0
+    """Seconds spent waiting for the budget."""
+    is_waiting: bool = False
+    buffers: dict[int, _Buffer] = field(default_factory=dict)
+    """Those alive, oldest first."""
+
+    @property
+    def committed(self) -> int:
+        return self.header_bytes + max(self.floor, self.used)
+
+    def charge_headers(self, nbytes: int, path: str) -> None:
+        """Count `nbytes` more of headers; negative gives them back.
+
+        They never wait: a stream that held some headers and waited for others could block another one doing the same.
+
+        Raises
+        ------
+        BudgetError
+            This stream's headers alone exceed the budget.
+        """
+        with self.budget._lock:
+            self.header_bytes += nbytes
+        if self.header_bytes > self.budget.nbytes:
+            raise BudgetError(
+                f"{path}: the checkpoint's headers need {self.header_bytes:,} bytes, more than the memory budget of "
+                f"{self.budget.nbytes:,} bytes; raise memory_budget_mb",
+                path=path,
+                needed_bytes=self.header_bytes,
+                budget_bytes=self.budget.nbytes,
+            )
+
+    async def set_floor(self, nbytes: int) -> None:
+        """Wait until `nbytes` are set aside for this stream."""
+        await self._timed(nbytes, is_floor=True)
+
+    async def allocate(self, nbytes: int, on_wait: Callable[[], object] | None = None) -> Lease:
+        """Wait until `nbytes`, rounded up to pages, may be used; return the memory.
+
+        It goes back to the budget when the last view of the lease dies. `on_wait` is called once if it has to wait.
+        """
+        charge = charge_of(nbytes)
+        await self._timed(charge, is_floor=False, on_wait=on_wait)
+        return self._take(nbytes, charge)
+
+    async def _timed(self, nbytes: int, *, is_floor: bool, on_wait: Callable[[], object] | None = None) -> None:
+        began = time.perf_counter()
+        self.is_waiting = True
+        try:
+            await self.budget._reserve(self, nbytes, is_floor=is_floor, on_wait=on_wait)
+        finally:
+            self.is_waiting = False
+            self.wait_s += time.perf_counter() - began
+
+    def _take(self, nbytes: int, charge: int) -> Lease:
+        budget = self.budget
+        with budget._lock:
+            try:
+                extent = budget._arena.allocate(charge)
+            except OSError as error:
+                self.used -= charge
+                raise BudgetError(
+                    f"the system refused to reserve address space for a memory budget of {budget.memory_budget_mb} "
+                    f"MiB ({error.strerror}); lower memory_budget_mb or raise the limit (ulimit -v)",
+                    needed_bytes=charge,
+                    budget_bytes=budget.nbytes,
+                ) from error
+            token = next(budget._tokens)
+            lease = Lease(extent.region, extent.start, nbytes, budget._returns, token)
+            self.buffers[token] = budget._buffers[token] = _Buffer(self, extent, charge)
+            idle = budget._arena.take_idle(budget.nbytes + budget._held)
+        budget._discard(idle)
+        return lease
+
+    def hand_over(self, nbytes: int, *, newest_only: bool = False) -> bool:
+        """Let buffers leave the budget, oldest first and no more than needed, so that `nbytes` fit the floor.
+
+        For a stream with nothing in flight and nothing ready, so that all its buffers are the consumer's.
+        `newest_only` spares all but the last delivered one. Returns whether `nbytes` fit now.
+        """
+        budget = self.budget
+        with budget._lock:
+            budget._settle()
+            buffers = [buffer for buffer in self.buffers.values() if not buffer.is_held]
+            for buffer in buffers[-1:] if newest_only else buffers:
+                if self.used + charge_of(nbytes) <= self.floor:
+                    break
+                self._give(buffer)
+            budget._grant()
+            return self.used + charge_of(nbytes) <= self.floor or not self.is_waiting
+
+    def bytes_held(self) -> int:
+        """Return the bytes of its delivered tensors that left the budget and are still alive."""
+        with self.budget._lock:
+            self.budget._settle()
+            return self.held
+
+    def _give(self, buffer: _Buffer) -> None:
+        buffer.is_held = True
+        self.used -= buffer.charge
+        self.held += buffer.charge
+        self.budget._held += buffer.charge
+
+    def close(self) -> None:
+        """End the count; what the consumer still holds leaves the budget."""
+        budget = self.budget
+        with budget._lock:
+            budget._settle()
+            for buffer in self.buffers.values():
+                if not buffer.is_held:
+                    self._give(buffer)
+            self.floor = self.header_bytes = 0
+            self.is_admitted = False
+            budget._accounts.remove(self)
+            budget._returns.discards = not budget._accounts
+            budget._grant()
+
+
+def charge_of(nbytes: int) -> int:
+    """What a buffer of `nbytes` is charged: whole pages."""
+    return round_up(max(nbytes, 1))

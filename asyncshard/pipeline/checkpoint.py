@@ -1,0 +1,234 @@
+"""Open a checkpoint: find its shards, read and validate every header, check that they make up a whole.
+
+No tensor data is read here. All that can be known to be wrong without it is raised here, in the order of the shards.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from asyncshard._core import duplicate_names
+from asyncshard.errors import CheckpointError, NamesError
+from asyncshard.format.header import Header, TensorInfo, header_size, parse_header
+from asyncshard.format.index import parse_index
+from asyncshard.format.pattern import ShardPattern
+from asyncshard.pipeline.budget import Account
+from asyncshard.plan.layout import choose_layout, index_files
+from asyncshard.stores.base import ObjectMeta, Store
+from asyncshard.stores.threads import DaemonThreads, finish
+
+_FIRST_READ = 64 << 10
+"""Enough for the header of most shards in one read."""
+_HEADERS_AT_ONCE = 8
+_PARSE_FACTOR = 2.5
+"""Bytes that parsing takes for each byte of a header, itself included."""
+_LISTED = 20
+
+
+class Selection(NamedTuple):
+    """Which files of a checkpoint are wanted, and how large their headers may be."""
+
+    pattern: ShardPattern | None = None
+    """Names of rank shards; None for the default ones."""
+    rank: int = 0
+    world_size: int = 1
+    pp_rank: int = 0
+    max_header_bytes: int | None = None
+    """For each shard; None for the format's own limit."""
+    max_tensors: int | None = None
+    """For each shard."""
+
+
+class Shard(NamedTuple):
+    """One opened file of a checkpoint."""
+
+    meta: ObjectMeta
+    path: str
+    """Its full path or URL."""
+    header: Header
+
+
+class Checkpoint(NamedTuple):
+    """The shards of one rank, in delivery order."""
+
+    shards: tuple[Shard, ...]
+
+    @property
+    def tensors_total(self) -> int:
+        return sum(len(shard.header) for shard in self.shards)
+
+    @property
+    def bytes_total(self) -> int:
+        """Bytes of tensor data."""
+        return sum(shard.meta.size - shard.header.size for shard in self.shards)
+
+
+class CheckpointInfo(Mapping[str, TensorInfo]):
+    """The facts of every tensor of a checkpoint, by name, in delivery order."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._shards = checkpoint.shards
+        self._count = checkpoint.tensors_total
+
+    def __getitem__(self, name: str) -> TensorInfo:
+        for shard in self._shards:
+            if name in shard.header:
+                return shard.header[name]
+        raise KeyError(name)
+
+    def __iter__(self) -> Iterator[str]:
+        for shard in self._shards:
+            yield from shard.header
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __repr__(self) -> str:
+        return f"<{self._count} tensors in {len(self._shards)} shards>"
+
+
+async def find_shards(store: Store, selection: Selection, threads: DaemonThreads) -> tuple[str, ...]:
+    """Return the names of the files to load, in delivery order.
+
+    Raises
+    ------
+    ObjectNotFoundError, CheckpointError, FormatError
+    """
+    files, _ = await _find(store, selection, threads)
+    return files
+
+
+async def open_checkpoint(
+    store: Store, selection: Selection, threads: DaemonThreads, account: Account
+) -> Checkpoint:
+    """List, read and validate; the headers' bytes are charged to `account`.
+
+    Raises
+    ------
+    ObjectNotFoundError, CheckpointError, FormatError, BudgetError, StoreError
+    """
+    files, weight_map = await _find(store, selection, threads)
+    shards = await _open_shards(store, files, selection, threads, account)
+    tables = [shard.header.table for shard in shards]
+    twice = await threads.run(duplicate_names, tables, _LISTED)
+    if twice:
+        listed = "; ".join(f"{name!r} in {files[one]} and {files[other]}" for name, one, other in twice)
+        raise CheckpointError(f"{store.url}: the same tensor stands in two shards: {listed}", path=store.url)
+    if weight_map is not None:
+        numbers = {name: number for number, name in enumerate(weight_map.files)}
+        for shard in shards:
+            missing, unexpected = await threads.run(
+                weight_map.compare, numbers[shard.meta.name], shard.header.table, _LISTED
+            )
+            _require_match(shard.path, missing, unexpected)
+    return Checkpoint(tuple(shards))
+
+
+async def read_header_of(
+    store: Store,
+    name: str,
+    threads: DaemonThreads,
+    *,
+    max_header_bytes: int | None = None,
+    max_tensors: int | None = None,
+    account: Account | None = None,
+) -> Shard:
+    """Read and validate the header of one file."""
+    path = store.path_of(name)
+    meta, head = await store.open(name, _FIRST_READ)
+    limit = {} if max_header_bytes is None else {"max_header_bytes": max_header_bytes}
+    size = header_size(head, meta.size, path=path, **limit)
+    if account is not None:
+        account.charge_headers(int(size * _PARSE_FACTOR), path)
+    if size > len(head):
+        data = np.empty(size, np.uint8)
+        data[: len(head)] = np.frombuffer(head, np.uint8)
+        await store.read_into(meta, len(head), [memoryview(data)[len(head) :]])
+    else:
+        data = np.frombuffer(head, np.uint8)
+    # The thread gets the only reference: freeing a large header is no work for the loop.
+    holder = [data]
+    del data, head
+
+    def parse() -> Header:
+        return parse_header(
+            memoryview(holder.pop()), meta.size, max_tensors=max_tensors, path=path, **limit
+        )
+
+    header = await threads.run(parse)
+    if account is not None:
+        account.charge_headers(header.nbytes - int(size * _PARSE_FACTOR), path)
+    return Shard(meta, path, header)
+
+
+async def _find(
+    store: Store, selection: Selection, threads: DaemonThreads
+) -> tuple[tuple[str, ...], WeightMap | None]:
+    listing = await store.list()
+    layout = choose_layout(
+        listing.names,
+        is_file=listing.is_file,
+        pattern=selection.pattern,
+        rank=selection.rank,
+        world_size=selection.world_size,
+        pp_rank=selection.pp_rank,
+        path=store.url,
+    )
+    if layout.kind != "index":
+        return layout.files, None
+    (index_name,) = layout.files
+    path = store.path_of(index_name)
+    data = await store.read(index_name)
+    weight_map = await threads.run(lambda: parse_index(data, path=path))
+    return tuple(index_files(weight_map.files, listing.names, path)), weight_map
+
+
+async def _open_shards(
+    store: Store, files: Sequence[str], selection: Selection, threads: DaemonThreads, account: Account
+) -> list[Shard]:
+    """Open a few at a time; of several failures raise that of the first shard."""
+    results: list[Shard | Exception | None] = [None] * len(files)
+    pending = iter(enumerate(files))
+
+    async def work() -> None:
+        for number, name in pending:
+            try:
+                results[number] = await read_header_of(
+                    store,
+                    name,
+                    threads,
+                    max_header_bytes=selection.max_header_bytes,
+                    max_tensors=selection.max_tensors,
+                    account=account,
+                )
+            except Exception as error:
+                results[number] = error
+                for _ in pending:  # the others finish what they began and stop too
+                    pass
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(min(_HEADERS_AT_ONCE, len(files))):
+            group.create_task(work())
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
+    return [result for result in results if isinstance(result, Shard)]
+
+
+def _require_match(path: str, missing: Sequence[str], unexpected: Sequence[str]) -> None:
+    if missing or unexpected:
+        parts = []
+        if missing:
+            parts.append(f"weight_map places {', '.join(map(repr, missing))} in it, but its header does not")
+        if unexpected:
+            parts.append(f"it holds {', '.join(map(repr, unexpected))}, which weight_map does not place there")
+        raise NamesError(
+            f"{path}: the index and the file disagree: {'; '.join(parts)}",
+            path=path,
+            missing=tuple(missing),
+            unexpected=tuple(unexpected),
+        )

@@ -1,0 +1,160 @@
+"""Tensors straight into their destinations: one copy, from page cache or socket to the parameter.
+
+Contiguous destinations need no buffer and no budget. A strided one, one of another dtype, and a sink get their tensor
+in blocks of at most `chunk_size` through charged buffers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from asyncshard._core import Lease
+from asyncshard.pipeline.budget import MemoryBudget
+from asyncshard.pipeline.checkpoint import Checkpoint
+from asyncshard.pipeline.destinations import Destination, Placement
+from asyncshard.pipeline.transfer import Transfer
+from asyncshard.plan.items import GRAIN, ReadItem, placed_tensors
+from asyncshard.stores.base import Store
+from asyncshard.stores.threads import DaemonThreads
+
+_MAX_TENSORS = 1024
+"""In one item: what reading into separate buffers handles in one call without holding the GIL for long."""
+
+_Key = tuple[int, int]
+"""Shard and index of a tensor."""
+
+
+class PlacedTransfer(Transfer):
+    """Read into the caller's memory, or into new arrays."""
+
+    is_in_place = True
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        store: Store,
+        chunk_size: int,
+        placement: Placement,
+        threads: DaemonThreads,
+    ) -> None:
+        super().__init__(checkpoint, store, chunk_size)
+        self._destinations = placement.destinations
+        self._threads = threads
+        self.missing = placement.missing
+        self.unexpected = placement.unexpected
+        self.narrowed = tuple(placement.narrowed)
+        self._begun: set[ReadItem] = set()
+        self._done: set[ReadItem] = set()
+        self._parts_left: Counter[_Key] = Counter()
+        """Items still to be delivered of the tensors that are split."""
+        self._written: Counter[_Key] = Counter()
+        """Bytes that each sink has taken."""
+        self._sink_advanced = asyncio.Condition()
+
+    def plan(self, budget: MemoryBudget) -> None:
+        """Make the items. Slow for large checkpoints: not for the event loop."""
+        is_staged = any(place is not None and place.buffer is None for row in self._destinations for place in row)
+        limit = self._chunk_size
+        if is_staged:
+            limit = max(min(limit, budget.nbytes // 4), GRAIN)
+        items: list[ReadItem] = []
+        for number, (shard, row) in enumerate(zip(self.checkpoint.shards, self._destinations, strict=True)):
+            table = shard.header.table
+            wanted = np.fromiter((place is not None for place in row), np.bool_, len(row))
+            alone = np.fromiter((place is not None and place.buffer is None for place in row), np.bool_, len(row))
+            items.extend(
+                placed_tensors(
+                    number,
+                    table.starts,
+                    table.stops,
+                    is_wanted=wanted,
+                    is_alone=alone,
+                    limit=limit,
+                    max_tensors=_MAX_TENSORS,
+                )
+            )
+            self.tensors_total += int(wanted.sum())
+            self.bytes_total += int((table.stops - table.starts)[wanted].sum())
+        self.items = items
+        self._parts_left.update((item.shard, item.first) for item in items if item.last - item.first == 1)
+
+    def buffer_bytes(self, item: ReadItem) -> int:
+        return item.nbytes if self._staged(item) is not None else 0
+
+    def _staged(self, item: ReadItem) -> Destination | None:
+        """Return the destination of an item that goes through a buffer; such a tensor is alone in its items."""
+        place = self._destinations[item.shard][item.first]
+        return place if place is not None and place.buffer is None else None
+
+    async def read(self, item: ReadItem, lease: Lease | None) -> None:
+        self._begun.add(item)
+        place = self._staged(item)
+        if place is None:
+            if item.nbytes:
+                meta = self.checkpoint.shards[item.shard].meta
+                await self._store.read_into(meta, item.start, self._buffers(item))
+        elif lease is not None:
+            data = memoryview(lease)[: item.nbytes]
+            await self._read_range(item, data)
+            await self._pass_on(item, place, data)
+        self._done.add(item)
+
+    def _buffers(self, item: ReadItem) -> list[memoryview]:
+        row = self._destinations[item.shard]
+        buffers = [place.buffer for place in row[item.first : item.last] if place is not None and place.buffer]
+        if item.last - item.first == 1:
+            offset = self._offset(item)
+            buffers = [buffers[0][offset : offset + item.nbytes]]
+        return buffers
+
+    def _offset(self, item: ReadItem) -> int:
+        """Return where in its tensor an item begins."""
+        return item.start - int(self.checkpoint.shards[item.shard].header.table.starts[item.first])
+
+    async def _pass_on(self, item: ReadItem, place: Destination, data: memoryview) -> None:
+        offset = self._offset(item)
+        if place.sink is None:
+            assert place.source is not None
+            await self._threads.run(place.store, offset // place.source.itemsize, data)
+            return
+        key = item.shard, item.first
+        async with self._sink_advanced:
+            await self._sink_advanced.wait_for(lambda: self._written[key] == offset)
+        await place.sink.write(offset, data)
+        async with self._sink_advanced:
+            self._written[key] = offset + item.nbytes
+            self._sink_advanced.notify_all()
+
+    def deliver(self, item: ReadItem, lease: Lease | None) -> Iterator[tuple[str, Any, int]]:
+        if item.last - item.first == 1:
+            key = item.shard, item.first
+            self._parts_left[key] -= 1
+            if self._parts_left[key]:
+                return
+        row = self.checkpoint.shards[item.shard].header.table.row
+        for index in range(item.first, item.last):
+            place = self._destinations[item.shard][index]
+            if place is not None:
+                name, _, _, start, stop = row(index)
+                yield name, place.given, stop - start
+
+    def progress(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        parts: Counter[_Key] = Counter()
+        parts_done: Counter[_Key] = Counter()
+        for item in self.items:
+            if item in self._begun:
+                keys = [(item.shard, index) for index in range(item.first, item.last)]
+                parts.update(keys)
+                parts_done.update(keys if item in self._done else ())
+            elif item.last - item.first == 1:
+                parts[item.shard, item.first] += 1
+        name_of = {key: self.checkpoint.shards[key[0]].header.at(key[1]).name for key in parts}
+        filled = tuple(name_of[key] for key, count in parts.items() if parts_done[key] == count)
+        begun = {(item.shard, index) for item in self._begun for index in range(item.first, item.last)}
+        torn = tuple(name_of[key] for key, count in parts.items() if key in begun and parts_done[key] < count)
+        return filled, torn

@@ -1,0 +1,143 @@
+"""Tensors through buffers of the budget: what a plain stream delivers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from asyncshard._core import Lease, spread
+from asyncshard.errors import BudgetError
+from asyncshard.format.dtypes import DTYPES
+from asyncshard.pipeline.arrays import ArrayLibrary, make_view
+from asyncshard.pipeline.budget import MemoryBudget, charge_of
+from asyncshard.pipeline.checkpoint import Checkpoint
+from asyncshard.pipeline.transfer import Transfer
+from asyncshard.plan.items import ReadItem, whole_tensors
+from asyncshard.stores.base import Store
+from asyncshard.stores.threads import DaemonThreads
+
+_ALIGNMENT = 8
+"""The widest element of the format has 8 bytes."""
+_ITEM_BYTES = np.array([max(dtype.bits // 8, 1) for dtype in DTYPES], np.int64)
+
+
+class StagedTransfer(Transfer):
+    """Read items of whole tensors into leased buffers; a tensor is a view of its item's buffer.
+
+    Tensors that were read together share a lease, which is charged until the last of them dies. Where one would not be
+    aligned for its type, the item's tensors are spread within their buffer.
+    """
+
+    is_in_place = False
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        store: Store,
+        chunk_size: int,
+        library: ArrayLibrary,
+        threads: DaemonThreads,
+    ) -> None:
+        super().__init__(checkpoint, store, chunk_size)
+        self._library = library
+        self._threads = threads
+        self.bytes_total = checkpoint.bytes_total
+        self.tensors_total = checkpoint.tensors_total
+
+    def plan(self, budget: MemoryBudget, *, is_strict: bool) -> None:
+        """Make the items. Slow for large checkpoints: not for the event loop.
+
+        Raises
+        ------
+        BudgetError
+            The largest tensor exceeds the budget; in strict mode, two neighbouring items and the headers do.
+        """
+        # Several items must fit the budget at once, or nothing could be read ahead.
+        limit = max(min(self._chunk_size, budget.nbytes // 4), 1)
+        items: list[ReadItem] = []
+        for number, shard in enumerate(self.checkpoint.shards):
+            table = shard.header.table
+            items.extend(whole_tensors(number, table.starts, table.stops, limit=limit))
+        self.items = items
+        for item in items:
+            if item.nbytes > budget.nbytes:
+                raise self._too_large(item, budget)
+        if is_strict:
+            self._require_pairs(budget)
+
+    def _too_large(self, item: ReadItem, budget: MemoryBudget) -> BudgetError:
+        shard = self.checkpoint.shards[item.shard]
+        sizes = shard.header.table.stops[item.first : item.last] - shard.header.table.starts[item.first : item.last]
+        name = shard.header.at(item.first + int(np.argmax(sizes))).name
+        size = int(sizes.max())
+        return BudgetError(
+            f"{shard.path}: tensor {name!r} has {size:,} bytes, more than the memory budget of {budget.nbytes:,} bytes; "
+            f"raise memory_budget_mb to {-(-size >> 20)} or more, or give it a destination (into=)",
+            path=shard.path,
+            tensor=name,
+            needed_bytes=size,
+            budget_bytes=budget.nbytes,
+        )
+
+    def _require_pairs(self, budget: MemoryBudget) -> None:
+        headers = sum(shard.header.nbytes for shard in self.checkpoint.shards)
+        charges = [charge_of(self.buffer_bytes(item)) for item in self.items]
+        for index, pair in enumerate(zip(charges, charges[1:] or [0], strict=False)):
+            if headers + sum(pair) > budget.nbytes:
+                shard = self.checkpoint.shards[self.items[index].shard]
+                name = shard.header.at(self.items[index].first).name
+                raise BudgetError(
+                    f"{shard.path}: with strict_budget the tensor {name!r} and the one read after it need "
+                    f"{sum(pair):,} bytes beside {headers:,} bytes of headers, more than the memory budget of "
+                    f"{budget.nbytes:,} bytes; raise memory_budget_mb",
+                    path=shard.path,
+                    tensor=name,
+                    needed_bytes=headers + sum(pair),
+                    budget_bytes=budget.nbytes,
+                )
+
+    def buffer_bytes(self, item: ReadItem) -> int:
+        if item.nbytes == 0:
+            return 0
+        return item.nbytes + (_ALIGNMENT * (item.last - item.first + 1) if self._is_misaligned(item) else 0)
+
+    def _is_misaligned(self, item: ReadItem) -> bool:
+        if item.last - item.first == 1:
+            return False
+        table = self.checkpoint.shards[item.shard].header.table
+        offsets = table.starts[item.first : item.last] - item.start
+        return bool(np.any(offsets % _ITEM_BYTES[table.dtype_codes[item.first : item.last]]))
+
+    def _offsets(self, item: ReadItem) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """Return where each tensor of an item begins in its buffer."""
+        offsets = self.checkpoint.shards[item.shard].header.table.starts[item.first : item.last] - item.start
+        if self._is_misaligned(item):
+            # One alignment more for each tensor, so that none begins before the end of the one before it.
+            offsets = -(-offsets // _ALIGNMENT) * _ALIGNMENT + _ALIGNMENT * np.arange(len(offsets))
+        return offsets
+
+    async def read(self, item: ReadItem, lease: Lease | None) -> None:
+        if lease is None:
+            return
+        buffer = memoryview(lease)
+        await self._read_range(item, buffer)
+        if self._is_misaligned(item):
+            table = self.checkpoint.shards[item.shard].header.table
+            starts = table.starts[item.first : item.last]
+            lengths = table.stops[item.first : item.last] - starts
+            await self._threads.run(spread, buffer, starts - item.start, self._offsets(item), lengths)
+
+    def deliver(self, item: ReadItem, lease: Lease | None) -> Iterator[tuple[str, Any, int]]:
+        shard = self.checkpoint.shards[item.shard]
+        row = shard.header.table.row
+        library = self._library
+        for index, offset in zip(range(item.first, item.last), self._offsets(item).tolist(), strict=True):
+            name, code, shape, start, stop = row(index)
+            # Nothing here may keep the tensor alive while the consumer has it, hence no variable for it.
+            yield (
+                name,
+                make_view(library, lease, offset, DTYPES[code], shape, stop - start, name=name, path=shard.path),
+                stop - start,
+            )

@@ -1,0 +1,211 @@
+"""What the consumer holds: one object that is awaitable, an asynchronous context manager and an asynchronous iterator."""
+
+from __future__ import annotations
+
+import asyncio
+import weakref
+from collections.abc import Callable, Generator, Iterator, Mapping
+from types import TracebackType
+from typing import Any, Self
+
+from asyncshard.errors import StreamClosedError, UnsupportedTensorError
+from asyncshard.format.header import TensorInfo
+from asyncshard.pipeline.checkpoint import CheckpointInfo
+from asyncshard.pipeline.pace import Pace
+from asyncshard.pipeline.statistics import Statistics
+from asyncshard.pipeline.supervisor import Supervisor
+from asyncshard.pipeline.transfer import Transfer
+
+
+class Stream:
+    """Tensors of a checkpoint, as they arrive.
+
+    ``await stream`` and ``async with stream`` open it: they list the shards, validate every header, plan and check the
+    plan against the budget, and raise all that can be wrong before tensor data is read. A bare ``async for`` opens it
+    too. Iterating moves bytes, at most `prefetch_count` read items ahead of the consumer, and yields
+    ``(name, tensor)`` in plan order: shards by part, tensors by file offset.
+
+    A delivered tensor belongs to the consumer. Its bytes return to the memory budget when its last view dies.
+
+    Leaving the ``async with``, or `aclose`, stops the reads and waits for them; nothing is left behind. Without either,
+    that happens soon after the object is dropped. A cancelled ``__anext__`` loses no item. One consumer at a time.
+    """
+
+    def __init__(self, start: Callable[[], Supervisor]) -> None:
+        self._start = start
+        self._supervisor: Supervisor | None = None
+        self._finalizer: weakref.finalize[Any, Any] | None = None
+        self._batch: Iterator[tuple[str, Any, int]] = iter(())
+        self._pace = Pace()
+        self._is_asking = False
+        self._is_closed = False
+        self._is_at_end = False
+
+    def __await__(self) -> Generator[Any, None, Self]:
+        return self._open().__await__()
+
+    async def __aenter__(self) -> Self:
+        return await self._open()
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.aclose()
+        if exc is not None:
+            self._tell_progress(exc)
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> tuple[str, Any]:
+        if self._is_asking:
+            raise RuntimeError("another task is already waiting for the next tensor of this stream")
+        self._is_asking = True
+        try:
+            if self._pace.is_due():
+                await self._pace.give_way()
+            while True:
+                for name, tensor, nbytes in self._batch:
+                    self._count(nbytes)
+                    return name, tensor
+                if not await self._next_batch():
+                    raise StopAsyncIteration
+        except asyncio.CancelledError as error:
+            await self._halt(error)
+            raise
+        except UnsupportedTensorError:
+            await self.aclose()
+            raise
+        finally:
+            self._is_asking = False
+
+    async def aclose(self) -> None:
+        """Stop the reads, wait for them and release everything. From any task, any number of times."""
+        self._is_closed = True
+        self._batch = iter(())
+        if self._supervisor is not None:
+            await self._supervisor.aclose()
+            self._forget()
+
+    async def drain(self) -> Statistics:
+        """Run to the end, keeping nothing; for streams into destinations. Closes the stream, also when it fails."""
+        try:
+            async for _ in self:
+                pass
+        except BaseException as error:
+            await self.aclose()
+            self._tell_progress(error)
+            raise
+        return self.statistics()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it has been opened; it stays true after the end."""
+        return self._supervisor is not None and self._supervisor.transfer is not None
+
+    @property
+    def info(self) -> Mapping[str, TensorInfo]:
+        """Facts of each tensor by name: dtype and shape as in the file, and its byte range there."""
+        return CheckpointInfo(self._transfer().checkpoint)
+
+    def statistics(self) -> Statistics:
+        """Return what has been done so far; after the end too."""
+        transfer, supervisor = self._transfer(), self._supervisor
+        assert supervisor is not None
+        counters = supervisor.counters
+        return Statistics(
+            bytes_total=counters.bytes_total,
+            bytes_done=counters.bytes_done,
+            tensors_total=counters.tensors_total,
+            tensors_done=counters.tensors_done,
+            bytes_in_flight=counters.bytes_in_flight,
+            bytes_held=supervisor.account.bytes_held(),
+            budget_wait_s=supervisor.account.wait_s,
+            retries=transfer.retries,
+            elapsed_s=counters.elapsed_s(),
+            eta_s=counters.eta_s(),
+            missing=transfer.missing,
+            unexpected=transfer.unexpected,
+        )
+
+    @property
+    def narrowed(self) -> tuple[str, ...]:
+        """Names of destinations that are larger than their tensor, which filled their first corner."""
+        return self._transfer().narrowed
+
+    def progress(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Return the names of destinations that are whole, and of those partly written."""
+        return self._transfer().progress()
+
+    async def _open(self) -> Self:
+        if self._supervisor is None:
+            if self._is_closed:
+                raise StreamClosedError("the stream has been closed")
+            self._supervisor = self._start()
+            self._finalizer = weakref.finalize(self, self._supervisor.abandon)
+            self._finalizer.atexit = False
+        self._require_loop(self._supervisor)
+        try:
+            await self._supervisor.opened()
+        except BaseException:
+            await self.aclose()
+            raise
+        return self
+
+    async def _next_batch(self) -> bool:
+        """Go on to the next item; False at the end."""
+        if self._is_at_end:
+            return False
+        if self._is_closed:
+            raise StreamClosedError("the stream has been closed")
+        await self._open()
+        supervisor = self._supervisor
+        assert supervisor is not None
+        self._batch = iter(())  # an item's buffer must not stay alive through what has been delivered of it
+        slot = await supervisor.next_slot()
+        if slot is None:
+            self._is_at_end = True
+            await supervisor.join()
+            self._forget()
+            return False
+        if slot.error is not None:
+            await self.aclose()
+            self._tell_progress(slot.error)
+            raise slot.error
+        assert slot.item is not None
+        self._batch = self._transfer().deliver(slot.item, slot.lease)
+        return True
+
+    def _count(self, nbytes: int) -> None:
+        assert self._supervisor is not None
+        counters = self._supervisor.counters
+        counters.tensors_done += 1
+        counters.bytes_done += nbytes
+
+    async def _halt(self, error: asyncio.CancelledError) -> None:
+        """Where reads go into the caller's memory, a cancelled caller must not go on before they have stopped."""
+        supervisor = self._supervisor
+        if supervisor is not None and supervisor.transfer is not None and supervisor.transfer.is_in_place:
+            await supervisor.halt()
+            self._tell_progress(error)
+
+    def _tell_progress(self, error: BaseException) -> None:
+        """Say on an error which of the caller's tensors are whole and which partly written."""
+        if self._supervisor is None or self._supervisor.transfer is None or not self._supervisor.transfer.is_in_place:
+            return
+        filled, torn = self._supervisor.transfer.progress()
+        error.filled, error.torn = filled, torn  # type: ignore[attr-defined]
+
+    def _forget(self) -> None:
+        if self._finalizer is not None:
+            self._finalizer.detach()
+
+    def _transfer(self) -> Transfer:
+        if self._supervisor is None or self._supervisor.transfer is None:
+            raise RuntimeError("the stream is not open: await it, or enter it with `async with`, first")
+        return self._supervisor.transfer
+
+    @staticmethod
+    def _require_loop(supervisor: Supervisor) -> None:
+        if supervisor.loop is not asyncio.get_running_loop():
+            raise RuntimeError("the stream belongs to another event loop")

@@ -1,0 +1,290 @@
+"""The pipeline's one task: it opens the checkpoint, reads ahead within the budget, and cleans up.
+
+A task group cannot live across the user's frames, so it lives here, and the stream object only talks to this task: it
+may be closed from any task, in any order.
+
+    open ─► reserve ─► read ─► slots, in plan order ─► next_slot ─► consumer
+              ▲ budget          ▲ at most `prefetch_count`
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import anyio
+from anyio.abc import TaskGroup
+
+from asyncshard._core import Lease
+from asyncshard.errors import BudgetError, StreamClosedError
+from asyncshard.pipeline.budget import Account, MemoryBudget, charge_of
+from asyncshard.pipeline.statistics import Counters
+from asyncshard.pipeline.transfer import Transfer
+from asyncshard.plan.items import ReadItem
+from asyncshard.stores.threads import DaemonThreads, finish
+
+Opener = Callable[[Account, DaemonThreads], AbstractAsyncContextManager[Transfer]]
+"""Opens a checkpoint and plans the transfer; its store stays open until the context ends."""
+
+
+@dataclass(slots=True, eq=False)
+class Slot:
+    """A read item on its way from the store to the consumer."""
+
+    item: ReadItem | None
+    lease: Lease | None = None
+    is_done: bool = False
+    error: Exception | None = None
+
+
+class Supervisor:
+    """Run one stream.
+
+    Parameters
+    ----------
+    opener : Opener
+    budget : MemoryBudget
+    prefetch_count : int
+        Items ahead of the consumer: being read, or read and not yet asked for.
+    is_strict : bool
+        Whether delivered tensors that stay alive are an error once they block the next one.
+    is_ordered : bool
+        Whether items are delivered in plan order, rather than as they complete.
+    """
+
+    def __init__(
+        self, opener: Opener, budget: MemoryBudget, *, prefetch_count: int, is_strict: bool, is_ordered: bool
+    ) -> None:
+        self._opener = opener
+        self._budget = budget
+        self._prefetch_count = prefetch_count
+        self._is_strict = is_strict
+        self._is_ordered = is_ordered
+        self.account = budget.open_account()
+        self.counters = Counters()
+        self.transfer: Transfer | None = None
+        self._slots: deque[Slot] = deque()
+        self._next_item = 0
+        self._has_failed = False
+        self._crash: BaseException | None = None
+        self._needed_bytes = 0
+        """What the feeder asks of the budget."""
+        self._is_consumer_waiting = False
+        self._is_halting = False
+        self._asked = asyncio.Event()
+        """The consumer wants items."""
+        self._taken = asyncio.Event()
+        """The consumer took a slot."""
+        self._changed = asyncio.Event()
+        """A slot is done, or there will be no more."""
+        self._quiet = asyncio.Event()
+        """No read is in flight."""
+        self._quiet.set()
+        self._whole = anyio.CancelScope()
+        self._reading = anyio.CancelScope()
+        self._threads = DaemonThreads(1, "asyncshard-work")
+        self._own_tasks: set[asyncio.Task[Any] | None] = set()
+        self.loop = asyncio.get_running_loop()
+        self._opened: asyncio.Future[None] = self.loop.create_future()
+        self._task = self.loop.create_task(self._run(), name="asyncshard-stream")
+
+    # For the consumer
+
+    async def opened(self) -> None:
+        """Wait until the checkpoint is open and the transfer planned; raise what prevented it."""
+        await asyncio.wait([self._opened])
+        self._opened.result()
+
+    async def next_slot(self) -> Slot | None:
+        """Return the next item that was read, or failed; None after the last. Cancelling it loses nothing."""
+        self._asked.set()
+        while True:
+            slot = self._pop_done()
+            if slot is not None:
+                return slot
+            if self._task.done():
+                if self._crash is not None:
+                    raise self._crash
+                if not self._is_complete():
+                    raise StreamClosedError("the stream was closed before its end")
+                return None
+            if self._is_complete():
+                return None
+            self._changed.clear()
+            self._is_consumer_waiting = True
+            try:
+                self._relieve()
+                await self._changed.wait()
+            finally:
+                self._is_consumer_waiting = False
+
+    async def halt(self) -> None:
+        """Stop the reads in flight and wait until none writes; the next `next_slot` starts them again."""
+        if not self._quiet.is_set():
+            self._is_halting = True
+            self._reading.cancel()
+            await finish(asyncio.ensure_future(self._quiet.wait()))
+
+    async def aclose(self) -> None:
+        """Stop everything and wait for its end, even when cancelled meanwhile. From any task, any number of times."""
+        self._whole.cancel()
+        if asyncio.current_task() not in self._own_tasks:  # a sink may close the stream that feeds it
+            await self.join()
+
+    async def join(self) -> None:
+        """Wait until this task has cleaned up and ended."""
+        await finish(self._task)
+
+    def abandon(self) -> None:
+        """Stop everything, without waiting; from any thread, also after the loop has closed."""
+        with contextlib.suppress(RuntimeError):
+            self.loop.call_soon_threadsafe(self._whole.cancel)
+
+    def _pop_done(self) -> Slot | None:
+        for index, slot in enumerate(self._slots):
+            if slot.is_done:
+                del self._slots[index]
+                self._taken.set()
+                return slot
+            if self._is_ordered:
+                break
+        return None
+
+    def _is_complete(self) -> bool:
+        return self.transfer is not None and not self._slots and self._next_item == len(self.transfer.items)
+
+    # The task
+
+    async def _run(self) -> None:
+        self._own_tasks.add(asyncio.current_task())
+        try:
+            with self._whole:
+                async with self._opener(self.account, self._threads) as transfer:
+                    self.transfer = transfer
+                    self.counters.bytes_total = transfer.bytes_total
+                    self.counters.tensors_total = transfer.tensors_total
+                    self._opened.set_result(None)
+                    await self._asked.wait()
+                    largest = max(map(transfer.buffer_bytes, transfer.items), default=0)
+                    await self.account.set_floor(charge_of(largest) if largest else 0)
+                    await self._read_all(transfer)
+                    while self._slots:
+                        self._taken.clear()
+                        await self._taken.wait()
+        except (Exception, asyncio.CancelledError) as error:
+            self._crash = error
+        finally:
+            with anyio.CancelScope(shield=True):
+                await self._clean_up()
+
+    async def _clean_up(self) -> None:
+        self._slots.clear()
+        self.account.close()
+        await self._threads.run(self._budget.trim)
+        await self._threads.aclose()
+        self.counters.ended = time.perf_counter()
+        if not self._opened.done():
+            error = self._crash or StreamClosedError("the stream was closed before it was open")
+            self._opened.set_exception(error)
+            self._opened.exception()  # seen, should nobody wait for it
+        self._changed.set()
+
+    async def _read_all(self, transfer: Transfer) -> None:
+        """Read every item; after a halt go on where it stopped, once the consumer asks again."""
+        while True:
+            self._quiet.clear()
+            try:
+                with anyio.CancelScope() as self._reading:
+                    async with anyio.create_task_group() as group:
+                        for slot in self._slots:
+                            if not slot.is_done:
+                                group.start_soon(self._read, transfer, slot)
+                        await self._feed(transfer, group)
+            finally:
+                self._quiet.set()
+            if not self._is_halting:
+                return
+            self._is_halting = False
+            self._asked.clear()
+            await self._asked.wait()
+
+    async def _feed(self, transfer: Transfer, group: TaskGroup) -> None:
+        while self._next_item < len(transfer.items) and not self._has_failed:
+            if len(self._slots) >= self._prefetch_count:
+                self._taken.clear()
+                await self._taken.wait()
+                continue
+            item = transfer.items[self._next_item]
+            try:
+                lease = await self._reserve(transfer.buffer_bytes(item))
+            except BudgetError as error:
+                self._fail(error)
+                return
+            slot = Slot(item, lease)
+            del lease
+            self._slots.append(slot)
+            self._next_item += 1
+            group.start_soon(self._read, transfer, slot)
+            del slot
+        # With nothing in a checkpoint nobody else would tell the consumer.
+        self._changed.set()
+
+    async def _reserve(self, nbytes: int) -> Lease | None:
+        if not nbytes:
+            return None
+        self._needed_bytes = nbytes
+        try:
+            return await self.account.allocate(nbytes, on_wait=self._relieve)
+        finally:
+            self._needed_bytes = 0
+
+    def _relieve(self) -> None:
+        """Hand tensors over where the next item can be read in no other way.
+
+        That is so while the consumer waits, nothing of its stream is ready or in flight, and the budget cannot grant
+        the next item.
+        """
+        if not self.account.is_waiting or not self._needed_bytes or not self._is_consumer_waiting or self._slots:
+            return
+        if not self.account.hand_over(self._needed_bytes, newest_only=self._is_strict):
+            budget = self._budget
+            self._fail(
+                BudgetError(
+                    f"tensors that were delivered and are still in use take {self.account.used:,} bytes; the next read "
+                    f"needs {self._needed_bytes:,} and the memory budget is {budget.nbytes:,} bytes: let go of them "
+                    "earlier, raise memory_budget_mb, or pass strict_budget=False",
+                    needed_bytes=self._needed_bytes,
+                    budget_bytes=budget.nbytes,
+                )
+            )
+
+    def _fail(self, error: Exception) -> None:
+        self._has_failed = True
+        self._slots.append(Slot(None, is_done=True, error=error))
+        self._changed.set()
+
+    async def _read(self, transfer: Transfer, slot: Slot) -> None:
+        task = asyncio.current_task()
+        self._own_tasks.add(task)
+        item = slot.item
+        assert item is not None
+        self.counters.bytes_in_flight += item.nbytes
+        try:
+            await transfer.read(item, slot.lease)
+        except Exception as error:
+            self._has_failed = True
+            slot.error = error
+            slot.lease = None
+        finally:
+            self.counters.bytes_in_flight -= item.nbytes
+            self._own_tasks.discard(task)
+        if transfer.is_in_place:
+            slot.lease = None
+        slot.is_done = True
+        self._changed.set()

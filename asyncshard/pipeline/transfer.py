@@ -1,0 +1,80 @@
+"""What the pipeline asks of a way to bring tensors in: staged through buffers, or placed where they belong."""
+
+from __future__ import annotations
+
+import asyncio
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from asyncshard._core import Lease
+from asyncshard.pipeline.checkpoint import Checkpoint
+from asyncshard.plan.items import ReadItem
+from asyncshard.stores.base import Store
+from asyncshard.stores.threads import finish
+
+
+class Transfer(ABC):
+    """A plan of read items, how each is read, and what it delivers."""
+
+    is_in_place: bool
+    """Whether reads write into the caller's own memory: cancelled ones must end before the caller goes on."""
+
+    def __init__(self, checkpoint: Checkpoint, store: Store, chunk_size: int) -> None:
+        self.checkpoint = checkpoint
+        self._store = store
+        self._chunk_size = chunk_size
+        self.items: Sequence[ReadItem] = ()
+        self.bytes_total = 0
+        self.tensors_total = 0
+        self.missing: tuple[str, ...] = ()
+        self.unexpected: tuple[str, ...] = ()
+        self.narrowed: tuple[str, ...] = ()
+
+    @property
+    def retries(self) -> int:
+        """Requests that the store made again."""
+        return self._store.retries
+
+    @abstractmethod
+    def buffer_bytes(self, item: ReadItem) -> int:
+        """Return how large a buffer an item needs, in bytes; 0 for none."""
+
+    @abstractmethod
+    async def read(self, item: ReadItem, lease: Lease | None) -> None:
+        """Read an item; nothing writes after it has returned or raised. It may be called again after a cancel."""
+
+    @abstractmethod
+    def deliver(self, item: ReadItem, lease: Lease | None) -> Iterator[tuple[str, Any, int]]:
+        """Yield name, tensor and bytes of each tensor that is complete with this item."""
+
+    def progress(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Return the names of the caller's tensors that are whole, and of those partly written."""
+        return (), ()
+
+    async def _read_range(self, item: ReadItem, buffer: memoryview) -> None:
+        """Read an item's bytes into one buffer, in chunks that are in flight together."""
+        meta = self.checkpoint.shards[item.shard].meta
+        chunk = self._chunk_size
+        if item.nbytes <= chunk:
+            if item.nbytes:
+                await self._store.read_into(meta, item.start, [buffer[: item.nbytes]])
+            return
+        reads = [
+            asyncio.ensure_future(
+                self._store.read_into(meta, item.start + at, [buffer[at : min(at + chunk, item.nbytes)]])
+            )
+            for at in range(0, item.nbytes, chunk)
+        ]
+        await all_of(reads)
+
+
+async def all_of(tasks: Sequence[asyncio.Task[None]]) -> None:
+    """Wait for all; at the first failure, or when cancelled, cancel the others, wait for them, and raise it."""
+    try:
+        await asyncio.gather(*tasks)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await finish(asyncio.gather(*tasks, return_exceptions=True))
+        raise

@@ -1,0 +1,98 @@
+"""Read items: which byte range of which shard is read in one go, and which tensors it fills.
+
+Neighbouring tensors are read together, up to a limit; a larger tensor is an item of its own, or, where it goes straight
+to its destination, several. Items come in delivery order: shards in turn, tensors by file offset.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+GRAIN = 64
+"""Parts of a split tensor are multiples of this many bytes, so that no element is cut."""
+
+
+class ReadItem(NamedTuple):
+    """One byte range of a shard."""
+
+    shard: int
+    """Index of the shard."""
+    start: int
+    """First byte, an offset in the file."""
+    stop: int
+    """Byte after the last."""
+    first: int
+    """Index in the shard, by file offset, of the first tensor that it touches."""
+    last: int
+    """Index after the last one's."""
+
+    @property
+    def nbytes(self) -> int:
+        return self.stop - self.start
+
+
+def whole_tensors(
+    shard: int, starts: NDArray[np.int64], stops: NDArray[np.int64], *, limit: int
+) -> Iterator[ReadItem]:
+    """Yield items of at most `limit` bytes that hold whole tensors; a tensor above it is alone in its item.
+
+    Parameters
+    ----------
+    starts, stops : arrays of int64
+        Byte ranges of the shard's tensors, ascending and without holes between them.
+    """
+    count = len(starts)
+    first = 0
+    while first < count:
+        last = max(int(np.searchsorted(stops, starts[first] + limit, side="right")), first + 1)
+        yield ReadItem(shard, int(starts[first]), int(stops[last - 1]), first, last)
+        first = last
+
+
+def placed_tensors(
+    shard: int,
+    starts: NDArray[np.int64],
+    stops: NDArray[np.int64],
+    *,
+    is_wanted: NDArray[np.bool_],
+    is_alone: NDArray[np.bool_],
+    limit: int,
+    max_tensors: int,
+) -> Iterator[ReadItem]:
+    """Yield items for the wanted tensors alone; one above `limit` bytes is split into parts of at most that.
+
+    Parameters
+    ----------
+    starts, stops : arrays of int64
+        Byte ranges of the shard's tensors, ascending and without holes between them.
+    is_wanted : array of bool
+        Tensors to be read.
+    is_alone : array of bool
+        Tensors that do not share an item with others.
+    limit : int
+        Bytes; at least `GRAIN`.
+    max_tensors : int
+        How many tensors an item touches at most.
+    """
+    part = limit // GRAIN * GRAIN
+    is_joined = is_wanted & ~is_alone
+    # A run goes on as long as a tensor and the one before it may share an item.
+    breaks = np.flatnonzero(~(is_joined[1:] & is_joined[:-1])) + 1
+    bounds = [0, *breaks.tolist(), len(starts)]
+    for run_first, run_last in zip(bounds, bounds[1:], strict=False):
+        if run_first == run_last or not is_wanted[run_first]:
+            continue
+        first = run_first
+        while first < run_last:
+            start = int(starts[first])
+            last = int(np.searchsorted(stops[first:run_last], start + limit, side="right")) + first
+            last = max(min(last, first + max_tensors), first + 1)
+            stop = int(stops[last - 1])
+            step = part if last == first + 1 and stop - start > limit else max(stop - start, 1)
+            for begin in range(start, max(stop, start + 1), step):
+                yield ReadItem(shard, begin, min(begin + step, stop), first, last)
+            first = last

@@ -1,0 +1,99 @@
+"""What a store is: a few verbs over the files of one checkpoint.
+
+A store names objects by their path below its root, with ``/`` between parts. It bounds how many reads are in flight
+(`max_workers`) and knows nothing of tensors, plans or budgets. A new store needs `list`, `open` and `read_into`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Self
+
+
+class ObjectMeta(NamedTuple):
+    """One object, pinned: its reads fail if it is no longer the one that was opened."""
+
+    name: str
+    """Path below the store's root."""
+    size: int
+    """Bytes."""
+    version: Any
+    """What tells this object from its replacement: device, inode and times of a file, the ETag of an S3 object."""
+
+
+class Listing(NamedTuple):
+    """What stands at a store's root."""
+
+    names: tuple[str, ...]
+    """Files directly below it."""
+    is_file: bool
+    """Whether the root names one file; `names` then holds just that."""
+
+
+class Store(ABC):
+    """Files of one checkpoint. An asynchronous context manager: `aclose` ends its threads and connections.
+
+    `url` is what the user called it, for messages: it holds no secret.
+    """
+
+    url: str
+    retries: int = 0
+    """Requests made again so far."""
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:  # noqa: B027 - nothing to close is a good default
+        """Release threads, files and connections. No read is in flight any more."""
+
+    def path_of(self, name: str) -> str:
+        """Return the full path or URL of an object, for messages and for the user."""
+        return f"{self.url.rstrip('/')}/{name}"
+
+    @abstractmethod
+    async def list(self) -> Listing:
+        """List the root.
+
+        Raises
+        ------
+        ObjectNotFoundError, AccessDeniedError
+        """
+
+    @abstractmethod
+    async def open(self, name: str, nbytes: int) -> tuple[ObjectMeta, bytes]:
+        """Pin an object and read its first `nbytes` bytes, or all where it is shorter.
+
+        Raises
+        ------
+        ObjectNotFoundError, AccessDeniedError, NotRegularFileError, StoreError
+        """
+
+    @abstractmethod
+    async def read_into(self, meta: ObjectMeta, start: int, buffers: Sequence[memoryview]) -> None:
+        """Fill `buffers`, one after the other, with the bytes from `start` on.
+
+        All of it or an error: never less, never bytes of another object. When this returns or raises, cancelled or
+        not, nothing writes into the buffers any more.
+
+        Raises
+        ------
+        ObjectChangedError
+            The object is not the one that was opened.
+        TruncatedError, StoreError
+        """
+
+    async def read(self, name: str) -> bytes:
+        """Read a small object whole."""
+        meta, head = await self.open(name, _SMALL)
+        rest = bytearray(meta.size)
+        rest[: len(head)] = head
+        if len(head) < meta.size:
+            await self.read_into(meta, len(head), [memoryview(rest)[len(head) :]])
+        return bytes(rest)
+
+
+_SMALL = 64 << 10

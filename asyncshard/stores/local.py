@@ -1,0 +1,146 @@
+"""Files on a local or mounted disk.
+
+Reads are positional, in threads of our own, in steps of 1 MiB without the GIL; no memory map, since a file that
+shrinks would turn into SIGBUS. Every read checks before and after it that the file is still the one that was opened.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+from collections.abc import Sequence
+
+import aiofiles
+
+from asyncshard._core import StopFlag, read_vectors
+from asyncshard.errors import TruncatedError
+from asyncshard.stores import files
+from asyncshard.stores.base import Listing, ObjectMeta, Store
+from asyncshard.stores.threads import DaemonThreads, finish
+
+DEFAULT_MAX_WORKERS = 2
+_MAX_OPEN_FILES = 8
+
+
+class LocalStore(Store):
+    """A directory of files, or one file.
+
+    Parameters
+    ----------
+    path : str
+        The directory or file; it may be a symbolic link, since the user named it.
+    max_workers : int, optional
+        Reads in flight, each in a thread; 2 saturate memory bandwidth on most machines.
+    page_cache : {"keep", "drop"}
+        Whether the kernel keeps what was read in its page cache. "drop" suits weights larger than memory.
+    allow_symlinks : bool
+        Whether links among the files may lead outside the directory.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        max_workers: int | None = None,
+        page_cache: str = "keep",
+        allow_symlinks: bool = False,
+    ) -> None:
+        if page_cache not in ("keep", "drop"):
+            raise ValueError(f'page_cache must be "keep" or "drop", not {page_cache!r}')
+        self.url = os.path.abspath(path)
+        self._root = self.url
+        self._drops_cache = page_cache == "drop"
+        self._allow_symlinks = allow_symlinks
+        self._threads = DaemonThreads(max_workers or DEFAULT_MAX_WORKERS, "asyncshard-read")
+        self._files = files.OpenFiles(_MAX_OPEN_FILES)
+
+    def path_of(self, name: str) -> str:
+        return os.path.join(self._root, name)
+
+    async def aclose(self) -> None:
+        await self._threads.run(self._files.close)
+        await self._threads.aclose()
+
+    async def list(self) -> Listing:
+        listing = await self._threads.run(self._list)
+        if listing.is_file:
+            self._root = os.path.dirname(self.url)
+        return listing
+
+    def _list(self) -> Listing:
+        with files.translated(self.url):
+            status = os.stat(self.url)
+            if os.path.isdir(self.url):
+                return Listing(tuple(sorted(os.listdir(self.url))), is_file=False)
+        files.require_regular(status, self.url)
+        return Listing((os.path.basename(self.url),), is_file=True)
+
+    def _resolve(self, name: str) -> str:
+        path = self.path_of(name)
+        if path == self.url:  # the file that the user named
+            return path
+        return files.confine(self._root, name, allow_symlinks=self._allow_symlinks)
+
+    async def open(self, name: str, nbytes: int) -> tuple[ObjectMeta, bytes]:
+        return await self._threads.run(self._open, name, nbytes)
+
+    def _open(self, name: str, nbytes: int) -> tuple[ObjectMeta, bytes]:
+        path = self._resolve(name)
+        fd = files.open_regular(path)
+        try:
+            with files.translated(path):
+                status = os.fstat(fd)
+                version = files.version_of(status)
+                head = bytearray(min(nbytes, status.st_size))
+            self._fill(fd, path, 0, [memoryview(head)], StopFlag())
+            files.require_unchanged(fd, path, version)
+        except BaseException:
+            os.close(fd)
+            raise
+        self._files.keep(fd, path, version)
+        return ObjectMeta(name, status.st_size, version), bytes(head)
+
+    async def read_into(self, meta: ObjectMeta, start: int, buffers: Sequence[memoryview]) -> None:
+        stop = StopFlag()
+        await self._threads.run(self._read, meta, start, buffers, stop, on_cancel=stop.set)
+
+    def _read(self, meta: ObjectMeta, start: int, buffers: Sequence[memoryview], stop: StopFlag) -> None:
+        path = self.path_of(meta.name)
+        with self._files.borrow(path, meta.version) as fd:
+            count = self._fill(fd, path, start, buffers, stop)
+            files.require_unchanged(fd, path, meta.version)
+            if self._drops_cache:
+                os.posix_fadvise(fd, start, count, os.POSIX_FADV_DONTNEED)
+
+    @staticmethod
+    def _fill(fd: int, path: str, start: int, buffers: Sequence[memoryview], stop: StopFlag) -> int:
+        wanted = sum(buffer.nbytes for buffer in buffers)
+        count, number = read_vectors(fd, start, buffers, stop)
+        if number:
+            error = OSError(number, os.strerror(number))
+            raise files.translate(error, path, start=start + count, stop=start + wanted)
+        if count < wanted and not stop.is_set():
+            raise TruncatedError(
+                f"{path}: the file ends at byte {start + count:,}, {wanted - count:,} bytes before the end of the "
+                f"range {start:,}-{start + wanted:,}; it was truncated while it was being loaded",
+                path=path,
+                start=start,
+                stop=start + wanted,
+                errno=errno.ENODATA,
+            )
+        return count
+
+    async def read(self, name: str) -> bytes:
+        # Finished even when cancelled: a file that opens after its caller has gone would stay open.
+        return await finish(asyncio.ensure_future(self._read_small(name)))
+
+    async def _read_small(self, name: str) -> bytes:
+        path = await self._threads.run(self._resolve, name)
+        with files.translated(path):
+            async with aiofiles.open(path, "rb", opener=_open_regular, executor=self._threads) as file:
+                return await file.read()
+
+
+def _open_regular(path: str, flags: int) -> int:
+    return files.open_regular(path)
