@@ -55,16 +55,20 @@ def memory_bounds(tensor: Any) -> MemoryBounds | None:
     torch = sys.modules.get("torch")
     if torch is None or not isinstance(tensor, torch.Tensor):
         raise TypeError(f"neither a numpy array nor a torch tensor: {type(tensor).__name__}")
-    if tensor.layout is not torch.strided or tensor.is_meta:
+    if tensor.layout is not torch.strided:
         return None
     try:
-        storage = tensor.untyped_storage().data_ptr()
+        storage = tensor.untyped_storage()
+        # Not tensor.is_meta: a fake tensor claims a device, only its storage owns up.
+        if storage.device.type == "meta":
+            return None
+        address = storage.data_ptr()
         start = tensor.data_ptr()
-    except RuntimeError:  # a fake or wrapper tensor has no address to give
+    except RuntimeError:  # a wrapper around other tensors has no address to give
         return None
-    if not storage and tensor.numel():
+    if not address and tensor.numel():
         return None
-    space = (tensor.device, storage)
+    space = (tensor.device, address)
     itemsize = tensor.element_size()
     if tensor.is_contiguous():
         return MemoryBounds(space, start, start + tensor.numel() * itemsize, True)
