@@ -1,0 +1,70 @@
+"""Which rank reads which parameter: largest first, onto the least loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from asyncshard import _core
+from asyncshard.plan.sharding import whole_number
+
+_INT64_MAX = 2**63 - 1
+
+
+def compute_shard_assignment(
+    num_params: int, num_ranks: int, param_sizes: Sequence[int] | NDArray[np.integer[Any]]
+) -> list[int]:
+    """Spread parameters over ranks so that the ranks carry about the same.
+
+    Each parameter, largest first, goes to the rank that carries least so far. Equal sizes go in order of their index,
+    equal loads to the lower rank: the same input always gives the same answer. No rank carries more than the mean and
+    one parameter.
+
+    Parameters
+    ----------
+    num_params : int
+        How many parameters there are.
+    num_ranks : int
+        Over how many ranks, at least 1.
+    param_sizes : sequence of int or integer array
+        The size of each, in any unit; not negative, and together below 2**63.
+
+    Returns
+    -------
+    list of int
+        The rank of each parameter.
+
+    Raises
+    ------
+    ValueError
+        A number is out of these bounds or not a whole number, or there are not ``num_params`` sizes.
+    """
+    num_params = whole_number(num_params, "num_params", minimum=0)
+    num_ranks = whole_number(num_ranks, "num_ranks", minimum=1)
+    sizes = _as_int64(param_sizes)
+    if len(sizes) != num_params:
+        raise ValueError(f"param_sizes has {len(sizes)} entries, num_params is {num_params}")
+    ranks = np.empty(num_params, dtype=np.int64)
+    _core.assign_shards(sizes, min(num_ranks, _INT64_MAX), ranks)
+    return ranks.tolist()
+
+
+def _as_int64(sizes: Sequence[int] | NDArray[np.integer[Any]]) -> NDArray[np.int64]:
+    if isinstance(sizes, np.ndarray):
+        if sizes.ndim != 1 or sizes.dtype.kind not in "iu":
+            raise ValueError(f"param_sizes must be one row of integers, got {sizes.dtype} of shape {sizes.shape}")
+        if sizes.dtype.kind == "u" and len(sizes) and int(sizes.max()) > _INT64_MAX:
+            raise ValueError(f"a size is above 2**63 - 1: {sizes.max()}")
+        return np.ascontiguousarray(sizes, dtype=np.int64)
+    values = list(sizes)
+    # NumPy would take floats, texts and bools among them without a word.
+    for kind in set(map(type, values)):
+        if kind is bool or not issubclass(kind, (int, np.integer)):
+            raise ValueError(f"param_sizes must hold whole numbers, found a {kind.__name__}")
+    try:
+        return np.array(values, dtype=np.int64)
+    except OverflowError:
+        raise ValueError(f"a size is beyond 63 bits: {max(values, key=abs)}") from None
