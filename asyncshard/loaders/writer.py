@@ -1,0 +1,214 @@
+"""Write one rank's tensors as a sharded state."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from asyncshard.format.dtypes import Dtype, from_numpy
+from asyncshard.format.pattern import ShardPattern
+from asyncshard.plan.subtensors import SubtensorFilter
+from asyncshard.stores.files import translated
+from asyncshard.stores.threads import DaemonThreads
+
+_SPEC_NAMES = {
+    "BOOL": "bool",
+    "F4": "float4_e2m1fn_x2",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E8M0": "float8_e8m0fnu",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "BF16": "bfloat16",
+    "C64": "complex64",
+}
+"""What safetensors calls the types on writing, where that is not the kind and its bits, as in ``float32``."""
+_KINDS = {"F": "float", "I": "int", "U": "uint"}
+
+
+class _Tensor(NamedTuple):
+    """A tensor to be written."""
+
+    name: str
+    array: NDArray[Any]
+    """Its memory as unsigned integers, contiguous or not."""
+    dtype: Dtype
+
+    @property
+    def nbytes(self) -> int:
+        return self.array.nbytes
+
+
+async def save_sharded_state(
+    state_dict: Mapping[str, Any],
+    directory: str | os.PathLike[str],
+    *,
+    rank: int,
+    pattern: str | ShardPattern | None = None,
+    max_shard_size: int | None = None,
+    pp_rank: int = 0,
+    metadata: Mapping[str, str] | None = None,
+) -> list[str]:
+    """Write one rank's shards, off the event loop.
+
+    Tensors whose memory another one covers are left out (`SubtensorFilter`). Each part is written under a temporary
+    name, flushed to the disk and renamed when it is complete; this rank's parts of an earlier save that are not written
+    again are removed last. When cancelled it finishes the part it is writing, removes what was not renamed, and raises.
+
+    Parameters
+    ----------
+    state_dict : mapping of str to array or tensor
+        NumPy arrays or CPU torch tensors. They are read in place and must not change meanwhile; a strided one is copied.
+    directory : str or path
+        Made if it does not exist.
+    rank : int
+    pattern : str or ShardPattern, optional
+        Names of the files; by default ``model-rank-{rank}-part-{part}.safetensors``.
+    max_shard_size : int, optional
+        Bytes of tensors in a part at most; a larger tensor has a part of its own. By default there is one part.
+    pp_rank : int
+        For patterns that have one.
+    metadata : mapping of str to str, optional
+        Written into each part.
+
+    Returns
+    -------
+    list of str
+        The files, in order of part.
+
+    Raises
+    ------
+    ValueError
+        A number out of range, or a tensor of a dtype that the format does not have.
+    AccessDeniedError, StoreError
+    """
+    if isinstance(max_shard_size, bool) or not isinstance(max_shard_size, int | None):
+        raise TypeError(f"max_shard_size must be a number of bytes, not {max_shard_size!r}")
+    if max_shard_size is not None and max_shard_size < 1:
+        raise ValueError(f"max_shard_size must be 1 or more, not {max_shard_size}")
+    names = pattern if isinstance(pattern, ShardPattern) else ShardPattern(*([] if pattern is None else [pattern]))
+    save = _Save(os.fspath(directory), names, rank, pp_rank, dict(metadata or {}))
+    names.format_for_rank(rank, 0, pp_rank)  # checks the numbers before anything is written
+    threads = DaemonThreads(1, "asyncshard-write")
+    try:
+        parts = await threads.run(_split, state_dict, max_shard_size)
+        await threads.run(save.begin)
+        for number, part in enumerate(parts):
+            await threads.run(save.write, number, part)
+        return await threads.run(save.commit)
+    finally:
+        threads.submit(save.clean_up)
+        await threads.aclose()
+
+
+class _Save:
+    """The files of one save."""
+
+    def __init__(
+        self, directory: str, pattern: ShardPattern, rank: int, pp_rank: int, metadata: dict[str, str]
+    ) -> None:
+        self._directory = directory
+        self._pattern = pattern
+        self._rank = rank
+        self._pp_rank = pp_rank
+        self._metadata = metadata
+        self._temporary: dict[str, str] = {}
+        """Where each finished or begun file is until it gets its name."""
+
+    def begin(self) -> None:
+        with translated(self._directory):
+            os.makedirs(self._directory, exist_ok=True)
+
+    def write(self, number: int, tensors: list[_Tensor]) -> None:
+        from safetensors import TensorSpec, serialize_file  # noqa: PLC0415 - only who writes pays for the import
+
+        path = os.path.join(self._directory, self._pattern.format_for_rank(self._rank, number, self._pp_rank))
+        temporary = f"{path}.{os.getpid()}.tmp"
+        self._temporary[path] = temporary
+        arrays = [np.ascontiguousarray(tensor.array) for tensor in tensors]
+        specs = {
+            tensor.name: TensorSpec(
+                dtype=_spec_name(tensor.dtype),
+                shape=list(tensor.array.shape),
+                data_ptr=array.__array_interface__["data"][0],
+                data_len=array.nbytes,
+            )
+            for tensor, array in zip(tensors, arrays, strict=True)
+        }
+        with translated(temporary):
+            serialize_file(specs, temporary, metadata=self._metadata or None)
+            _flush(temporary)
+
+    def commit(self) -> list[str]:
+        """Give the files their names, then remove this rank's other parts."""
+        written = list(self._temporary)
+        with translated(self._directory):
+            for path, temporary in list(self._temporary.items()):
+                os.replace(temporary, path)
+                del self._temporary[path]
+            for name in os.listdir(self._directory):
+                shard = self._pattern.parse(name)
+                path = os.path.join(self._directory, name)
+                if shard is not None and shard[:2] == (self._pp_rank, self._rank) and path not in written:
+                    os.unlink(path)
+            _flush(self._directory)
+        return written
+
+    def clean_up(self) -> None:
+        for temporary in self._temporary.values():
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+
+
+def _flush(path: str) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _split(state_dict: Mapping[str, Any], max_shard_size: int | None) -> list[list[_Tensor]]:
+    """Cut a state dict into parts, in its own order."""
+    parts: list[list[_Tensor]] = [[]]
+    size = 0
+    for tensor in _tensors(state_dict):
+        if max_shard_size is not None and parts[-1] and size + tensor.nbytes > max_shard_size:
+            parts.append([])
+            size = 0
+        parts[-1].append(tensor)
+        size += tensor.nbytes
+    return parts
+
+
+def _tensors(state_dict: Mapping[str, Any]) -> Iterator[_Tensor]:
+    for name, value in SubtensorFilter.filter_subtensors(state_dict).items():
+        if not isinstance(name, str):
+            raise TypeError(f"names of tensors are str, not {name!r}")
+        yield _Tensor(name, *_raw(name, value))
+
+
+def _raw(name: str, value: Any) -> tuple[NDArray[Any], Dtype]:
+    """Return a tensor's memory as unsigned integers, and its dtype."""
+    if isinstance(value, np.ndarray):
+        value = value.view(np.ndarray).astype(value.dtype.newbyteorder("<"), copy=False)
+        dtype = from_numpy(value.dtype)
+        array = value if dtype is None else value.view(f"u{value.dtype.itemsize}")
+    else:
+        raw = importlib.import_module("asyncshard.integrations.torch").library.memory_of(name, value)
+        array, dtype = raw
+    if dtype is None:
+        raise ValueError(f"tensor {name!r} has dtype {value.dtype}, which safetensors files cannot hold")
+    return array, dtype
+
+
+def _spec_name(dtype: Dtype) -> str:
+    if dtype.name in _SPEC_NAMES:
+        return _SPEC_NAMES[dtype.name]
+    return _KINDS[dtype.name[0]] + dtype.name[1:]
