@@ -47,7 +47,58 @@ def read_vectors(fd: int, offset: int, buffers: Sequence[Buffer], stop: StopFlag
 
 # --- names, json, header
 
+class HeaderTable:
+    """The tensors of one header as columns, in file order: by (start, stop, place in the header)."""
+
+    def __len__(self) -> int: ...
+    def find(self, name: str) -> int:
+        """Return the index of the tensor, or -1."""
+
+    def name(self, index: int) -> str: ...
+    def row(self, index: int) -> tuple[str, int, tuple[int, ...], int, int]:
+        """Return name, code of the dtype, shape, and the half-open byte range of the file."""
+
+    def metadata(self) -> dict[str, str]: ...
+    @property
+    def starts(self) -> NDArray[np.int64]:
+        """First byte of each tensor, from the beginning of the file; read-only."""
+
+    @property
+    def stops(self) -> NDArray[np.int64]: ...
+    @property
+    def dtype_codes(self) -> NDArray[np.uint8]:
+        """Places in ``asyncshard.format.dtypes.DTYPES``; read-only."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+def parse_header_table(data: Buffer, *, data_start: int, file_size: int, max_tensors: int) -> HeaderTable:
+    """Parse the JSON text of a header, which ends where the data starts. Raises FormatError, without a path."""
+
+def duplicate_names(tables: Sequence[HeaderTable], limit: int = 20) -> list[tuple[str, int, int]]:
+    """Return at most `limit` names that are in two tables, each with the places of both in `tables`."""
+
 # --- weight_map
+
+class WeightMap:
+    """The file of each tensor, as an index.json tells it."""
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The distinct files, in order of first mention, as they are written: not confined."""
+
+    def __len__(self) -> int: ...
+    def find(self, name: str) -> int:
+        """Return the place in `files` of the tensor's file, or -1."""
+
+    def first_name(self, file_index: int) -> str:
+        """Return the first tensor that is mapped to the file."""
+
+    def compare(self, file_index: int, table: HeaderTable, limit: int = 20) -> tuple[list[str], list[str]]:
+        """Return the names mapped to the file that its header lacks, and those it has that are not mapped to it."""
+
+def parse_weight_map(data: Buffer, *, max_entries: int) -> WeightMap:
+    """Parse the text of an index.json. Raises FormatError, without a path."""
 
 # --- subtensors
 

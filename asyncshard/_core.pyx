@@ -5,6 +5,8 @@ checked once, in the thin ``def`` at the edge; the ``nogil`` bodies run unchecke
 and each has a plain-Python reference in the tests.
 """
 
+from asyncshard.errors import FormatError
+
 include "_kernels/memory.pxi"
 include "_kernels/reads.pxi"
 include "_kernels/names.pxi"

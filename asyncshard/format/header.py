@@ -1,0 +1,189 @@
+"""The header of a safetensors file: its length, its tensors, its metadata.
+
+Layout: 8 bytes, little-endian unsigned 64-bit ``n``; ``n`` bytes of UTF-8 JSON; the tensors' data, to the end of the
+file. Nothing here reads a file: `header_size` takes the first 8 bytes and says how many to get, `parse_header` takes
+those. The JSON and the rules on the tensors (types, shapes, sizes, offsets without a hole or an overlap) are checked
+by the compiled core, without the GIL.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+from typing_extensions import Buffer
+
+from asyncshard._core import HeaderTable, parse_header_table
+from asyncshard.errors import FormatError
+from asyncshard.format.dtypes import DTYPES
+
+PREFIX_BYTES = 8
+MAX_HEADER_BYTES = 100_000_000
+"""The format's own limit on ``n``."""
+
+_DTYPE_NAMES = tuple(dtype.name for dtype in DTYPES)
+_REMEDY = "the file is damaged or no safetensors file: fetch or write it again"
+
+
+class TensorInfo(NamedTuple):
+    """Where a tensor lies in its file, and what it is."""
+
+    name: str
+    dtype: str
+    """As the format spells it, such as ``"BF16"``; a key of `asyncshard.format.dtypes.by_name`."""
+    shape: tuple[int, ...]
+    """In elements; a dimension of an empty tensor may be as large as 2**64 - 1."""
+    start: int
+    """First byte of the tensor, counted from the beginning of the file (not of its data)."""
+    stop: int
+    """The byte after its last one: the range is half-open."""
+
+    @property
+    def nbytes(self) -> int:
+        return self.stop - self.start
+
+
+class Header(Mapping[str, TensorInfo]):
+    """The tensors of one file by name, in the order of their bytes. Immutable; made by `parse_header`.
+
+    A tensor's `TensorInfo` is made when it is asked for: a header of a million tensors is a few arrays.
+    """
+
+    __slots__ = ("file_size", "size", "table")
+
+    def __init__(self, table: HeaderTable, *, size: int, file_size: int) -> None:
+        self.table = table
+        """The columns, for code that plans over all tensors at once."""
+        self.size = size
+        """Bytes of the file before the tensors' data: 8 + n."""
+        self.file_size = file_size
+
+    def __getitem__(self, name: str) -> TensorInfo:
+        index = self.table.find(name)
+        if index < 0:
+            raise KeyError(name)
+        return self.at(index)
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and self.table.find(name) >= 0
+
+    def __iter__(self) -> Iterator[str]:
+        return map(self.table.name, range(len(self.table)))
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def at(self, index: int) -> TensorInfo:
+        """Return the tensor at `index` in file order; IndexError outside 0 … len − 1."""
+        name, code, shape, start, stop = self.table.row(index)
+        return TensorInfo(name, _DTYPE_NAMES[code], shape, start, stop)
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """A new dict of the header's ``__metadata__``, empty if it has none."""
+        return self.table.metadata()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that the header holds."""
+        return self.table.nbytes
+
+    def __repr__(self) -> str:
+        return f"<Header of {len(self)} tensors in {self.file_size} bytes>"
+
+
+def header_size(
+    prefix: Buffer, file_size: int, *, max_header_bytes: int = MAX_HEADER_BYTES, path: str | None = None
+) -> int:
+    """Return how many bytes of the file come before the tensors' data (8 + n), from its first 8.
+
+    Rules 1 to 3 of the format: everything that must hold before memory is asked for. `max_header_bytes` refuses a
+    smaller ``n`` than the format's limit does; it cannot raise that.
+
+    Raises
+    ------
+    FormatError
+        The file is shorter than 8 bytes or than its header, or ``n`` is above the limit.
+    ValueError
+        `prefix` is shorter than 8 bytes though the file is not.
+    """
+    if file_size < PREFIX_BYTES:
+        raise _error(f"a safetensors file has at least 8 bytes, this one {file_size}; {_REMEDY}", path, offset=0)
+    with memoryview(prefix).cast("B") as octets:
+        if len(octets) < PREFIX_BYTES:
+            raise ValueError(f"the first 8 bytes of the file are needed, not {len(octets)}")
+        length = int.from_bytes(octets[:PREFIX_BYTES], "little")
+    if length > MAX_HEADER_BYTES:
+        raise _error(
+            f"the header would be {length} bytes long, over the format's limit of {MAX_HEADER_BYTES}; {_REMEDY}",
+            path,
+            offset=0,
+        )
+    if length > max_header_bytes:
+        raise _error(
+            f"the header is {length} bytes long, over max_header_bytes={max_header_bytes}; raise that to read the file",
+            path,
+            offset=0,
+        )
+    if length > file_size - PREFIX_BYTES:
+        raise _error(
+            f"the header would be {length} bytes long, and the file has {file_size}: it is cut short; {_REMEDY}",
+            path,
+            offset=0,
+        )
+    return PREFIX_BYTES + length
+
+
+def parse_header(
+    data: Buffer,
+    file_size: int | None = None,
+    *,
+    max_tensors: int | None = None,
+    max_header_bytes: int | None = None,
+    path: str | None = None,
+) -> Header:
+    """Parse and check the header of a safetensors file.
+
+    Parameters
+    ----------
+    data
+        The file from its first byte, at least to the end of its header. Not kept, and not to be written to meanwhile.
+    file_size
+        Of the file in bytes; None when `data` is the whole of it.
+    max_tensors, max_header_bytes
+        Refuse a header with more; None for the format's limits alone.
+    path
+        For the messages of errors.
+
+    Pure, and safe in several threads; it holds the GIL for microseconds, whatever the header's size.
+
+    Raises
+    ------
+    FormatError
+        A rule of the format is broken; the message names the rule, the tensor and the byte.
+    ValueError
+        `data` ends within the header of a file that does not.
+    """
+    with memoryview(data).cast("B") as octets:
+        whole = len(octets) if file_size is None else file_size
+        limit = MAX_HEADER_BYTES if max_header_bytes is None else max_header_bytes
+        size = header_size(octets, whole, max_header_bytes=limit, path=path)
+        if len(octets) < size:
+            raise ValueError(f"the header takes the first {size} bytes of the file, and data has {len(octets)}")
+        with octets[PREFIX_BYTES:size] as text:
+            try:
+                table = parse_header_table(
+                    text,
+                    data_start=size,
+                    file_size=whole,
+                    max_tensors=sys.maxsize if max_tensors is None else max_tensors,
+                )
+            except FormatError as error:
+                raise _error(str(error), path, tensor=error.tensor, offset=error.offset) from None
+    return Header(table, size=size, file_size=whole)
+
+
+def _error(message: str, path: str | None, *, tensor: str | None = None, offset: int | None = None) -> FormatError:
+    prefixed = message if path is None else f"{path}: {message}"
+    return FormatError(prefixed, path=path, tensor=tensor, offset=offset)
