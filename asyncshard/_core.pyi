@@ -1,7 +1,6 @@
 """Typed stub of the compiled core; ``stubtest`` holds the two together."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray

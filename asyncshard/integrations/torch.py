@@ -61,12 +61,14 @@ class TorchTensors:
         tensor = destination.detach()
         size = tensor.element_size()
         if size not in (1, 2, 4, 8):
-            raise DestinationError(f"the destination of {name!r} has dtype {tensor.dtype}, which no tensor has", tensor=name)
+            raise DestinationError(
+                f"the destination of {name!r} has dtype {tensor.dtype}, which no tensor has", tensor=name
+            )
         strides = [stride * size for stride in tensor.stride()]
         span = 0
         if tensor.numel():
             span = sum(stride * (count - 1) for stride, count in zip(strides, tensor.shape, strict=True)) + size
-        memory = Span(tensor.data_ptr(), span, tensor)
+        memory: Any = Span(tensor.data_ptr(), span, tensor)
         array = np.ndarray(tuple(tensor.shape), f"u{size}", memory, 0, strides)
         kind = _NAMES.get(tensor.dtype)
         return RawArray(array, by_name[kind] if kind else None)

@@ -130,9 +130,7 @@ class Loader:
                 with anyio.CancelScope(shield=True):
                     await store.aclose()
 
-    async def _plan(
-        self, request: Request, store: Store, checkpoint: Checkpoint, threads: DaemonThreads
-    ) -> Transfer:
+    async def _plan(self, request: Request, store: Store, checkpoint: Checkpoint, threads: DaemonThreads) -> Transfer:
         chunk_size = self._options.chunk_size
         library = await threads.run(self._options.library)
         if request.into is None and not request.is_new:
@@ -155,9 +153,7 @@ def open_store(path: ModelPath, options: Options) -> Store:
     """Return the store for a path, or the one that was given."""
     if isinstance(path, Store):
         return path
-    return from_url(
-        path, max_workers=options.max_workers, page_cache=options.page_cache, **options.storage_options
-    )
+    return from_url(path, max_workers=options.max_workers, page_cache=options.page_cache, **options.storage_options)
 
 
 async def discover(path: ModelPath, selection: Selection, options: Options) -> list[str]:

@@ -16,13 +16,11 @@ _FRAMEWORKS = {"np": None, "pt": "asyncshard.integrations.torch"}
 _ORDERS = ("plan", "completion")
 
 
-class Tuning(TypedDict, total=False):
-    """The keywords, for type checkers; `Options` says what each means. None is as good as not given."""
+class KeywordTuning(TypedDict, total=False):
+    """The keywords that are keywords everywhere; `Options` says what each means. None is as good as not given."""
 
     memory_budget_mb: float | None
     budget: MemoryBudget | None
-    prefetch_count: int | None
-    max_workers: int | None
     chunk_size: int | None
     framework: Literal["np", "pt"] | None
     page_cache: Literal["keep", "drop"] | None
@@ -31,6 +29,13 @@ class Tuning(TypedDict, total=False):
     max_header_bytes: int | None
     max_tensors: int | None
     storage_options: Mapping[str, Any] | None
+
+
+class Tuning(KeywordTuning, total=False):
+    """All tuning keywords, for type checkers."""
+
+    prefetch_count: int | None
+    max_workers: int | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Unpack
 
 from asyncshard.loaders.loader import Loader, ModelPath, Request
-from asyncshard.loaders.options import Tuning
+from asyncshard.loaders.options import KeywordTuning
 from asyncshard.loaders.sharded_state import ShardedStateLoader
 from asyncshard.pipeline.stream import Stream
 
@@ -37,7 +37,7 @@ class AsyncShardLoader(Loader):
         base_loader: Loader | None = None,
         prefetch_count: int | None = None,
         max_workers: int | None = None,
-        **tuning: Unpack[Tuning],
+        **tuning: Unpack[KeywordTuning],
     ) -> None:
         base = ShardedStateLoader() if base_loader is None else base_loader
         if not isinstance(base, Loader):
@@ -45,9 +45,7 @@ class AsyncShardLoader(Loader):
         given = {"prefetch_count": prefetch_count, "max_workers": max_workers, **tuning}
         options = base.options.override(given)
         has_own_budget = given.get("memory_budget_mb") is not None or given.get("budget") is not None
-        selection = base.selection._replace(
-            max_header_bytes=options.max_header_bytes, max_tensors=options.max_tensors
-        )
+        selection = base.selection._replace(max_header_bytes=options.max_header_bytes, max_tensors=options.max_tensors)
         super().__init__(selection, options, None if has_own_budget else base.budget)
 
     def stream(

@@ -64,7 +64,8 @@ async def save_sharded_state(
     Parameters
     ----------
     state_dict : mapping of str to array or tensor
-        NumPy arrays or CPU torch tensors. They are read in place and must not change meanwhile; a strided one is copied.
+        NumPy arrays or CPU torch tensors. They are read in place and must not change meanwhile; a strided one
+        is copied.
     directory : str or path
         Made if it does not exist.
     rank : int
@@ -126,7 +127,7 @@ class _Save:
             os.makedirs(self._directory, exist_ok=True)
 
     def write(self, number: int, tensors: list[_Tensor]) -> None:
-        from safetensors import TensorSpec, serialize_file  # noqa: PLC0415 - only who writes pays for the import
+        from safetensors import TensorSpec, serialize_file
 
         path = os.path.join(self._directory, self._pattern.format_for_rank(self._rank, number, self._pp_rank))
         temporary = f"{path}.{os.getpid()}.tmp"

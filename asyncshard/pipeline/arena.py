@@ -8,6 +8,7 @@ lock guards it.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -121,7 +122,7 @@ class Arena:
 
         The caller discards their pages, which needs no lock, and gives them back with ``free(is_touched=False)``.
         """
-        taken = []
+        taken: list[Extent] = []
         excess = self.resident - limit
         for region, gaps in reversed(self._gaps.items()):
             for gap in reversed(gaps.copy()):
@@ -135,4 +136,4 @@ class Arena:
 
 
 def _is_seamless(gaps: list[_Gap]) -> bool:
-    return all(left.stop == right.start for left, right in zip(gaps, gaps[1:], strict=False))
+    return all(left.stop == right.start for left, right in itertools.pairwise(gaps))

@@ -44,9 +44,10 @@ class NumpyArrays:
     """NumPy arrays, with `ml_dtypes` for the types that NumPy lacks; F4 and F6 are raw bytes."""
 
     def view(self, lease: Lease | None, offset: int, dtype: Dtype, shape: tuple[int, ...], nbytes: int) -> Any:
+        buffer: Any = lease
         if dtype.numpy is None:
-            return np.ndarray((nbytes,), np.uint8, lease, offset)
-        return np.ndarray(shape, dtype.numpy, lease, offset)
+            return np.ndarray((nbytes,), np.uint8, buffer, offset)
+        return np.ndarray(shape, dtype.numpy, buffer, offset)
 
     def memory_of(self, name: str, destination: Any) -> RawArray:
         if not isinstance(destination, np.ndarray):

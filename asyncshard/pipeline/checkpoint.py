@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from asyncshard._core import duplicate_names
+from asyncshard._core import WeightMap, duplicate_names
 from asyncshard.errors import CheckpointError, NamesError
 from asyncshard.format.header import Header, TensorInfo, header_size, parse_header
 from asyncshard.format.index import parse_index
@@ -19,7 +19,7 @@ from asyncshard.format.pattern import ShardPattern
 from asyncshard.pipeline.budget import Account
 from asyncshard.plan.layout import choose_layout, index_files
 from asyncshard.stores.base import ObjectMeta, Store
-from asyncshard.stores.threads import DaemonThreads, finish
+from asyncshard.stores.threads import DaemonThreads
 
 _FIRST_READ = 64 << 10
 """Enough for the header of most shards in one read."""
@@ -102,9 +102,7 @@ async def find_shards(store: Store, selection: Selection, threads: DaemonThreads
     return files
 
 
-async def open_checkpoint(
-    store: Store, selection: Selection, threads: DaemonThreads, account: Account
-) -> Checkpoint:
+async def open_checkpoint(store: Store, selection: Selection, threads: DaemonThreads, account: Account) -> Checkpoint:
     """List, read and validate; the headers' bytes are charged to `account`.
 
     Raises
@@ -147,7 +145,7 @@ async def read_header_of(
     if size > len(head):
         data = np.empty(size, np.uint8)
         data[: len(head)] = np.frombuffer(head, np.uint8)
-        await store.read_into(meta, len(head), [memoryview(data)[len(head) :]])
+        await store.read_into(meta, len(head), [data.data[len(head) :]])
     else:
         data = np.frombuffer(head, np.uint8)
     # The thread gets the only reference: freeing a large header is no work for the loop.
@@ -155,9 +153,7 @@ async def read_header_of(
     del data, head
 
     def parse() -> Header:
-        return parse_header(
-            memoryview(holder.pop()), meta.size, max_tensors=max_tensors, path=path, **limit
-        )
+        return parse_header(holder.pop().data, meta.size, max_tensors=max_tensors, path=path, **limit)
 
     header = await threads.run(parse)
     if account is not None:
@@ -165,9 +161,7 @@ async def read_header_of(
     return Shard(meta, path, header)
 
 
-async def _find(
-    store: Store, selection: Selection, threads: DaemonThreads
-) -> tuple[tuple[str, ...], WeightMap | None]:
+async def _find(store: Store, selection: Selection, threads: DaemonThreads) -> tuple[tuple[str, ...], WeightMap | None]:
     listing = await store.list()
     layout = choose_layout(
         listing.names,

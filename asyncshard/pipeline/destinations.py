@@ -73,7 +73,7 @@ def boxes(shape: tuple[int, ...], first: int, last: int) -> Iterator[tuple[tuple
     if first >= last:
         return
     if not shape:
-        yield (..., ), first, last
+        yield (...,), first, last
         return
     inner = math.prod(shape[1:])
     row, skipped = divmod(first, inner)
@@ -193,9 +193,10 @@ class _Fitting:
         if array.size:
             self.memory = array
         if array.flags.c_contiguous and not is_cast:
-            return Destination(given, buffer=memoryview(array.reshape(-1).view(np.uint8)))
+            return Destination(given, buffer=array.reshape(-1).view(np.uint8).data)
         if is_cast:
             assert raw.dtype is not None
+            assert raw.dtype.numpy is not None
             return Destination(given, target=array.view(raw.dtype.numpy), source=self._dtype.numpy)
         return Destination(given, target=array, source=array.dtype)
 
@@ -297,7 +298,7 @@ def _share_memory(one: NDArray[Any], other: NDArray[Any]) -> bool:
     if one.flags.c_contiguous and other.flags.c_contiguous:
         return True  # asked only where their spans overlap
     try:
-        return np.shares_memory(one, other, max_work=_OVERLAP_WORK)
+        return np.shares_memory(one, other, max_work=_OVERLAP_WORK)  # type: ignore[arg-type]
     except np.exceptions.TooHardError:
         return True
 

@@ -73,7 +73,8 @@ class StagedTransfer(Transfer):
         name = shard.header.at(item.first + int(np.argmax(sizes))).name
         size = int(sizes.max())
         return BudgetError(
-            f"{shard.path}: tensor {name!r} has {size:,} bytes, more than the memory budget of {budget.nbytes:,} bytes; "
+            f"{shard.path}: tensor {name!r} has {size:,} bytes, more than the memory budget of "
+            f"{budget.nbytes:,} bytes; "
             f"raise memory_budget_mb to {-(-size >> 20)} or more, or give it a destination (into=)",
             path=shard.path,
             tensor=name,

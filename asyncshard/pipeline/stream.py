@@ -1,4 +1,4 @@
-"""What the consumer holds: one object that is awaitable, an asynchronous context manager and an asynchronous iterator."""
+"""What the consumer holds: one object that is awaitable, an async context manager and an async iterator."""
 
 from __future__ import annotations
 

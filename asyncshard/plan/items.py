@@ -6,6 +6,7 @@ to its destination, several. Items come in delivery order: shards in turn, tenso
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -35,9 +36,7 @@ class ReadItem(NamedTuple):
         return self.stop - self.start
 
 
-def whole_tensors(
-    shard: int, starts: NDArray[np.int64], stops: NDArray[np.int64], *, limit: int
-) -> Iterator[ReadItem]:
+def whole_tensors(shard: int, starts: NDArray[np.int64], stops: NDArray[np.int64], *, limit: int) -> Iterator[ReadItem]:
     """Yield items of at most `limit` bytes that hold whole tensors; a tensor above it is alone in its item.
 
     Parameters
@@ -83,7 +82,7 @@ def placed_tensors(
     # A run goes on as long as a tensor and the one before it may share an item.
     breaks = np.flatnonzero(~(is_joined[1:] & is_joined[:-1])) + 1
     bounds = [0, *breaks.tolist(), len(starts)]
-    for run_first, run_last in zip(bounds, bounds[1:], strict=False):
+    for run_first, run_last in itertools.pairwise(bounds):
         if run_first == run_last or not is_wanted[run_first]:
             continue
         first = run_first

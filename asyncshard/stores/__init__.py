@@ -56,10 +56,16 @@ def from_url(
 
 
 def _require_known(store: Callable[..., Store], options: dict[str, Any]) -> None:
-    known = [name for name, parameter in inspect.signature(store).parameters.items() if parameter.kind == parameter.KEYWORD_ONLY]
-    known = [name for name in known if name not in ("max_workers", "page_cache")]
+    known = [
+        name
+        for name, parameter in inspect.signature(store).parameters.items()
+        if parameter.kind == parameter.KEYWORD_ONLY
+    ]
+    named = [item.name for item in inspect.signature(store).parameters.values() if item.kind is item.KEYWORD_ONLY]
+    known = [name for name in named if name not in ("max_workers", "page_cache")]
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise TypeError(
-            f"unknown storage option{'s' * (len(unknown) > 1)} {', '.join(unknown)}; this store knows {', '.join(known)}"
+            f"unknown storage option{'s' * (len(unknown) > 1)} {', '.join(unknown)}; "
+            f"this store knows {', '.join(known)}"
         )

@@ -79,20 +79,20 @@ def translated(path: str) -> Iterator[None]:
 def translate(error: OSError, path: str, *, start: int | None = None, stop: int | None = None) -> StoreError:
     """Return the StoreError for an OSError on `path`."""
     number = error.errno
-    at = "" if start is None else f" at offset {start:,}"
-    cause = error.strerror or str(error)
+    kind: type[StoreError] = StoreError
+    text = error.strerror or str(error)
     if number == errno.ENOENT and os.path.islink(path):
-        text, kind = "the symbolic link points to nothing", ObjectNotFoundError
+        kind, text = ObjectNotFoundError, "the symbolic link points to nothing"
     elif number in (errno.ENOENT, errno.ENOTDIR):
-        text, kind = "no such file or directory", ObjectNotFoundError
+        kind, text = ObjectNotFoundError, "no such file or directory"
     elif number == errno.ELOOP:
-        text, kind = "the symbolic links form a loop", StoreError
+        text = "the symbolic links form a loop"
     elif number in (errno.EACCES, errno.EPERM):
-        text, kind = "permission denied: check the owner and mode of the file and of the folders above it", AccessDeniedError
+        kind, text = AccessDeniedError, "permission denied: check the mode of the file and of the folders above it"
     elif number in (errno.EMFILE, errno.ENFILE):
-        text, kind = f"{cause}: raise the limit on open files (ulimit -n)", StoreError
-    else:
-        text, kind = f"{cause}{at}", StoreError
+        text = f"{text}: raise the limit on open files (ulimit -n)"
+    elif start is not None:
+        text = f"{text} at offset {start:,}"
     return kind(f"{path}: {text}", path=path, start=start, stop=stop, errno=number)
 
 
