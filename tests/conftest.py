@@ -41,12 +41,22 @@ class DebugLoop(asyncio.SelectorEventLoop):
         super().set_debug(True)
 
 
+_HANG_S = 60
+
+
+def _end_hang(loop):
+    loop.reports.append({"message": f"the test hangs: {[task.get_stack() for task in asyncio.all_tasks(loop)]}"})
+    for task in asyncio.all_tasks(loop):
+        task.cancel()
+
+
 def _watched(make_loop):
     def make():
         loop = make_loop()
         loop.set_debug(isinstance(loop, DebugLoop))
         loop.reports = []
         loop.set_exception_handler(lambda loop, context: loop.reports.append(context))
+        loop.call_later(_HANG_S, _end_hang, loop)
         _loops.append(loop)
         return loop
 
