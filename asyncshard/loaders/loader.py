@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
-
-import anyio
 
 from asyncshard.errors import NotRegularFileError
 from asyncshard.format.header import Header
@@ -24,7 +23,7 @@ from asyncshard.pipeline.stream import Stream
 from asyncshard.pipeline.supervisor import Supervisor
 from asyncshard.pipeline.transfer import Transfer
 from asyncshard.stores import Store, from_url
-from asyncshard.stores.threads import DaemonThreads
+from asyncshard.stores.threads import DaemonThreads, finish
 
 logger = logging.getLogger("asyncshard")
 
@@ -127,8 +126,7 @@ class Loader:
             yield await self._plan(request, store, checkpoint, threads)
         finally:
             if store is not request.path:
-                with anyio.CancelScope(shield=True):
-                    await store.aclose()
+                await finish(asyncio.ensure_future(store.aclose()))
 
     async def _plan(self, request: Request, store: Store, checkpoint: Checkpoint, threads: DaemonThreads) -> Transfer:
         chunk_size = self._options.chunk_size
@@ -163,10 +161,9 @@ async def discover(path: ModelPath, selection: Selection, options: Options) -> l
     try:
         return [store.path_of(name) for name in await find_shards(store, selection, threads)]
     finally:
-        with anyio.CancelScope(shield=True):
-            await threads.aclose()
-            if store is not path:
-                await store.aclose()
+        await threads.aclose()
+        if store is not path:
+            await finish(asyncio.ensure_future(store.aclose()))
 
 
 async def read_header(
@@ -204,9 +201,8 @@ async def read_header(
         )
         return shard.header
     finally:
-        with anyio.CancelScope(shield=True):
-            await threads.aclose()
-            await store.aclose()
+        await threads.aclose()
+        await finish(asyncio.ensure_future(store.aclose()))
 
 
 _LISTED = 20
