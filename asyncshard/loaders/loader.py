@@ -15,8 +15,9 @@ from asyncshard.format.header import Header
 from asyncshard.loaders.options import Options
 from asyncshard.pipeline.budget import Account, MemoryBudget
 from asyncshard.pipeline.checkpoint import Checkpoint, Selection, find_shards, open_checkpoint, read_header_of
-from asyncshard.pipeline.destinations import Placement, match_destinations, new_destinations
+from asyncshard.pipeline.destinations import Placement, new_destinations
 from asyncshard.pipeline.free_memory import default_budget_mb
+from asyncshard.pipeline.matching import match_destinations
 from asyncshard.pipeline.placed import PlacedTransfer
 from asyncshard.pipeline.staged import StagedTransfer
 from asyncshard.pipeline.stream import Stream
@@ -139,7 +140,7 @@ class Loader:
             placement = await new_destinations(checkpoint, library)
         else:
             placement = await match_destinations(
-                checkpoint, request.into, library, strict=request.strict, cast=request.cast, path=store.url
+                checkpoint, request.into, library, threads, strict=request.strict, cast=request.cast, path=store.url
             )
             _warn(store.url, placement)
         placed = PlacedTransfer(checkpoint, store, chunk_size, placement, threads)
@@ -212,7 +213,7 @@ def _warn(path: str, placement: Placement) -> None:
     for names, what in (
         (placement.missing, "are missing from the checkpoint and keep their values"),
         (placement.unexpected, "are in the checkpoint and were not asked for"),
-        (tuple(placement.narrowed), "are smaller than their destinations and fill their first corner"),
+        (placement.narrowed, "are smaller than their destinations and fill their first corner"),
     ):
         if names:
             more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
