@@ -41,6 +41,7 @@ class TensorInfo(NamedTuple):
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the tensor in the file."""
         return self.stop - self.start
 
 
