@@ -1,36 +1,41 @@
 """Typed stub of the compiled core; ``stubtest`` holds the two together."""
 
 from collections.abc import Callable, Sequence
+from typing import Self, final
 
 import numpy as np
 from numpy.typing import NDArray
-from typing_extensions import Buffer
+from typing_extensions import Buffer, disjoint_base
 
 # --- memory
 
+@final
 class Region:
     nbytes: int
-    def __init__(self, nbytes: int) -> None: ...
+    def __new__(cls, nbytes: int) -> Self: ...
     def discard(self, start: int, stop: int) -> None: ...
 
+@final
 class ReturnList:
     wake: Callable[[], object] | None
     is_awaited: bool
     discards: bool
     def collect(self) -> list[int]: ...
 
+@final
 class Lease:
     start: int
     nbytes: int
-    def __init__(self, region: Region, start: int, nbytes: int, returns: ReturnList, token: int) -> None: ...
+    def __new__(cls, region: Region, start: int, nbytes: int, returns: ReturnList, token: int) -> Self: ...
     @property
     def address(self) -> int: ...
     def __len__(self) -> int: ...
     def __buffer__(self, flags: int, /) -> memoryview: ...
 
+@final
 class Span:
     nbytes: int
-    def __init__(self, address: int, nbytes: int, owner: object) -> None: ...
+    def __new__(cls, address: int, nbytes: int, owner: object) -> Self: ...
     def __len__(self) -> int: ...
     def __buffer__(self, flags: int, /) -> memoryview: ...
 
@@ -40,6 +45,7 @@ def spread(
 
 # --- reads
 
+@final
 class StopFlag:
     def set(self) -> None: ...
     def is_set(self) -> bool: ...
@@ -48,6 +54,7 @@ def read_vectors(fd: int, offset: int, buffers: Sequence[Buffer], stop: StopFlag
 
 # --- names, json, header
 
+@disjoint_base
 class HeaderTable:
     """The tensors of one header as columns, in file order: by (start, stop, place in the header)."""
 
@@ -81,6 +88,7 @@ def duplicate_names(tables: Sequence[HeaderTable], limit: int = 20) -> list[tupl
 
 # --- weight_map
 
+@disjoint_base
 class WeightMap:
     """The file of each tensor, as an index.json tells it."""
 
