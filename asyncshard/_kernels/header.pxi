@@ -546,9 +546,10 @@ cdef object entry_error(Reader *reader, Entries *entries, size_t row, bint names
     if row < entries.names.count:
         place = header_row(entries, row)
         name = text_to_str(strings_at(&entries.names, row if names_moved else place))
-    reader.position = 0
-    peek(reader)
-    reader.fault_position = member_position(reader, reader.position, place, METADATA_KEY)
+    with nogil:
+        reader.position = 0
+        peek(reader)
+        reader.fault_position = member_position(reader, reader.position, place, METADATA_KEY)
     return format_error(reader, base, name)
 
 

@@ -53,7 +53,7 @@ cdef void give_back(void **block, size_t *capacity, size_t used, size_t item_siz
     """Return the unused end of a block to the system."""
     cdef void *moved
     if used < capacity[0]:
-        moved = PyMem_RawRealloc(block[0], max(used, 1) * item_size)
+        moved = PyMem_RawRealloc(block[0], used * item_size + 1)
         if moved != NULL:
             block[0] = moved
             capacity[0] = used

@@ -216,8 +216,8 @@ cdef WeightMap weight_map(const Py_buffer *view, size_t max_entries):
         name = text_to_str(strings_at(&mapping.names, count - 1)) if count > mapping.values.count else None
         raise format_error(&reader, 0, name)
     if row >= 0:
-        position = member_position(&reader, mapping.opening, row, NO_KEY)
-        fail(&reader, FAULT_WEIGHT_MAP_KEY_TWICE, position)
+        with nogil:
+            fail(&reader, FAULT_WEIGHT_MAP_KEY_TWICE, member_position(&reader, mapping.opening, row, NO_KEY))
         raise format_error(&reader, 0, text_to_str(strings_at(&mapping.names, row)))
     count = mapping.names.count
     made.file_of = <uint32_t *> PyMem_RawMalloc((count + 1) * sizeof(uint32_t))
