@@ -42,6 +42,7 @@ class TensorInfo(NamedTuple):
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the tensor in its file."""
         return self.stop - self.start
 
 

@@ -86,7 +86,7 @@ def boxes(shape: tuple[int, ...], first: int, last: int) -> Iterator[tuple[tuple
 
 @dataclass(slots=True)
 class ShardDestinations:
-    """Where the tensors of one shard go, in columns: objects for each of 100,000 would set off the garbage collector."""
+    """Where the tensors of one shard go, in columns: an object for each would set off the garbage collector."""
 
     given: list[Any]
     """What the caller gave and gets back when it is filled; None for a tensor that nobody wants."""
