@@ -1,7 +1,7 @@
 """Typed stub of the compiled core; ``stubtest`` holds the two together."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Never, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,9 +13,11 @@ from typing_extensions import Buffer
 
 # --- names, json, header
 
+@final
 class HeaderTable:
     """The tensors of one header as columns, in file order: by (start, stop, place in the header)."""
 
+    def __init__(self, *args: Never, **kwargs: Never) -> None: ...
     def __len__(self) -> int: ...
     def find(self, name: str) -> int:
         """Return the index of the tensor, or -1."""
@@ -46,9 +48,11 @@ def duplicate_names(tables: Sequence[HeaderTable], limit: int = 20) -> list[tupl
 
 # --- weight_map
 
+@final
 class WeightMap:
     """The file of each tensor, as an index.json tells it."""
 
+    def __init__(self, *args: Never, **kwargs: Never) -> None: ...
     @property
     def files(self) -> tuple[str, ...]:
         """The distinct files, in order of first mention, as they are written: not confined."""

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
-
-from typing_extensions import Buffer
+from typing import TYPE_CHECKING, NamedTuple
 
 from asyncshard._core import HeaderTable, parse_header_table
 from asyncshard.errors import FormatError
 from asyncshard.format.dtypes import DTYPES
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 PREFIX_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000

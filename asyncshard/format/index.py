@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 import sys
-
-from typing_extensions import Buffer
+from typing import TYPE_CHECKING
 
 from asyncshard._core import WeightMap, parse_weight_map
 from asyncshard.errors import FormatError
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 _DRIVE = re.compile(r"[A-Za-z]:")
 
