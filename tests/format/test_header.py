@@ -1,5 +1,6 @@
 """Each rule of the header, one by one; agreement with safetensors is in test_header_against_safetensors.py."""
 
+import os
 import random
 import subprocess
 import sys
@@ -566,6 +567,7 @@ print(size, resident("VmHWM:") - before, header.nbytes)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.skipif("asan" in os.environ.get("LD_PRELOAD", ""), reason="the sanitiser keeps freed memory")
 @pytest.mark.parametrize("order", ["sorted", "shuffled"])
 def test_a_million_tensors_take_at_most_two_and_a_half_times_the_headers_bytes(order, tmp_path):
     arguments = [sys.executable, "-c", MEASURE, "1000000", order, str(tmp_path / "header")]
