@@ -10,6 +10,9 @@ from typing_extensions import Buffer
 from asyncshard._core import WeightMap, parse_weight_map
 from asyncshard.errors import FormatError
 
+MAX_INDEX_BYTES = 100_000_000
+"""Refused above this before it is read, like a header: a million tensors take about as much."""
+
 _DRIVE = re.compile(r"[A-Za-z]:")
 
 
