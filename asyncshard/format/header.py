@@ -76,7 +76,7 @@ class Header(Mapping[str, TensorInfo]):
         return len(self.table)
 
     def at(self, index: int) -> TensorInfo:
-        """Return the tensor at `index` in file order; IndexError outside 0 … len − 1."""
+        """Return the tensor at `index` in file order; IndexError outside 0 … len - 1."""
         name, code, shape, start, stop = self.table.row(index)
         return TensorInfo(name, _DTYPE_NAMES[code], shape, start, stop)
 
