@@ -54,13 +54,19 @@ class LocalStore(Store):
         self._allow_symlinks = allow_symlinks
         self._threads = DaemonThreads(max_workers or DEFAULT_MAX_WORKERS, "asyncshard-read")
         self._files = files.OpenFiles(_MAX_OPEN_FILES)
+        self._is_closed = False
 
     def path_of(self, name: str) -> str:
         return os.path.join(self._root, name)
 
     async def aclose(self) -> None:
-        await self._threads.run(self._files.close)
-        await self._threads.aclose()
+        if self._is_closed:
+            return
+        self._is_closed = True
+        try:
+            await finish(asyncio.wrap_future(self._threads.submit(self._files.close)))
+        finally:
+            await self._threads.aclose()
 
     async def list(self) -> Listing:
         listing = await self._threads.run(self._list)
