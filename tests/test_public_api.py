@@ -217,14 +217,25 @@ IMPORT = """
 import gc, json, logging, os, signal, sys, threading, warnings, asyncio, locale
 import numpy, anyio
 def state():
+    root = logging.getLogger()
     return {
-        "environ": dict(os.environ), "cwd": os.getcwd(), "handlers": len(logging.getLogger().handlers), "level": logging.getLogger().level, "filters": len(warnings.filters),
-        "threads": [thread.name for thread in threading.enumerate()], "gc": [gc.isenabled(), gc.get_threshold()],
-        "policy": type(asyncio.get_event_loop_policy()).__name__, "hooks": [str(sys.excepthook), str(sys.unraisablehook)],
+        "environ": dict(os.environ),
+        "cwd": os.getcwd(),
+        "logging": [len(root.handlers), root.level],
+        "warnings": len(warnings.filters),
+        "threads": [thread.name for thread in threading.enumerate()],
+        "gc": [gc.isenabled(), gc.get_threshold()],
+        "policy": type(asyncio.get_event_loop_policy()).__name__,
+        "hooks": [str(sys.excepthook), str(sys.unraisablehook)],
         "signals": [str(signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGBUS)],
-        "switch": sys.getswitchinterval(), "fds": sorted(os.listdir("/proc/self/fd")), "path": sys.path[:],
-        "recursion": sys.getrecursionlimit(), "numpy": str(numpy.geterr()), "stack": threading.stack_size(),
-        "locale": locale.getlocale(), "umask": [os.umask(18), os.umask(18)][1],
+        "switch": sys.getswitchinterval(),
+        "fds": sorted(os.listdir("/proc/self/fd")),
+        "path": sys.path[:],
+        "recursion": sys.getrecursionlimit(),
+        "numpy": str(numpy.geterr()),
+        "stack": threading.stack_size(),
+        "locale": locale.getlocale(),
+        "umask": [os.umask(18), os.umask(18)][1],
     }
 before = state()
 import asyncshard

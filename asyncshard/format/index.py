@@ -12,6 +12,9 @@ from asyncshard.errors import FormatError
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
+MAX_INDEX_BYTES = 100_000_000
+"""Refused above this before it is read, like a header: a million tensors take about as much."""
+
 _DRIVE = re.compile(r"[A-Za-z]:")
 
 
