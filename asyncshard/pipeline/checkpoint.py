@@ -163,14 +163,17 @@ async def read_header_of(
 
 async def _find(store: Store, selection: Selection, threads: DaemonThreads) -> tuple[tuple[str, ...], WeightMap | None]:
     listing = await store.list()
-    layout = choose_layout(
-        listing.names,
-        is_file=listing.is_file,
-        pattern=selection.pattern,
-        rank=selection.rank,
-        world_size=selection.world_size,
-        pp_rank=selection.pp_rank,
-        path=store.url,
+    # In a thread: a prefix may hold 100,000 objects.
+    layout = await threads.run(
+        lambda: choose_layout(
+            listing.names,
+            is_file=listing.is_file,
+            pattern=selection.pattern,
+            rank=selection.rank,
+            world_size=selection.world_size,
+            pp_rank=selection.pp_rank,
+            path=store.url,
+        )
     )
     if layout.kind != "index":
         return layout.files, None

@@ -48,6 +48,8 @@ class LocalStore(Store):
     ) -> None:
         if page_cache not in ("keep", "drop"):
             raise ValueError(f'page_cache must be "keep" or "drop", not {page_cache!r}')
+        if page_cache == "drop" and not hasattr(os, "posix_fadvise"):
+            raise ValueError('page_cache="drop" needs posix_fadvise, which this system does not have')
         self.url = os.path.abspath(path)
         self._root = self.url
         self._drops_cache = page_cache == "drop"
