@@ -14,7 +14,7 @@ import numpy as np
 from asyncshard._core import WeightMap, duplicate_names
 from asyncshard.errors import CheckpointError, NamesError
 from asyncshard.format.header import Header, TensorInfo, header_size, parse_header
-from asyncshard.format.index import parse_index
+from asyncshard.format.index import MAX_INDEX_BYTES, parse_index
 from asyncshard.format.pattern import ShardPattern
 from asyncshard.pipeline.budget import Account
 from asyncshard.plan.layout import choose_layout, index_files
@@ -176,7 +176,7 @@ async def _find(store: Store, selection: Selection, threads: DaemonThreads) -> t
         return layout.files, None
     (index_name,) = layout.files
     path = store.path_of(index_name)
-    data = await store.read(index_name)
+    data = await store.read(index_name, max_bytes=MAX_INDEX_BYTES)
     weight_map = await threads.run(lambda: parse_index(data, path=path))
     return tuple(index_files(weight_map.files, listing.names, path)), weight_map
 
