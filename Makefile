@@ -38,15 +38,16 @@ test: $(VENV)/.test
 bench: $(VENV)/.bench
 	$(BIN)/python -m bench
 
-# The library goes to its own folder, which PYTHONPATH puts before the installed one. Leaks are not looked for: the
-# interpreter itself frees nothing at its exit.
+# The sanitised library goes to a folder of its own, which PYTHONPATH puts before the installed one. libstdc++ is loaded
+# first because torch throws C++ exceptions, which the sanitiser must know of from the start. Leaks are not looked for:
+# the interpreter itself leaves memory at its exit. pytest must not capture the file that the sanitiser writes to.
 sanitize: $(VENV)/.test $(SANITIZED)/.built
-	LD_PRELOAD="$$(gcc -print-file-name=libasan.so)" \
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so.6)" \
 	ASAN_OPTIONS=detect_leaks=0 \
 	UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	PYTHONMALLOC=malloc \
 	PYTHONPATH=$(SANITIZED)/lib \
-	$(BIN)/pytest -p no:cacheprovider $(CORE_TESTS)
+	$(BIN)/pytest -p no:cacheprovider --capture=sys $(CORE_TESTS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
