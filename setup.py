@@ -22,7 +22,7 @@ core = Extension(
 setup(
     ext_modules=cythonize(
         core,
-        build_dir="build/cython",
+        build_dir="build/sanitize/cython" if SANITIZE else "build/cython",
         compiler_directives={
             "language_level": 3,
             "boundscheck": SANITIZE,

@@ -1,6 +1,7 @@
 """Typed stub of the compiled core; ``stubtest`` holds the two together."""
 
 from collections.abc import Callable, Sequence
+from typing import Never, Self, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,27 +9,33 @@ from typing_extensions import Buffer
 
 # --- memory
 
+@final
 class Region:
     nbytes: int
-    def __init__(self, nbytes: int) -> None: ...
+    def __new__(cls, nbytes: int) -> Self: ...
     def discard(self, start: int, stop: int) -> None: ...
 
+@final
 class ReturnList:
     wake: Callable[[], object] | None
     is_awaited: bool
     discards: bool
     def collect(self) -> list[int]: ...
 
+@final
 class Lease:
     start: int
     nbytes: int
-    def __init__(self, region: Region, start: int, nbytes: int, returns: ReturnList, token: int) -> None: ...
+    def __new__(cls, region: Region, start: int, nbytes: int, returns: ReturnList, token: int) -> Self: ...
+    @property
+    def address(self) -> int: ...
     def __len__(self) -> int: ...
     def __buffer__(self, flags: int, /) -> memoryview: ...
 
+@final
 class Span:
     nbytes: int
-    def __init__(self, address: int, nbytes: int, owner: object) -> None: ...
+    def __new__(cls, address: int, nbytes: int, owner: object) -> Self: ...
     def __len__(self) -> int: ...
     def __buffer__(self, flags: int, /) -> memoryview: ...
 
@@ -38,6 +45,7 @@ def spread(
 
 # --- reads
 
+@final
 class StopFlag:
     def set(self) -> None: ...
     def is_set(self) -> bool: ...
@@ -46,9 +54,11 @@ def read_vectors(fd: int, offset: int, buffers: Sequence[Buffer], stop: StopFlag
 
 # --- names, json, header
 
+@final
 class HeaderTable:
     """The tensors of one header as columns, in file order: by (start, stop, place in the header)."""
 
+    def __init__(self, *args: Never, **kwargs: Never) -> None: ...
     def __len__(self) -> int: ...
     def find(self, name: str) -> int:
         """Return the index of the tensor, or -1."""
@@ -79,9 +89,11 @@ def duplicate_names(tables: Sequence[HeaderTable], limit: int = 20) -> list[tupl
 
 # --- weight_map
 
+@final
 class WeightMap:
     """The file of each tensor, as an index.json tells it."""
 
+    def __init__(self, *args: Never, **kwargs: Never) -> None: ...
     @property
     def files(self) -> tuple[str, ...]:
         """The distinct files, in order of first mention, as they are written: not confined."""

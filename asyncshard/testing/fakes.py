@@ -82,8 +82,8 @@ class WrapperStore(Store):
     async def read_into(self, meta: ObjectMeta, start: int, buffers: Sequence[memoryview]) -> None:
         await self.store.read_into(meta, start, buffers)
 
-    async def read(self, name: str) -> bytes:
-        return await self.store.read(name)
+    async def read(self, name: str, *, max_bytes: int | None = None) -> bytes:
+        return await self.store.read(name, max_bytes=max_bytes)
 
     async def aclose(self) -> None:
         await self.store.aclose()
@@ -108,9 +108,9 @@ class LatencyStore(WrapperStore):
         await asyncio.sleep(self._delay_s)
         await super().read_into(meta, start, buffers)
 
-    async def read(self, name: str) -> bytes:
+    async def read(self, name: str, *, max_bytes: int | None = None) -> bytes:
         await asyncio.sleep(self._delay_s)
-        return await super().read(name)
+        return await super().read(name, max_bytes=max_bytes)
 
 
 @dataclass(slots=True, eq=False)
