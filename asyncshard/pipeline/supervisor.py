@@ -175,6 +175,7 @@ class Supervisor:
         closing = asyncio.ensure_future(self._clean_up())
         with contextlib.suppress(asyncio.CancelledError):
             await finish(closing)
+        self._changed.set()  # as the last thing: who waits in `next_slot` has to find this task done
 
     async def _serve(self) -> None:
         async with self._opener(self.account, self._threads) as transfer:
@@ -199,7 +200,6 @@ class Supervisor:
         if not self._opened.done():
             self._opened.set_exception(self._crash or StreamClosedError("the stream was closed before it was open"))
             self._opened.exception()  # seen, should nobody wait for it
-        self._changed.set()
 
     async def _read_round(self, transfer: Transfer) -> None:
         """Read until all items are read, or until halted; then wait until the consumer asks again."""
@@ -297,6 +297,7 @@ class Supervisor:
         finally:
             self.counters.bytes_in_flight -= item.nbytes
             self._own_tasks.discard(task)
+            del task  # a cycle of task, exception and frame would keep the buffer alive
         if transfer.is_in_place:
             slot.lease = None
         slot.is_done = True

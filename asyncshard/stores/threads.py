@@ -115,4 +115,7 @@ async def finish(future: asyncio.Future[T], on_cancel: Callable[[], object] | No
         return future.result()
     if not future.cancelled():
         future.exception()  # seen: the cancellation is what the caller hears of
-    raise cancelled
+    try:
+        raise cancelled
+    finally:
+        del cancelled  # a cycle of exception and frame would keep the callers' buffers alive
