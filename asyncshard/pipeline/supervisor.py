@@ -93,7 +93,8 @@ class Supervisor:
 
     async def opened(self) -> None:
         """Wait until the checkpoint is open and the transfer planned; raise what prevented it."""
-        await asyncio.wait([self._opened])
+        if not self._opened.done():
+            await asyncio.wait([self._opened])
         self._opened.result()
 
     async def next_slot(self) -> Slot | None:
