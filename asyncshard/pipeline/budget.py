@@ -227,7 +227,7 @@ class MemoryBudget:
             with self._lock:
                 if waiter.is_granted:
                     waiter.take_back()
-                else:
+                elif waiter in self._waiters:  # not so where its loop had closed when its turn came
                     self._waiters.remove(waiter)
                 self._settle()
                 self._grant()
