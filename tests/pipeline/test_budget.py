@@ -394,32 +394,76 @@ async def test_many_tasks_and_accounts_keep_within_the_budget_and_all_end():
 async def test_hand_over_lets_the_oldest_go_and_no_more_than_needed():
     budget = make_budget(4)
     account = budget.open_account()
-    await account.set_floor(4 * PAGE)
+    await account.set_floor(2 * PAGE)
     leases = [await account.allocate(PAGE) for _ in range(4)]
-    assert account.hand_over(2 * PAGE)
-    assert (account.used, account.bytes_held(), budget.bytes_held) == (2 * PAGE, 2 * PAGE, 2 * PAGE)
-    assert account.hand_over(2 * PAGE)
-    assert account.bytes_held() == 2 * PAGE
-    del leases[0]
-    assert (account.bytes_held(), budget.bytes_used) == (PAGE, 2 * PAGE)
-    del leases[-1]
-    assert (account.bytes_held(), budget.bytes_used) == (PAGE, PAGE)
+    waiting = asking(account, 2)
+    await turns()
+    assert account.hand_over()
+    assert (account.used, account.bytes_held(), budget.bytes_held) == (4 * PAGE, 2 * PAGE, 2 * PAGE)
+    leases.append(await waiting)
+    del leases[0], waiting
+    await turns(1)  # the loop itself refers to what it has just woken
+    assert (account.bytes_held(), budget.bytes_used) == (PAGE, 4 * PAGE)
+    del leases[-2]
+    assert (account.bytes_held(), budget.bytes_used) == (PAGE, 3 * PAGE)
     account.close()
-    assert (budget.bytes_held, budget.bytes_used) == (2 * PAGE, 0)
+    assert (budget.bytes_held, budget.bytes_used) == (4 * PAGE, 0)
     leases.clear()
     assert budget.bytes_held == 0
 
 
-async def test_strict_hand_over_lets_the_newest_go_alone():
+async def test_hand_over_goes_on_down_to_the_floor_where_others_were_first_in_the_queue():
+    budget = make_budget(4)
+    account, other = budget.open_account(), budget.open_account()
+    await account.set_floor(2 * PAGE)
+    leases = [await account.allocate(PAGE) for _ in range(4)]
+    first = asking(other, 1)
+    await turns()
+    waiting = asking(account, 2)
+    await turns()
+    assert account.hand_over()
+    await first
+    await waiting
+    assert account.bytes_held() == 3 * PAGE
+    assert budget.bytes_used <= budget.nbytes
+    leases.clear()
+    account.close()
+    other.close()
+
+
+async def test_strict_hand_over_lets_the_newest_go_and_no_other_while_it_lives():
     budget = make_budget(4)
     account = budget.open_account()
-    await account.set_floor(4 * PAGE)
+    await account.set_floor(PAGE)
     leases = [await account.allocate(PAGE) for _ in range(4)]
-    assert not account.hand_over(2 * PAGE, newest_only=True)
-    leases.pop()
-    assert account.bytes_held() == 0
-    assert account.used == 3 * PAGE
+    waiting = asking(account, 1)
+    await turns()
+    assert account.hand_over(newest_only=True)
+    leases.append(await waiting)
+    del waiting
+    assert (account.used, account.bytes_held()) == (4 * PAGE, PAGE)
+    waiting = asking(account, 1)
+    await turns()
+    assert not account.hand_over(newest_only=True)
+    del leases[3]  # the one that was handed over
+    assert account.hand_over(newest_only=True)
+    await waiting
     leases.clear()
+    account.close()
+
+
+async def test_there_is_nothing_to_hand_over_for_a_request_that_was_granted_a_moment_ago():
+    budget = make_budget(2)
+    account = budget.open_account()
+    await account.set_floor(2 * PAGE)
+    lease = await account.allocate(2 * PAGE)
+    waiting = asking(account, 2)
+    await turns()
+    del lease
+    for _ in range(3):  # before the task that was granted it has run
+        assert account.hand_over()
+        assert account.bytes_held() == 0
+    await waiting
     account.close()
 
 
@@ -430,7 +474,7 @@ async def test_handing_over_wakes_whoever_waits():
     lease = await account.allocate(2 * PAGE)
     waiting = asking(account, 2)
     await turns()
-    assert account.hand_over(2 * PAGE)
+    assert account.hand_over()
     assert np.frombuffer(await waiting, "u1").ctypes.data != np.frombuffer(lease, "u1").ctypes.data
     account.close()
 
@@ -472,8 +516,11 @@ async def test_what_is_resident_stays_within_budget_and_held_bytes():
     leases = []
     for _ in range(300):
         pages = chance.randint(1, 16)
-        account.hand_over(pages * PAGE)
-        leases.append(await at_once(account.allocate(pages * PAGE)))
+        waiting = asking(account, pages)
+        await turns(1)
+        account.hand_over()
+        leases.append(await waiting)
+        del waiting
         np.frombuffer(leases[-1], "u1")[:] = 1
         assert budget._arena.resident <= budget.nbytes + budget.bytes_held
         while chance.random() < 0.6 and leases:
