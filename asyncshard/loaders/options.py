@@ -76,6 +76,8 @@ class Options:
         _require_one_of("framework", self.framework, tuple(_FRAMEWORKS))
         _require_one_of("page_cache", self.page_cache, ("keep", "drop"))
         _require_one_of("order", self.order, _ORDERS)
+        if not isinstance(self.strict_budget, bool):
+            raise TypeError(f"strict_budget must be True or False, not {self.strict_budget!r}")
         if self.budget is not None and not isinstance(self.budget, MemoryBudget):
             raise TypeError(f"budget must be a MemoryBudget, not {self.budget!r}")
         if self.budget is not None and self.memory_budget_mb is not None:
@@ -84,6 +86,7 @@ class Options:
             MemoryBudget(self.memory_budget_mb)  # checks it
         if not isinstance(self.storage_options, Mapping):
             raise TypeError(f"storage_options must be a mapping, not {self.storage_options!r}")
+        object.__setattr__(self, "storage_options", dict(self.storage_options))  # the caller's own may change
 
     def override(self, given: Mapping[str, Any]) -> Self:
         """Return these options with those that were given (are not None) in their place.

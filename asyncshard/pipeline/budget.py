@@ -329,14 +329,21 @@ class Account:
         budget = self.budget
         with budget._lock:
             budget._settle()
+            budget._grant()
+            if not self._is_queued():
+                return True  # granted a moment ago; the task that asked has not run since
+            if newest_only and self.held:
+                return False  # what was spared as the newest is no longer that, and still alive
             buffers = [buffer for buffer in self.buffers.values() if not buffer.is_held]
             for buffer in buffers[-1:] if newest_only else buffers:
                 if self.used + charge_of(nbytes) <= self.floor:
                     break
                 self._give(buffer)
-            fits = self.used + charge_of(nbytes) <= self.floor
             budget._grant()
-            return fits
+            return not self._is_queued()
+
+    def _is_queued(self) -> bool:
+        return any(waiter.account is self for waiter in self.budget._waiters)
 
     def bytes_held(self) -> int:
         """Return the bytes of its delivered tensors that left the budget and are still alive."""
