@@ -1,11 +1,11 @@
 """Typed stub of the compiled core; ``stubtest`` holds the two together."""
 
 from collections.abc import Callable, Sequence
-from typing import Self, final
+from typing import Never, Self, final
 
 import numpy as np
 from numpy.typing import NDArray
-from typing_extensions import Buffer, disjoint_base
+from typing_extensions import Buffer
 
 # --- memory
 
@@ -27,6 +27,8 @@ class Lease:
     start: int
     nbytes: int
     def __new__(cls, region: Region, start: int, nbytes: int, returns: ReturnList, token: int) -> Self: ...
+    @property
+    def address(self) -> int: ...
     def __len__(self) -> int: ...
     def __buffer__(self, flags: int, /) -> memoryview: ...
 
@@ -52,10 +54,11 @@ def read_vectors(fd: int, offset: int, buffers: Sequence[Buffer], stop: StopFlag
 
 # --- names, json, header
 
-@disjoint_base
+@final
 class HeaderTable:
     """The tensors of one header as columns, in file order: by (start, stop, place in the header)."""
 
+    def __init__(self, *args: Never, **kwargs: Never) -> None: ...
     def __len__(self) -> int: ...
     def find(self, name: str) -> int:
         """Return the index of the tensor, or -1."""
@@ -86,10 +89,11 @@ def duplicate_names(tables: Sequence[HeaderTable], limit: int = 20) -> list[tupl
 
 # --- weight_map
 
-@disjoint_base
+@final
 class WeightMap:
     """The file of each tensor, as an index.json tells it."""
 
+    def __init__(self, *args: Never, **kwargs: Never) -> None: ...
     @property
     def files(self) -> tuple[str, ...]:
         """The distinct files, in order of first mention, as they are written: not confined."""

@@ -44,13 +44,17 @@ class AsyncShardError(Exception):
         return self.message  # KeyError would show its repr, OSError its errno
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (type(self), self.args, self.__dict__)
+        state = dict(self.__dict__)
+        if isinstance(self, OSError):
+            state["errno"] = self.errno  # OSError keeps it outside of __dict__
+        return _rebuild, (type(self), self.args, state)
 
 
 def _rebuild(cls: type[AsyncShardError], args: tuple[Any, ...], state: dict[str, Any]) -> AsyncShardError:
     error = cls.__new__(cls, *args)
     error.args = args
-    error.__dict__.update(state)
+    for name, value in state.items():
+        setattr(error, name, value)
     return error
 
 

@@ -5,6 +5,8 @@
 
 import numpy as np
 
+cimport cython
+
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 
 
@@ -231,16 +233,16 @@ cdef int read_metadata_into(Reader *reader, Strings *keys) noexcept nogil:
             break
         is_first = False
         if strings_append(keys, text) < 0:
-            return fail_here(reader, FAULT_MEMORY)
+            return fail(reader, FAULT_MEMORY, reader.position)
         if peek(reader) != c'"':
             return fail_here(reader, FAULT_METADATA_VALUE)
         if read_text(reader, &keys.arena, &text) < 0:
             return -1
         if arena_append(&keys.arena, text.start, text.size) < 0:
-            return fail_here(reader, FAULT_MEMORY)
+            return fail(reader, FAULT_MEMORY, reader.position)
     row = claim_all(keys)
     if row == -2:
-        return fail_here(reader, FAULT_MEMORY)
+        return fail(reader, FAULT_MEMORY, reader.position)
     if row >= 0:
         return fail(reader, FAULT_METADATA_KEY_TWICE, member_position(reader, opening, row, NO_KEY))
     return 0
@@ -289,7 +291,7 @@ cdef int read_entries(Reader *reader, Entries *entries, size_t max_tensors) noex
         if strings_append(&entries.names, key) < 0 or reserve(
             <void **> &entries.rows, &entries.room, count + 1, sizeof(Row)
         ) < 0:
-            return fail_here(reader, FAULT_MEMORY)
+            return fail(reader, FAULT_MEMORY, reader.position)
         if read_entry(reader, entries, &row) < 0:
             return -1
         if row.begin < last:
@@ -382,6 +384,7 @@ cdef void entries_free(Entries *entries) noexcept nogil:
     memset(entries, 0, sizeof(Entries))
 
 
+@cython.final
 cdef class HeaderTable:
     """The tensors of one header, in file order; made by `parse_header_table`, and never changed."""
 
@@ -531,6 +534,7 @@ cdef void adopt(HeaderTable table, Entries *entries) noexcept nogil:
     memset(&entries.metadata, 0, sizeof(Arena))
 
 
+@cython.final
 cdef class _Entries:
     # Owns the entries while they are parsed, whichever way that ends.
     cdef Entries entries
@@ -546,9 +550,10 @@ cdef object entry_error(Reader *reader, Entries *entries, size_t row, bint names
     if row < entries.names.count:
         place = header_row(entries, row)
         name = text_to_str(strings_at(&entries.names, row if names_moved else place))
-    reader.position = 0
-    peek(reader)
-    reader.fault_position = member_position(reader, reader.position, place, METADATA_KEY)
+    with nogil:
+        reader.position = 0
+        peek(reader)
+        reader.fault_position = member_position(reader, reader.position, place, METADATA_KEY)
     return format_error(reader, base, name)
 
 
@@ -684,10 +689,11 @@ def duplicate_names(tables, Py_ssize_t limit=20):
             strings[i] = &table.names
         with nogil:
             number = find_duplicates(strings, count, slots, slot_count, found, limit)
-        return [
-            ((<HeaderTable> held[found[i].second]).name(found[i].row), found[i].first, found[i].second)
-            for i in range(number)
-        ]
+        duplicates = []
+        for i in range(number):
+            table = held[found[i].second]
+            duplicates.append((table.name(found[i].row), found[i].first, found[i].second))
+        return duplicates
     finally:
         PyMem_RawFree(strings)
         PyMem_RawFree(found)

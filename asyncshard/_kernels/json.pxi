@@ -480,7 +480,7 @@ cdef int skip_scalar(Reader *reader, int c, Arena *scratch) noexcept nogil:
 
 
 cdef int skip_value(Reader *reader, int outer_levels, Arena *scratch) noexcept nogil:
-    """Check any value, inside `outer_levels` objects and arrays. No recursion: a bit a level tells object from array."""
+    """Check any value, inside `outer_levels` objects and arrays; no recursion, a bit a level tells the two apart."""
     cdef uint64_t is_object[2]
     cdef uint64_t bit
     cdef int level = outer_levels
@@ -534,7 +534,6 @@ cdef size_t member_position(Reader *reader, size_t opening, size_t row, Text ski
     cdef Arena scratch
     cdef Text key
     cdef size_t position = opening
-    cdef bint is_first = True
     memset(&scratch, 0, sizeof(Arena))
     reader.position = opening + 1
     while True:

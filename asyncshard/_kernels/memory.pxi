@@ -163,6 +163,11 @@ cdef class Lease:
     def __len__(self):
         return self.nbytes
 
+    @property
+    def address(self):
+        """Of the first byte."""
+        return <uintptr_t>(self._region._base + self.start)
+
     def __getbuffer__(self, Py_buffer* view, int flags):
         PyBuffer_FillInfo(view, self, self._region._base + self.start, self.nbytes, 0, flags)
 

@@ -53,15 +53,14 @@ cdef void give_back(void **block, size_t *capacity, size_t used, size_t item_siz
     """Return the unused end of a block to the system."""
     cdef void *moved
     if used < capacity[0]:
-        moved = PyMem_RawRealloc(block[0], max(used, 1) * item_size)
+        moved = PyMem_RawRealloc(block[0], used * item_size + 1)
         if moved != NULL:
             block[0] = moved
             capacity[0] = used
 
 
 cdef inline uint8_t *arena_draft(Arena *arena, size_t size) noexcept nogil:
-    """Return room for a record's content of at most `size` bytes, or NULL. `arena_append` of it does not move the arena.
-    """
+    """Return room for a record's content of at most `size` bytes, or NULL; to append it will not move the arena."""
     if reserve(<void **> &arena.bytes, &arena.capacity, arena.used + PREFIX_BYTES + size, 1) < 0:
         return NULL
     return arena.bytes + arena.used + PREFIX_BYTES
@@ -112,6 +111,14 @@ cdef inline Text strings_at(const Strings *strings, size_t row) noexcept nogil:
 
 cdef inline str text_to_str(Text text):
     return PyUnicode_DecodeUTF8(<const char *> text.start, text.size, NULL)
+
+
+cdef list rows_to_strs(const Strings *strings, const uint32_t *rows, size_t count):
+    cdef size_t i
+    cdef list found = []
+    for i in range(count):
+        found.append(text_to_str(strings_at(strings, rows[i])))
+    return found
 
 
 cdef inline bint texts_equal(Text a, Text b) noexcept nogil:
@@ -181,7 +188,8 @@ cdef int strings_append(Strings *strings, Text text) noexcept nogil:
 
 
 cdef int strings_make_slots(Strings *strings) noexcept nogil:
-    """Make an empty table of slots for the rows there are, loaded to 4/5: the hash's part in a slot spares the looks."""
+    """Make an empty table of slots for the rows there are. It will be full to 4/5: a slot's part of the hash tells
+    other names apart without a look at them."""
     cdef size_t room = 0
     cdef size_t wanted = strings.count + strings.count // 4 + 2
     strings.row_mask = 1

@@ -60,13 +60,13 @@ cdef int read_weight_map(Reader *reader, Mapping *mapping, size_t max_entries) n
             reader.expected = max_entries
             return fail_here(reader, FAULT_TOO_MANY)
         if strings_append(&mapping.names, text) < 0:
-            return fail_here(reader, FAULT_MEMORY)
+            return fail(reader, FAULT_MEMORY, reader.position)
         if peek(reader) != c'"':
             return fail_here(reader, FAULT_WEIGHT_MAP_VALUE)
         if read_text(reader, &mapping.values.arena, &text) < 0:
             return -1
         if strings_append(&mapping.values, text) < 0:
-            return fail_here(reader, FAULT_MEMORY)
+            return fail(reader, FAULT_MEMORY, reader.position)
 
 
 cdef int number_files(Mapping *mapping, uint32_t *file_of, uint32_t *first, size_t *files) noexcept nogil:
@@ -119,6 +119,7 @@ cdef size_t foreign_names(
     return number
 
 
+@cython.final
 cdef class _Mapping:
     # Owns the mapping while it is parsed, whichever way that ends.
     cdef Mapping mapping
@@ -128,6 +129,7 @@ cdef class _Mapping:
         strings_free(&self.mapping.values)
 
 
+@cython.final
 cdef class WeightMap:
     """The file of each tensor; made by `parse_weight_map`, and never changed."""
 
@@ -168,11 +170,10 @@ cdef class WeightMap:
         try:
             with nogil:
                 number = absent_names(&self.names, self.file_of, file, &table.names, rows, most)
-            absent = [text_to_str(strings_at(&self.names, rows[i])) for i in range(number)]
+            absent = rows_to_strs(&self.names, rows, number)
             with nogil:
                 number = foreign_names(&self.names, self.file_of, file, &table.names, rows, most)
-            foreign = [text_to_str(strings_at(&table.names, rows[i])) for i in range(number)]
-            return absent, foreign
+            return absent, rows_to_strs(&table.names, rows, number)
         finally:
             PyMem_RawFree(rows)
 
@@ -202,7 +203,7 @@ cdef WeightMap weight_map(const Py_buffer *view, size_t max_entries):
     cdef WeightMap made = WeightMap.__new__(WeightMap)
     cdef int64_t row = -1
     cdef int result
-    cdef size_t count, i
+    cdef size_t count
     cdef size_t files = 0
     memset(&reader, 0, sizeof(Reader))
     reader.text = <const uint8_t *> view.buf
@@ -216,8 +217,8 @@ cdef WeightMap weight_map(const Py_buffer *view, size_t max_entries):
         name = text_to_str(strings_at(&mapping.names, count - 1)) if count > mapping.values.count else None
         raise format_error(&reader, 0, name)
     if row >= 0:
-        position = member_position(&reader, mapping.opening, row, NO_KEY)
-        fail(&reader, FAULT_WEIGHT_MAP_KEY_TWICE, position)
+        with nogil:
+            fail(&reader, FAULT_WEIGHT_MAP_KEY_TWICE, member_position(&reader, mapping.opening, row, NO_KEY))
         raise format_error(&reader, 0, text_to_str(strings_at(&mapping.names, row)))
     count = mapping.names.count
     made.file_of = <uint32_t *> PyMem_RawMalloc((count + 1) * sizeof(uint32_t))
@@ -229,7 +230,7 @@ cdef WeightMap weight_map(const Py_buffer *view, size_t max_entries):
         result = number_files(mapping, made.file_of, made.first, &files)
     if result < 0:
         raise MemoryError("no memory to parse the index")
-    made.files = tuple([text_to_str(strings_at(&mapping.values, made.first[i])) for i in range(files)])
+    made.files = tuple(rows_to_strs(&mapping.values, made.first, files))
     made.names = mapping.names
     memset(&mapping.names, 0, sizeof(Strings))
     return made

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
-
-from typing_extensions import Buffer
+from typing import TYPE_CHECKING, NamedTuple
 
 from asyncshard._core import HeaderTable, parse_header_table
 from asyncshard.errors import FormatError
 from asyncshard.format.dtypes import DTYPES
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 PREFIX_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000
@@ -41,6 +42,7 @@ class TensorInfo(NamedTuple):
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the tensor in its file."""
         return self.stop - self.start
 
 
@@ -75,7 +77,7 @@ class Header(Mapping[str, TensorInfo]):
         return len(self.table)
 
     def at(self, index: int) -> TensorInfo:
-        """Return the tensor at `index` in file order; IndexError outside 0 … len - 1."""
+        """Return the tensor at `index` in file order; IndexError outside 0 to len - 1."""
         name, code, shape, start, stop = self.table.row(index)
         return TensorInfo(name, _DTYPE_NAMES[code], shape, start, stop)
 

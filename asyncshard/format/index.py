@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import re
 import sys
-
-from typing_extensions import Buffer
+from typing import TYPE_CHECKING
 
 from asyncshard._core import WeightMap, parse_weight_map
 from asyncshard.errors import FormatError
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+MAX_INDEX_BYTES = 100_000_000
+"""Refused above this before it is read, like a header: a million tensors take about as much."""
 
 _DRIVE = re.compile(r"[A-Za-z]:")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 from collections.abc import AsyncIterator, Mapping
@@ -9,22 +10,21 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import anyio
-
 from asyncshard.errors import NotRegularFileError
 from asyncshard.format.header import Header
 from asyncshard.loaders.options import Options
 from asyncshard.pipeline.budget import Account, MemoryBudget
 from asyncshard.pipeline.checkpoint import Checkpoint, Selection, find_shards, open_checkpoint, read_header_of
-from asyncshard.pipeline.destinations import Placement, match_destinations, new_destinations
+from asyncshard.pipeline.destinations import Placement, new_destinations
 from asyncshard.pipeline.free_memory import default_budget_mb
+from asyncshard.pipeline.matching import match_destinations
 from asyncshard.pipeline.placed import PlacedTransfer
 from asyncshard.pipeline.staged import StagedTransfer
 from asyncshard.pipeline.stream import Stream
 from asyncshard.pipeline.supervisor import Supervisor
 from asyncshard.pipeline.transfer import Transfer
 from asyncshard.stores import Store, from_url
-from asyncshard.stores.threads import DaemonThreads
+from asyncshard.stores.threads import DaemonThreads, finish
 
 logger = logging.getLogger("asyncshard")
 
@@ -127,8 +127,7 @@ class Loader:
             yield await self._plan(request, store, checkpoint, threads)
         finally:
             if store is not request.path:
-                with anyio.CancelScope(shield=True):
-                    await store.aclose()
+                await finish(asyncio.ensure_future(store.aclose()))
 
     async def _plan(self, request: Request, store: Store, checkpoint: Checkpoint, threads: DaemonThreads) -> Transfer:
         chunk_size = self._options.chunk_size
@@ -141,7 +140,7 @@ class Loader:
             placement = await new_destinations(checkpoint, library)
         else:
             placement = await match_destinations(
-                checkpoint, request.into, library, strict=request.strict, cast=request.cast, path=store.url
+                checkpoint, request.into, library, threads, strict=request.strict, cast=request.cast, path=store.url
             )
             _warn(store.url, placement)
         placed = PlacedTransfer(checkpoint, store, chunk_size, placement, threads)
@@ -163,10 +162,9 @@ async def discover(path: ModelPath, selection: Selection, options: Options) -> l
     try:
         return [store.path_of(name) for name in await find_shards(store, selection, threads)]
     finally:
-        with anyio.CancelScope(shield=True):
-            await threads.aclose()
-            if store is not path:
-                await store.aclose()
+        await threads.aclose()
+        if store is not path:
+            await finish(asyncio.ensure_future(store.aclose()))
 
 
 async def read_header(
@@ -204,9 +202,8 @@ async def read_header(
         )
         return shard.header
     finally:
-        with anyio.CancelScope(shield=True):
-            await threads.aclose()
-            await store.aclose()
+        await threads.aclose()
+        await finish(asyncio.ensure_future(store.aclose()))
 
 
 _LISTED = 20
@@ -216,7 +213,7 @@ def _warn(path: str, placement: Placement) -> None:
     for names, what in (
         (placement.missing, "are missing from the checkpoint and keep their values"),
         (placement.unexpected, "are in the checkpoint and were not asked for"),
-        (tuple(placement.narrowed), "are smaller than their destinations and fill their first corner"),
+        (placement.narrowed, "are smaller than their destinations and fill their first corner"),
     ):
         if names:
             more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""

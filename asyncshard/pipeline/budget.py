@@ -334,8 +334,9 @@ class Account:
                 if self.used + charge_of(nbytes) <= self.floor:
                     break
                 self._give(buffer)
+            fits = self.used + charge_of(nbytes) <= self.floor
             budget._grant()
-            return self.used + charge_of(nbytes) <= self.floor or not self.is_waiting
+            return fits
 
     def bytes_held(self) -> int:
         """Return the bytes of its delivered tensors that left the budget and are still alive."""

@@ -14,7 +14,7 @@ import numpy as np
 from asyncshard._core import WeightMap, duplicate_names
 from asyncshard.errors import CheckpointError, NamesError
 from asyncshard.format.header import Header, TensorInfo, header_size, parse_header
-from asyncshard.format.index import parse_index
+from asyncshard.format.index import MAX_INDEX_BYTES, parse_index
 from asyncshard.format.pattern import ShardPattern
 from asyncshard.pipeline.budget import Account
 from asyncshard.plan.layout import choose_layout, index_files
@@ -163,20 +163,23 @@ async def read_header_of(
 
 async def _find(store: Store, selection: Selection, threads: DaemonThreads) -> tuple[tuple[str, ...], WeightMap | None]:
     listing = await store.list()
-    layout = choose_layout(
-        listing.names,
-        is_file=listing.is_file,
-        pattern=selection.pattern,
-        rank=selection.rank,
-        world_size=selection.world_size,
-        pp_rank=selection.pp_rank,
-        path=store.url,
+    # In a thread: a prefix may hold 100,000 objects.
+    layout = await threads.run(
+        lambda: choose_layout(
+            listing.names,
+            is_file=listing.is_file,
+            pattern=selection.pattern,
+            rank=selection.rank,
+            world_size=selection.world_size,
+            pp_rank=selection.pp_rank,
+            path=store.url,
+        )
     )
     if layout.kind != "index":
         return layout.files, None
     (index_name,) = layout.files
     path = store.path_of(index_name)
-    data = await store.read(index_name)
+    data = await store.read(index_name, max_bytes=MAX_INDEX_BYTES)
     weight_map = await threads.run(lambda: parse_index(data, path=path))
     return tuple(index_files(weight_map.files, listing.names, path)), weight_map
 

@@ -11,12 +11,10 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-
 from asyncshard._core import Lease
 from asyncshard.pipeline.budget import MemoryBudget
 from asyncshard.pipeline.checkpoint import Checkpoint
-from asyncshard.pipeline.destinations import Destination, Placement
+from asyncshard.pipeline.destinations import Placement, Sink, StridedTarget
 from asyncshard.pipeline.transfer import Transfer
 from asyncshard.plan.items import GRAIN, ReadItem, placed_tensors
 from asyncshard.stores.base import Store
@@ -43,11 +41,11 @@ class PlacedTransfer(Transfer):
         threads: DaemonThreads,
     ) -> None:
         super().__init__(checkpoint, store, chunk_size)
-        self._destinations = placement.destinations
+        self._destinations = placement.shards
         self._threads = threads
         self.missing = placement.missing
         self.unexpected = placement.unexpected
-        self.narrowed = tuple(placement.narrowed)
+        self.narrowed = placement.narrowed
         self._begun: set[ReadItem] = set()
         self._done: set[ReadItem] = set()
         self._parts_left: Counter[_Key] = Counter()
@@ -58,22 +56,20 @@ class PlacedTransfer(Transfer):
 
     def plan(self, budget: MemoryBudget) -> None:
         """Make the items. Slow for large checkpoints: not for the event loop."""
-        is_staged = any(place is not None and place.buffer is None for row in self._destinations for place in row)
         limit = self._chunk_size
-        if is_staged:
+        if any(shard.staged for shard in self._destinations):
             limit = max(min(limit, budget.nbytes // 4), GRAIN)
         items: list[ReadItem] = []
-        for number, (shard, row) in enumerate(zip(self.checkpoint.shards, self._destinations, strict=True)):
+        for number, (shard, destinations) in enumerate(zip(self.checkpoint.shards, self._destinations, strict=True)):
             table = shard.header.table
-            wanted = np.fromiter((place is not None for place in row), np.bool_, len(row))
-            alone = np.fromiter((place is not None and place.buffer is None for place in row), np.bool_, len(row))
+            wanted = destinations.is_wanted()
             items.extend(
                 placed_tensors(
                     number,
                     table.starts,
                     table.stops,
                     is_wanted=wanted,
-                    is_alone=alone,
+                    is_alone=destinations.is_staged(),
                     limit=limit,
                     max_tensors=_MAX_TENSORS,
                 )
@@ -86,46 +82,45 @@ class PlacedTransfer(Transfer):
     def buffer_bytes(self, item: ReadItem) -> int:
         return item.nbytes if self._staged(item) is not None else 0
 
-    def _staged(self, item: ReadItem) -> Destination | None:
+    def _staged(self, item: ReadItem) -> StridedTarget | Sink | None:
         """Return the destination of an item that goes through a buffer; such a tensor is alone in its items."""
-        place = self._destinations[item.shard][item.first]
-        return place if place is not None and place.buffer is None else None
+        return self._destinations[item.shard].staged.get(item.first)
 
     async def read(self, item: ReadItem, lease: Lease | None) -> None:
         self._begun.add(item)
-        place = self._staged(item)
-        if place is None:
+        staged = self._staged(item)
+        if staged is None:
             if item.nbytes:
                 meta = self.checkpoint.shards[item.shard].meta
-                await self._store.read_into(meta, item.start, self._buffers(item))
+                await self._store.read_into(meta, item.start, self._memory(item))
         elif lease is not None:
             data = memoryview(lease)[: item.nbytes]
             await self._read_range(item, data)
-            await self._pass_on(item, place, data)
+            await self._pass_on(item, staged, data)
         self._done.add(item)
 
-    def _buffers(self, item: ReadItem) -> list[memoryview]:
-        row = self._destinations[item.shard]
-        buffers = [place.buffer for place in row[item.first : item.last] if place is not None and place.buffer]
+    def _memory(self, item: ReadItem) -> list[memoryview]:
+        """Return the destinations' memory that an item fills, in the file's order."""
+        memory = self._destinations[item.shard].memory
         if item.last - item.first == 1:
-            offset = self._offset(item)
-            buffers = [buffers[0][offset : offset + item.nbytes]]
-        return buffers
+            return [memory(item.first, self._offset(item), item.nbytes)]
+        table = self.checkpoint.shards[item.shard].header.table
+        sizes = (table.stops[item.first : item.last] - table.starts[item.first : item.last]).tolist()
+        return [memory(item.first + index, 0, size) for index, size in enumerate(sizes) if size]
 
     def _offset(self, item: ReadItem) -> int:
         """Return where in its tensor an item begins."""
         return item.start - int(self.checkpoint.shards[item.shard].header.table.starts[item.first])
 
-    async def _pass_on(self, item: ReadItem, place: Destination, data: memoryview) -> None:
+    async def _pass_on(self, item: ReadItem, staged: StridedTarget | Sink, data: memoryview) -> None:
         offset = self._offset(item)
-        if place.sink is None:
-            assert place.source is not None
-            await self._threads.run(place.store, offset // place.source.itemsize, data)
+        if isinstance(staged, StridedTarget):
+            await self._threads.run(staged.store, offset // staged.source.itemsize, data)
             return
         key = item.shard, item.first
         async with self._sink_advanced:
             await self._sink_advanced.wait_for(lambda: self._written[key] == offset)
-        await place.sink.write(offset, data)
+        await staged.write(offset, data)
         async with self._sink_advanced:
             self._written[key] = offset + item.nbytes
             self._sink_advanced.notify_all()
@@ -137,11 +132,10 @@ class PlacedTransfer(Transfer):
             if self._parts_left[key]:
                 return
         row = self.checkpoint.shards[item.shard].header.table.row
+        given = self._destinations[item.shard].given
         for index in range(item.first, item.last):
-            place = self._destinations[item.shard][index]
-            if place is not None:
-                name, _, _, start, stop = row(index)
-                yield name, place.given, stop - start
+            name, _, _, start, stop = row(index)
+            yield name, given[index], stop - start
 
     def progress(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         parts: Counter[_Key] = Counter()

@@ -47,7 +47,7 @@ class Counters:
     ended: float | None = None
 
     def elapsed_s(self) -> float:
-        return (self.ended or time.perf_counter()) - self.began
+        return (time.perf_counter() if self.ended is None else self.ended) - self.began
 
     def eta_s(self) -> float | None:
         if self.bytes_done == self.bytes_total:

@@ -12,7 +12,7 @@ from asyncshard.errors import StreamClosedError, UnsupportedTensorError
 from asyncshard.format.header import TensorInfo
 from asyncshard.pipeline.checkpoint import CheckpointInfo
 from asyncshard.pipeline.pace import Pace
-from asyncshard.pipeline.statistics import Statistics
+from asyncshard.pipeline.statistics import Counters, Statistics
 from asyncshard.pipeline.supervisor import Supervisor
 from asyncshard.pipeline.transfer import Transfer
 
@@ -109,23 +109,23 @@ class Stream:
         return CheckpointInfo(self._transfer().checkpoint)
 
     def statistics(self) -> Statistics:
-        """Return what has been done so far; after the end too."""
-        transfer, supervisor = self._transfer(), self._supervisor
-        assert supervisor is not None
-        counters = supervisor.counters
+        """Return what has been done so far; at any time, zeros before the stream is open."""
+        supervisor = self._supervisor
+        counters = Counters(ended=0.0, began=0.0) if supervisor is None else supervisor.counters
+        transfer = None if supervisor is None else supervisor.transfer
         return Statistics(
             bytes_total=counters.bytes_total,
             bytes_done=counters.bytes_done,
             tensors_total=counters.tensors_total,
             tensors_done=counters.tensors_done,
             bytes_in_flight=counters.bytes_in_flight,
-            bytes_held=supervisor.account.bytes_held(),
-            budget_wait_s=supervisor.account.wait_s,
-            retries=transfer.retries,
+            bytes_held=0 if supervisor is None else supervisor.account.bytes_held(),
+            budget_wait_s=0.0 if supervisor is None else supervisor.account.wait_s,
+            retries=0 if transfer is None else transfer.retries,
             elapsed_s=counters.elapsed_s(),
-            eta_s=counters.eta_s(),
-            missing=transfer.missing,
-            unexpected=transfer.unexpected,
+            eta_s=None if transfer is None else counters.eta_s(),
+            missing=() if transfer is None else transfer.missing,
+            unexpected=() if transfer is None else transfer.unexpected,
         )
 
     @property

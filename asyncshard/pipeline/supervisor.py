@@ -18,9 +18,6 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any
 
-import anyio
-from anyio.abc import TaskGroup
-
 from asyncshard._core import Lease
 from asyncshard.errors import BudgetError, StreamClosedError
 from asyncshard.pipeline.budget import Account, MemoryBudget, charge_of
@@ -72,7 +69,7 @@ class Supervisor:
         self._slots: deque[Slot] = deque()
         self._next_item = 0
         self._has_failed = False
-        self._crash: BaseException | None = None
+        self._crash: Exception | None = None
         self._needed_bytes = 0
         """What the feeder asks of the budget."""
         self._is_consumer_waiting = False
@@ -83,15 +80,13 @@ class Supervisor:
         """The consumer took a slot."""
         self._changed = asyncio.Event()
         """A slot is done, or there will be no more."""
-        self._quiet = asyncio.Event()
-        """No read is in flight."""
-        self._quiet.set()
-        self._whole = anyio.CancelScope()
-        self._reading = anyio.CancelScope()
+        self._is_closing = False
         self._threads = DaemonThreads(1, "asyncshard-work")
         self._own_tasks: set[asyncio.Task[Any] | None] = set()
         self.loop = asyncio.get_running_loop()
         self._opened: asyncio.Future[None] = self.loop.create_future()
+        self._work = self.loop.create_task(self._serve(), name="asyncshard-serve")
+        self._reader: asyncio.Task[None] | None = None
         self._task = self.loop.create_task(self._run(), name="asyncshard-stream")
 
     # For the consumer
@@ -126,14 +121,16 @@ class Supervisor:
 
     async def halt(self) -> None:
         """Stop the reads in flight and wait until none writes; the next `next_slot` starts them again."""
-        if not self._quiet.is_set():
+        reader = self._reader
+        if reader is not None and not reader.done():
             self._is_halting = True
-            self._reading.cancel()
-            await finish(asyncio.ensure_future(self._quiet.wait()))
+            reader.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await finish(reader)
 
     async def aclose(self) -> None:
         """Stop everything and wait for its end, even when cancelled meanwhile. From any task, any number of times."""
-        self._whole.cancel()
+        self._cancel()
         if asyncio.current_task() not in self._own_tasks:  # a sink may close the stream that feeds it
             await self.join()
 
@@ -144,7 +141,12 @@ class Supervisor:
     def abandon(self) -> None:
         """Stop everything, without waiting; from any thread, also after the loop has closed."""
         with contextlib.suppress(RuntimeError):
-            self.loop.call_soon_threadsafe(self._whole.cancel)
+            self.loop.call_soon_threadsafe(self._cancel)
+
+    def _cancel(self) -> None:
+        if not self._is_closing:  # once: a second cancel would interrupt the closing
+            self._is_closing = True
+            self._work.cancel()
 
     def _pop_done(self) -> Slot | None:
         for index, slot in enumerate(self._slots):
@@ -162,26 +164,31 @@ class Supervisor:
     # The task
 
     async def _run(self) -> None:
-        self._own_tasks.add(asyncio.current_task())
+        """See the work to its end, whoever cancels what, and clean up."""
+        self._own_tasks |= {asyncio.current_task(), self._work}
         try:
-            with self._whole:
-                async with self._opener(self.account, self._threads) as transfer:
-                    self.transfer = transfer
-                    self.counters.bytes_total = transfer.bytes_total
-                    self.counters.tensors_total = transfer.tensors_total
-                    self._opened.set_result(None)
-                    await self._asked.wait()
-                    largest = max(map(transfer.buffer_bytes, transfer.items), default=0)
-                    await self.account.set_floor(charge_of(largest) if largest else 0)
-                    await self._read_all(transfer)
-                    while self._slots:
-                        self._taken.clear()
-                        await self._taken.wait()
-        except (Exception, asyncio.CancelledError) as error:
+            await finish(self._work, self._cancel)
+        except asyncio.CancelledError:
+            pass
+        except Exception as error:
             self._crash = error
-        finally:
-            with anyio.CancelScope(shield=True):
-                await self._clean_up()
+        closing = asyncio.ensure_future(self._clean_up())
+        with contextlib.suppress(asyncio.CancelledError):
+            await finish(closing)
+
+    async def _serve(self) -> None:
+        async with self._opener(self.account, self._threads) as transfer:
+            self.transfer = transfer
+            self.counters.bytes_total = transfer.bytes_total
+            self.counters.tensors_total = transfer.tensors_total
+            self._opened.set_result(None)
+            await self._asked.wait()
+            largest = max(map(transfer.buffer_bytes, transfer.items), default=0)
+            await self.account.set_floor(charge_of(largest) if largest else 0)
+            while not self._is_fed(transfer) and not self._has_failed:
+                await self._read_round(transfer)
+            while self._slots:
+                await self._until_taken()
 
     async def _clean_up(self) -> None:
         self._slots.clear()
@@ -190,35 +197,37 @@ class Supervisor:
         await self._threads.aclose()
         self.counters.ended = time.perf_counter()
         if not self._opened.done():
-            error = self._crash or StreamClosedError("the stream was closed before it was open")
-            self._opened.set_exception(error)
+            self._opened.set_exception(self._crash or StreamClosedError("the stream was closed before it was open"))
             self._opened.exception()  # seen, should nobody wait for it
         self._changed.set()
 
-    async def _read_all(self, transfer: Transfer) -> None:
-        """Read every item; after a halt go on where it stopped, once the consumer asks again."""
-        while True:
-            self._quiet.clear()
-            try:
-                with anyio.CancelScope() as self._reading:
-                    async with anyio.create_task_group() as group:
-                        for slot in self._slots:
-                            if not slot.is_done:
-                                group.start_soon(self._read, transfer, slot)
-                        await self._feed(transfer, group)
-            finally:
-                self._quiet.set()
-            if not self._is_halting:
-                return
-            self._is_halting = False
+    async def _read_round(self, transfer: Transfer) -> None:
+        """Read until all items are read, or until halted; then wait until the consumer asks again."""
+        self._is_halting = False
+        self._reader = self.loop.create_task(self._read_all(transfer), name="asyncshard-reader")
+        self._own_tasks.add(self._reader)
+        try:
+            await finish(self._reader, self._reader.cancel)
+        except asyncio.CancelledError:
+            if self._is_closing or not self._is_halting:
+                raise
             self._asked.clear()
             await self._asked.wait()
 
-    async def _feed(self, transfer: Transfer, group: TaskGroup) -> None:
+    async def _read_all(self, transfer: Transfer) -> None:
+        async with asyncio.TaskGroup() as group:
+            for slot in self._slots:
+                if not slot.is_done:  # a halt stopped it
+                    group.create_task(self._read(transfer, slot))
+            await self._feed(transfer, group)
+
+    def _is_fed(self, transfer: Transfer) -> bool:
+        return self._next_item == len(transfer.items) and all(slot.is_done for slot in self._slots)
+
+    async def _feed(self, transfer: Transfer, group: asyncio.TaskGroup) -> None:
         while self._next_item < len(transfer.items) and not self._has_failed:
             if len(self._slots) >= self._prefetch_count:
-                self._taken.clear()
-                await self._taken.wait()
+                await self._until_taken()
                 continue
             item = transfer.items[self._next_item]
             try:
@@ -230,10 +239,14 @@ class Supervisor:
             del lease
             self._slots.append(slot)
             self._next_item += 1
-            group.start_soon(self._read, transfer, slot)
+            group.create_task(self._read(transfer, slot))
             del slot
         # With nothing in a checkpoint nobody else would tell the consumer.
         self._changed.set()
+
+    async def _until_taken(self) -> None:
+        self._taken.clear()
+        await self._taken.wait()
 
     async def _reserve(self, nbytes: int) -> Lease | None:
         if not nbytes:

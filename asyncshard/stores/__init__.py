@@ -48,7 +48,10 @@ def from_url(
         raise ValueError(f"{path!r} is not a path")
     scheme = urlsplit(path).scheme if "://" in path else ""
     if scheme == "file":
-        path = unquote(urlsplit(path).path)
+        host, rest = urlsplit(path)[1:3]
+        if host not in ("", "localhost"):
+            raise ValueError(f"{path}: a file URL names no host; write file:///{host}{rest}, or a path without file://")
+        path = unquote(rest)
     elif scheme:
         raise ValueError(f"{path}: no store serves {scheme}://; a local path or file:// URL is needed")
     _require_known(LocalStore, storage_options)
@@ -56,11 +59,6 @@ def from_url(
 
 
 def _require_known(store: Callable[..., Store], options: dict[str, Any]) -> None:
-    known = [
-        name
-        for name, parameter in inspect.signature(store).parameters.items()
-        if parameter.kind == parameter.KEYWORD_ONLY
-    ]
     named = [item.name for item in inspect.signature(store).parameters.values() if item.kind is item.KEYWORD_ONLY]
     known = [name for name in named if name not in ("max_workers", "page_cache")]
     unknown = sorted(set(options) - set(known))

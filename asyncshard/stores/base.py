@@ -10,6 +10,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Self
 
+from asyncshard.errors import FormatError
+
 
 class ObjectMeta(NamedTuple):
     """One object, pinned: its reads fail if it is no longer the one that was opened."""
@@ -86,14 +88,30 @@ class Store(ABC):
         TruncatedError, StoreError
         """
 
-    async def read(self, name: str) -> bytes:
-        """Read a small object whole."""
+    async def read(self, name: str, *, max_bytes: int | None = None) -> bytes:
+        """Read a small object whole.
+
+        Raises
+        ------
+        FormatError
+            It has more than `max_bytes`; nothing is read then.
+        ObjectNotFoundError, AccessDeniedError, NotRegularFileError, StoreError
+        """
         meta, head = await self.open(name, _SMALL)
+        require_small(meta.size, max_bytes, self.path_of(name))
         rest = bytearray(meta.size)
         rest[: len(head)] = head
         if len(head) < meta.size:
             await self.read_into(meta, len(head), [memoryview(rest)[len(head) :]])
         return bytes(rest)
+
+
+def require_small(nbytes: int, max_bytes: int | None, path: str) -> None:
+    """Raise FormatError for an object that is to be read whole and is too large for that."""
+    if max_bytes is not None and nbytes > max_bytes:
+        raise FormatError(
+            f"{path}: it has {nbytes:,} bytes, over the limit of {max_bytes:,} for such a file", path=path
+        )
 
 
 _SMALL = 64 << 10

@@ -17,6 +17,7 @@ from asyncshard.errors import (
     ObjectChangedError,
     ObjectNotFoundError,
     StoreError,
+    StoreTimeoutError,
 )
 
 
@@ -91,8 +92,11 @@ def translate(error: OSError, path: str, *, start: int | None = None, stop: int 
         kind, text = AccessDeniedError, "permission denied: check the mode of the file and of the folders above it"
     elif number in (errno.EMFILE, errno.ENFILE):
         text = f"{text}: raise the limit on open files (ulimit -n)"
-    elif start is not None:
-        text = f"{text} at offset {start:,}"
+    else:
+        if number == errno.ETIMEDOUT:  # a network file system gave up
+            kind = StoreTimeoutError
+        if start is not None:
+            text = f"{text} at offset {start:,}"
     return kind(f"{path}: {text}", path=path, start=start, stop=stop, errno=number)
 
 

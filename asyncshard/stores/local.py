@@ -16,7 +16,7 @@ import aiofiles
 from asyncshard._core import StopFlag, read_vectors
 from asyncshard.errors import TruncatedError
 from asyncshard.stores import files
-from asyncshard.stores.base import Listing, ObjectMeta, Store
+from asyncshard.stores.base import Listing, ObjectMeta, Store, require_small
 from asyncshard.stores.threads import DaemonThreads, finish
 
 DEFAULT_MAX_WORKERS = 2
@@ -48,19 +48,27 @@ class LocalStore(Store):
     ) -> None:
         if page_cache not in ("keep", "drop"):
             raise ValueError(f'page_cache must be "keep" or "drop", not {page_cache!r}')
+        if page_cache == "drop" and not hasattr(os, "posix_fadvise"):
+            raise ValueError('page_cache="drop" needs posix_fadvise, which this system does not have')
         self.url = os.path.abspath(path)
         self._root = self.url
         self._drops_cache = page_cache == "drop"
         self._allow_symlinks = allow_symlinks
         self._threads = DaemonThreads(max_workers or DEFAULT_MAX_WORKERS, "asyncshard-read")
         self._files = files.OpenFiles(_MAX_OPEN_FILES)
+        self._is_closed = False
 
     def path_of(self, name: str) -> str:
         return os.path.join(self._root, name)
 
     async def aclose(self) -> None:
-        await self._threads.run(self._files.close)
-        await self._threads.aclose()
+        if self._is_closed:
+            return
+        self._is_closed = True
+        try:
+            await finish(asyncio.wrap_future(self._threads.submit(self._files.close)))
+        finally:
+            await self._threads.aclose()
 
     async def list(self) -> Listing:
         listing = await self._threads.run(self._list)
@@ -131,14 +139,16 @@ class LocalStore(Store):
             )
         return count
 
-    async def read(self, name: str) -> bytes:
+    async def read(self, name: str, *, max_bytes: int | None = None) -> bytes:
         # Finished even when cancelled: a file that opens after its caller has gone would stay open.
-        return await finish(asyncio.ensure_future(self._read_small(name)))
+        return await finish(asyncio.ensure_future(self._read_small(name, max_bytes)))
 
-    async def _read_small(self, name: str) -> bytes:
+    async def _read_small(self, name: str, max_bytes: int | None) -> bytes:
         path = await self._threads.run(self._resolve, name)
         with files.translated(path):
             async with aiofiles.open(path, "rb", opener=_open_regular, executor=self._threads) as file:
+                status = await self._threads.run(os.fstat, file.fileno())
+                require_small(status.st_size, max_bytes, path)
                 return await file.read()
 
 

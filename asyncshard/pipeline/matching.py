@@ -1,0 +1,272 @@
+"""Match a checkpoint's tensors with the caller's destinations.
+
+All that can be known to be wrong (names, shapes, dtypes, memory that cannot be written or is shared) is raised here,
+before a byte is written.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from asyncshard.errors import DestinationError, NamesError
+from asyncshard.format.dtypes import DTYPES, Dtype
+from asyncshard.pipeline.arrays import ArrayLibrary, RawArray
+from asyncshard.pipeline.checkpoint import Checkpoint
+from asyncshard.pipeline.destinations import Placement, ShardDestinations, StridedTarget
+from asyncshard.pipeline.pace import Pace
+from asyncshard.stores.threads import DaemonThreads
+
+_LISTED = 20
+_OVERLAP_WORK = 100_000
+"""How hard NumPy tries to tell whether two strided views share memory, before we assume that they do."""
+
+
+async def match_destinations(
+    checkpoint: Checkpoint,
+    mapping: Mapping[str, Any],
+    library: ArrayLibrary,
+    threads: DaemonThreads,
+    *,
+    strict: bool,
+    cast: bool,
+    path: str,
+) -> Placement:
+    """Find the destination of every tensor that is wanted.
+
+    Raises
+    ------
+    NamesError
+        With `strict`: names are missing or unexpected. A name is not missing if its memory is covered by a destination
+        that is filled (tied weights), or if it has no elements.
+    DestinationError
+        Shape, dtype or layout do not fit, or two destinations share memory.
+    """
+    matching = _Matching(mapping, library, cast=cast)
+    pace = Pace()
+    for shard in checkpoint.shards:
+        row = shard.header.table.row
+        matching.placement.shards.append(ShardDestinations.empty())
+        for index in range(len(shard.header)):
+            if pace.is_due():
+                await pace.give_way()
+            name, code, shape, start, stop = row(index)
+            matching.add(name, DTYPES[code], shape, stop - start)
+    await threads.run(matching.finish)
+    placement = matching.placement
+    if strict and (placement.missing or placement.unexpected):
+        raise _names_error(path, placement)
+    faults = matching.faults
+    if faults:
+        more = f" (and {len(faults) - _LISTED} more)" if len(faults) > _LISTED else ""
+        raise DestinationError(f"{path}: {'; '.join(faults[:_LISTED])}{more}. Nothing was written.", path=path)
+    return placement
+
+
+class _Matching:
+    """The state of matching, tensor by tensor."""
+
+    def __init__(self, mapping: Mapping[str, Any], library: ArrayLibrary, *, cast: bool) -> None:
+        self._mapping = mapping
+        self._library = library
+        self._cast = cast
+        self._covered = _Covered()
+        self._matched: set[str] = set()
+        self._unexpected: list[str] = []
+        self._narrowed: list[str] = []
+        self.faults: list[str] = []
+        self.placement = Placement()
+
+    def add(self, name: str, dtype: Dtype, shape: tuple[int, ...], nbytes: int) -> None:
+        """Find the next tensor's destination; what is wrong with it goes to `faults`."""
+        destinations = self.placement.shards[-1]
+        if name not in self._mapping:
+            self._unexpected.append(name)
+            destinations.add(None)
+            return
+        self._matched.add(name)
+        try:
+            self._fit(destinations, name, dtype, self._library.shape_of(dtype, shape, nbytes), self._mapping[name])
+        except DestinationError as error:
+            self.faults.append(str(error))
+            destinations.add(None)
+
+    def _fit(
+        self, destinations: ShardDestinations, name: str, dtype: Dtype, shape: tuple[int, ...], given: Any
+    ) -> None:
+        if is_sink(given):
+            destinations.add(given, staged=given)
+            return
+        raw = self._library.memory_of(name, given)
+        memory: NDArray[Any] = raw.array
+        if memory.shape != shape:
+            memory = _narrow(name, memory, shape)
+            self._narrowed.append(name)
+        is_cast = _is_cast(name, dtype, raw, self._cast)
+        if not memory.flags.c_contiguous:
+            _require_no_self_overlap(name, memory)
+        low, high = _span(memory)
+        if memory.size:
+            self._covered.add(name, low, high, memory)
+        if is_cast:
+            assert raw.dtype is not None
+            assert raw.dtype.numpy is not None
+            assert dtype.numpy is not None
+            destinations.add(given, staged=StridedTarget(memory.view(raw.dtype.numpy), dtype.numpy))
+        elif memory.flags.c_contiguous:
+            destinations.add(given, low)
+        else:
+            destinations.add(given, staged=StridedTarget(memory, memory.dtype))
+
+    def finish(self) -> None:
+        """Check what needs all of them. Slow for many: not for the event loop."""
+        self._covered.sort()
+        self.faults.extend(self._covered.overlaps())
+        missing = [name for name in self._mapping if name not in self._matched]
+        self.placement.missing = tuple(name for name in missing if not self._is_filled_anyway(name))
+        self.placement.unexpected = tuple(self._unexpected)
+        self.placement.narrowed = tuple(self._narrowed)
+
+    def _is_filled_anyway(self, name: str) -> bool:
+        """Return whether a destination without a tensor is filled by another one, or has nothing to fill."""
+        given = self._mapping[name]
+        if is_sink(given):
+            return False
+        try:
+            memory = self._library.memory_of(name, given).array
+        except DestinationError:
+            return False
+        return memory.size == 0 or self._covered.has_inside(*_span(memory))
+
+
+def is_sink(given: Any) -> bool:
+    """Return whether a destination is a `Sink`, rather than an array."""
+    return not hasattr(given, "shape") and callable(getattr(given, "write", None))
+
+
+def _narrow(name: str, memory: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
+    if len(shape) != memory.ndim or any(ours > theirs for ours, theirs in zip(shape, memory.shape, strict=True)):
+        raise DestinationError(
+            f"tensor {name!r} has shape {list(shape)}, its destination {list(memory.shape)}", tensor=name
+        )
+    return memory[tuple(slice(0, size) for size in shape)]
+
+
+def _is_cast(name: str, ours: Dtype, raw: RawArray, may_cast: bool) -> bool:
+    """Return whether elements have to be converted; raise where they may not or cannot be."""
+    theirs = raw.dtype
+    if theirs is not None and (ours is theirs or (ours.numpy is None and theirs.name == "U8")):
+        return False
+    known = "a dtype the format does not have" if theirs is None else theirs.name
+    if not may_cast:
+        raise DestinationError(
+            f"tensor {name!r} has dtype {ours.name}, its destination {known}; pass cast=True to convert", tensor=name
+        )
+    if theirs is None or ours.numpy is None or theirs.numpy is None or ours.name == "C64":
+        raise DestinationError(f"tensor {name!r} of dtype {ours.name} cannot be converted to {known}", tensor=name)
+    return True
+
+
+def _require_no_self_overlap(name: str, memory: NDArray[Any]) -> None:
+    """Refuse a view whose elements may share memory: one with stride 0, or a hand-made one."""
+    # Where each stride clears all that the smaller ones span, no two elements meet.
+    reach = memory.itemsize
+    for stride, size in sorted((abs(stride), size) for stride, size in zip(memory.strides, memory.shape, strict=True)):
+        if size > 1 and memory.size:
+            if stride < reach:
+                raise DestinationError(
+                    f"the destination of {name!r} is a view whose elements share memory (strides {memory.strides})",
+                    tensor=name,
+                )
+            reach += stride * (size - 1)
+
+
+class _Covered:
+    """The memory that destinations cover, by address."""
+
+    def __init__(self) -> None:
+        self._names: list[str] = []
+        self._low_list, self._high_list, self._whole_list = array("Q"), array("Q"), array("b")
+        self._strided: dict[int, NDArray[Any]] = {}
+        """Views that do not fill what they span, by place."""
+
+    def add(self, name: str, low: int, high: int, memory: NDArray[Any]) -> None:
+        is_whole = memory.flags.c_contiguous
+        if not is_whole:
+            self._strided[len(self._names)] = memory
+        self._names.append(name)
+        self._low_list.append(low)
+        self._high_list.append(high)
+        self._whole_list.append(is_whole)
+
+    def sort(self) -> None:
+        """Order by address; to be called once, after the last `add`."""
+        lows, highs = np.array(self._low_list, np.uint64), np.array(self._high_list, np.uint64)
+        whole = np.array(self._whole_list, np.bool_)
+        self._order = np.lexsort((highs, lows))
+        self._lows, self._highs = lows[self._order], highs[self._order]
+        # How far those before and at each place reach, at most.
+        self._reach = np.maximum.accumulate(self._highs)
+        self._whole_reach = np.maximum.accumulate(np.where(whole[self._order], self._highs, 0))
+
+    def has_inside(self, low: int, high: int) -> bool:
+        """Return whether one contiguous destination covers [low, high)."""
+        place = int(np.searchsorted(self._lows, np.uint64(low), side="right"))
+        return place > 0 and int(self._whole_reach[place - 1]) >= high
+
+    def overlaps(self) -> Iterator[str]:
+        """Yield a sentence for each destination that shares memory with one before it by address."""
+        suspects = np.flatnonzero(self._lows[1:] < self._reach[:-1]) + 1
+        for place in suspects.tolist():
+            for other in range(place - 1, -1, -1):
+                if self._reach[other] <= self._lows[place]:
+                    break
+                if self._highs[other] > self._lows[place] and self._share_memory(place, other):
+                    names = sorted(self._names[self._order[index]] for index in (place, other))
+                    yield f"the destinations of {names[0]!r} and {names[1]!r} share memory"
+                    break
+
+    def _share_memory(self, place: int, other: int) -> bool:
+        """Whether two whose spans overlap really meet; not so for views of interleaved columns."""
+        one, two = (self._strided.get(int(self._order[index])) for index in (place, other))
+        if one is None or two is None:
+            return True
+        try:
+            return np.shares_memory(one, two, max_work=_OVERLAP_WORK)  # type: ignore[arg-type]
+        except np.exceptions.TooHardError:
+            return True
+
+
+def _span(memory: NDArray[Any]) -> tuple[int, int]:
+    """Return the addresses of the first byte of an array and of the byte after its last."""
+    low: int = memory.__array_interface__["data"][0]
+    if memory.flags.c_contiguous:
+        return low, low + memory.nbytes
+    high = low + memory.itemsize
+    for stride, size in zip(memory.strides, memory.shape, strict=True):
+        reach = stride * (size - 1)
+        low, high = low + min(reach, 0), high + max(reach, 0)
+    return low, high
+
+
+def _names_error(path: str, placement: Placement) -> NamesError:
+    parts = []
+    if placement.missing:
+        parts.append(f"missing from the checkpoint: {_listed(placement.missing)}")
+    if placement.unexpected:
+        parts.append(f"in the checkpoint but not in the state dict: {_listed(placement.unexpected)}")
+    return NamesError(
+        f"{path}: the names do not match: {'; '.join(parts)}. Nothing was written; strict=False loads what matches.",
+        path=path,
+        missing=placement.missing,
+        unexpected=placement.unexpected,
+    )
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(map(repr, names[:_LISTED])) + more

@@ -1,0 +1,142 @@
+"""What every store must do, as tests."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from abc import abstractmethod
+from collections.abc import Awaitable, Mapping
+
+from asyncshard.errors import ObjectChangedError, ObjectNotFoundError, StoreError, TruncatedError
+from asyncshard.stores.base import Store
+
+
+class StoreTests:
+    """What every store must do. pytest with pytest-asyncio in its automatic mode runs the methods of a subclass."""
+
+    @abstractmethod
+    async def make_store(self, files: Mapping[str, bytes]) -> Store:
+        """Return a store whose root holds these files."""
+
+    @abstractmethod
+    async def replace(self, store: Store, name: str, data: bytes) -> None:
+        """Put another object in the place of one."""
+
+    @abstractmethod
+    async def remove(self, store: Store, name: str) -> None:
+        """Take an object away."""
+
+    files: Mapping[str, bytes] = {
+        "a.bin": bytes(range(256)) * 1024,
+        "b.bin": bytes(reversed(range(256))) * 3,
+        "empty.bin": b"",
+    }
+
+    async def test_it_lists_the_files_of_its_root(self) -> None:
+        async with await self.make_store(self.files) as store:
+            listing = await store.list()
+        assert (sorted(listing.names), listing.is_file) == (sorted(self.files), False)
+
+    async def test_open_returns_the_size_and_the_first_bytes(self) -> None:
+        async with await self.make_store(self.files) as store:
+            for name, data in self.files.items():
+                for nbytes in (0, 1, 100, len(data), len(data) + 1):
+                    meta, head = await store.open(name, nbytes)
+                    assert (meta.name, meta.size, bytes(head)) == (name, len(data), data[:nbytes])
+
+    async def test_reads_fill_their_buffers_in_turn_and_nothing_else(self) -> None:
+        data = self.files["a.bin"]
+        async with await self.make_store(self.files) as store:
+            meta, _ = await store.open("a.bin", 0)
+            for start, sizes in (
+                (0, [0, 10, 0, 1, 300, 0]),
+                (255, [70_000]),
+                (len(data) - 3, [1, 2]),
+                (7, []),
+                (7, [0]),
+            ):
+                memory = bytearray(b"\xaa" * (sum(sizes) + 2))
+                at, buffers = 1, []
+                for size in sizes:
+                    buffers.append(memoryview(memory)[at : at + size])
+                    at += size
+                await store.read_into(meta, start, buffers)
+                assert memory == b"\xaa" + data[start : start + sum(sizes)] + b"\xaa"
+
+    async def test_concurrent_reads_do_not_disturb_each_other(self) -> None:
+        data = self.files["a.bin"]
+        memory = bytearray(len(data))
+        async with await self.make_store(self.files) as store:
+            meta, _ = await store.open("a.bin", 0)
+            ranges = [(start, memoryview(memory)[start : start + 5_000]) for start in range(0, len(data), 5_000)]
+            await asyncio.gather(*(store.read_into(meta, start, [buffer]) for start, buffer in ranges))
+        assert memory == data
+
+    async def test_small_and_large_objects_are_read_whole(self) -> None:
+        async with await self.make_store(self.files) as store:
+            assert {name: await store.read(name) for name in self.files} == dict(self.files)
+
+    async def test_a_missing_object_is_an_error_that_names_it(self) -> None:
+        async with await self.make_store(self.files) as store:
+            for call in (store.open("absent.bin", 8), store.read("absent.bin")):
+                error = await _error_of(call)
+                assert isinstance(error, ObjectNotFoundError)
+                assert "absent.bin" in str(error)
+
+    async def test_a_read_past_the_end_is_an_error_that_names_the_object(self) -> None:
+        size = len(self.files["b.bin"])
+        async with await self.make_store(self.files) as store:
+            meta, _ = await store.open("b.bin", 0)
+            for start, nbytes in ((0, size + 1), (size, 1), (size + 10, 1)):
+                error = await _error_of(store.read_into(meta, start, [memoryview(bytearray(nbytes))]))
+                assert isinstance(error, TruncatedError)
+                assert "b.bin" in str(error)
+
+    async def test_a_replaced_object_is_an_error_and_can_be_opened_again(self) -> None:
+        other = bytes(len(self.files["b.bin"]))
+        async with await self.make_store(self.files) as store:
+            meta, _ = await store.open("b.bin", 0)
+            await self.replace(store, "b.bin", other)
+            error = await _error_of(store.read_into(meta, 0, [memoryview(bytearray(8))]))
+            assert isinstance(error, ObjectChangedError)
+            assert "b.bin" in str(error)
+            assert await store.read("b.bin") == other
+
+    async def test_a_removed_object_is_an_error(self) -> None:
+        async with await self.make_store(self.files) as store:
+            meta, _ = await store.open("b.bin", 0)
+            await self.remove(store, "b.bin")
+            error = await _error_of(store.read_into(meta, 0, [memoryview(bytearray(8))]))
+            assert isinstance(error, ObjectChangedError | ObjectNotFoundError)
+
+    async def test_a_cancelled_read_leaves_the_buffer_alone_once_it_has_returned(self) -> None:
+        nbytes = len(self.files["a.bin"])
+        async with await self.make_store(self.files) as store:
+            meta, _ = await store.open("a.bin", 0)
+            for turns in range(6):
+                memory = bytearray(nbytes)
+                read = asyncio.ensure_future(store.read_into(meta, 0, [memoryview(memory)]))
+                for _ in range(turns):
+                    await asyncio.sleep(0)
+                read.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await read
+                memory[:] = bytes(nbytes)
+                again = bytearray(nbytes)
+                await store.read_into(meta, 0, [memoryview(again)])
+                assert memory == bytes(nbytes)
+                assert again == self.files["a.bin"]
+
+    async def test_it_can_be_closed_twice(self) -> None:
+        store = await self.make_store(self.files)
+        await store.open("a.bin", 8)
+        await store.aclose()
+        await store.aclose()
+
+
+async def _error_of(call: Awaitable[object]) -> StoreError:
+    try:
+        await call
+    except StoreError as error:
+        return error
+    raise AssertionError("the store answered, where it had to raise")

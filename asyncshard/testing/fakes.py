@@ -1,0 +1,241 @@
+"""Stores for tests: one in memory, and wrappers that delay, hold or break the reads of any store."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from asyncshard.errors import ObjectChangedError, ObjectNotFoundError, TruncatedError
+from asyncshard.stores.base import Listing, ObjectMeta, Store
+from asyncshard.stores.threads import finish
+
+
+class MemoryStore(Store):
+    """Files in memory, by name. Reads give way to the event loop once."""
+
+    def __init__(self, files: Mapping[str, bytes], url: str = "memory://checkpoint") -> None:
+        self.url = url
+        self._files = {name: (0, bytes(data)) for name, data in files.items()}
+        self._writes = 0
+
+    def replace(self, name: str, data: bytes) -> None:
+        """Put another object in the place of one, or a new one."""
+        self._writes += 1
+        self._files[name] = (self._writes, bytes(data))
+
+    def remove(self, name: str) -> None:
+        """Take an object away."""
+        del self._files[name]
+
+    async def list(self) -> Listing:
+        await asyncio.sleep(0)
+        return Listing(tuple(sorted(name for name in self._files if "/" not in name)), is_file=False)
+
+    async def open(self, name: str, nbytes: int) -> tuple[ObjectMeta, bytes]:
+        await asyncio.sleep(0)
+        version, data = self._find(name)
+        return ObjectMeta(name, len(data), version), data[:nbytes]
+
+    async def read_into(self, meta: ObjectMeta, start: int, buffers: Sequence[memoryview]) -> None:
+        await asyncio.sleep(0)
+        version, data = self._find(meta.name)
+        path = self.path_of(meta.name)
+        if version != meta.version:
+            raise ObjectChangedError(f"{path}: the object was replaced while it was being loaded", path=path)
+        stop = start + sum(buffer.nbytes for buffer in buffers)
+        if stop > len(data):
+            raise TruncatedError(
+                f"{path}: the object has {len(data)} bytes, not the {stop} that are needed",
+                path=path,
+                start=start,
+                stop=stop,
+            )
+        for buffer in buffers:
+            buffer.cast("B")[:] = data[start : start + buffer.nbytes]
+            start += buffer.nbytes
+
+    def _find(self, name: str) -> tuple[int, bytes]:
+        try:
+            return self._files[name]
+        except KeyError:
+            path = self.path_of(name)
+            raise ObjectNotFoundError(f"{path}: no such object", path=path) from None
+
+
+class WrapperStore(Store):
+    """Passes everything on to another store. Base of the wrappers; closing it closes that store."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.url = store.url
+
+    def path_of(self, name: str) -> str:
+        return self.store.path_of(name)
+
+    async def list(self) -> Listing:
+        return await self.store.list()
+
+    async def open(self, name: str, nbytes: int) -> tuple[ObjectMeta, bytes]:
+        return await self.store.open(name, nbytes)
+
+    async def read_into(self, meta: ObjectMeta, start: int, buffers: Sequence[memoryview]) -> None:
+        await self.store.read_into(meta, start, buffers)
+
+    async def read(self, name: str, *, max_bytes: int | None = None) -> bytes:
+        return await self.store.read(name, max_bytes=max_bytes)
+
+    async def aclose(self) -> None:
+        await self.store.aclose()
+
+
+class LatencyStore(WrapperStore):
+    """Every call takes `delay_s` longer, as over a network. Tests that need an order use `GatedStore`."""
+
+    def __init__(self, store: Store, *, delay_s: float) -> None:
+        super().__init__(store)
+        self._delay_s = delay_s
+
+    async def list(self) -> Listing:
+        await asyncio.sleep(self._delay_s)
+        return await super().list()
+
+    async def open(self, name: str, nbytes: int) -> tuple[ObjectMeta, bytes]:
+        await asyncio.sleep(self._delay_s)
+        return await super().open(name, nbytes)
+
+    async def read_into(self, meta: ObjectMeta, start: int, buffers: Sequence[memoryview]) -> None:
+        await asyncio.sleep(self._delay_s)
+        await super().read_into(meta, start, buffers)
+
+    async def read(self, name: str, *, max_bytes: int | None = None) -> bytes:
+        await asyncio.sleep(self._delay_s)
+        return await super().read(name, max_bytes=max_bytes)
+
+
+@dataclass(slots=True, eq=False)
+class Gate:
+    """One read that waits in a `GatedStore`."""
+
+    name: str
+    start: int
+    nbytes: int
+    is_open: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def open(self) -> None:
+        """Let the read go on."""
+        self.is_open.set()
+
+
+class GatedStore(WrapperStore):
+    """Every `read_into` waits at a `Gate` until the test opens it.
+
+    Parameters
+    ----------
+    is_stubborn : bool
+        Whether a read that is cancelled still waits for its gate and then writes, like a thread in a system call.
+
+    Attributes
+    ----------
+    gates : list of Gate
+        Reads that wait now, in the order in which they began.
+    """
+
+    def __init__(self, store: Store, *, is_stubborn: bool = False) -> None:
+        super().__init__(store)
+        self.gates: list[Gate] = []
+        self._is_stubborn = is_stubborn
+        self._is_open = False
+        self._arrived = asyncio.Event()
+
+    async def waiting(self, count: int) -> list[Gate]:
+        """Wait until `count` reads wait at their gates; return these."""
+        while len(self.gates) < count:
+            self._arrived.clear()
+            await self._arrived.wait()
+        return list(self.gates)
+
+    def open_all(self) -> None:
+        """Let every read go on, later ones too."""
+        self._is_open = True
+        for gate in self.gates:
+            gate.open()
+
+    async def read_into(self, meta: ObjectMeta, start: int, buffers: Sequence[memoryview]) -> None:
+        if self._is_open:
+            await super().read_into(meta, start, buffers)
+            return
+        gate = Gate(meta.name, start, sum(buffer.nbytes for buffer in buffers))
+        self.gates.append(gate)
+        self._arrived.set()
+        try:
+            if self._is_stubborn:
+                await finish(asyncio.ensure_future(self._pass(gate, meta, start, buffers)))
+            else:
+                await self._pass(gate, meta, start, buffers)
+        finally:
+            self.gates.remove(gate)
+
+    async def _pass(self, gate: Gate, meta: ObjectMeta, start: int, buffers: Sequence[memoryview]) -> None:
+        await gate.is_open.wait()
+        await super().read_into(meta, start, buffers)
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """What happens to one call; in this order."""
+
+    hang: asyncio.Event | None = None
+    """Wait for it first."""
+    after: int = 0
+    """Bytes that a `read_into` with an error fills before it fails."""
+    error: Exception | None = None
+    """Raise it; without one the call goes on as usual."""
+
+
+class FaultyStore(WrapperStore):
+    """Breaks the calls that a script names.
+
+    Parameters
+    ----------
+    reads : mapping of int to Fault
+        By number of the `read_into`, counted from 0 in the order in which they begin.
+    opens : mapping of str to Fault
+        By name of the object.
+    """
+
+    def __init__(
+        self, store: Store, reads: Mapping[int, Fault] | None = None, opens: Mapping[str, Fault] | None = None
+    ) -> None:
+        super().__init__(store)
+        self._reads = dict(reads or {})
+        self._opens = dict(opens or {})
+        self.reads_begun = 0
+        """How many `read_into` have begun."""
+
+    async def open(self, name: str, nbytes: int) -> tuple[ObjectMeta, bytes]:
+        await _suffer(self._opens.get(name, Fault()))
+        return await super().open(name, nbytes)
+
+    async def read_into(self, meta: ObjectMeta, start: int, buffers: Sequence[memoryview]) -> None:
+        fault = self._reads.get(self.reads_begun, Fault())
+        self.reads_begun += 1
+        if fault.error is not None and fault.after:
+            await super().read_into(meta, start, _first_bytes(buffers, fault.after))
+        await _suffer(fault)
+        await super().read_into(meta, start, buffers)
+
+
+async def _suffer(fault: Fault) -> None:
+    if fault.hang is not None:
+        await fault.hang.wait()
+    if fault.error is not None:
+        raise fault.error
+
+
+def _first_bytes(buffers: Sequence[memoryview], nbytes: int) -> Sequence[memoryview]:
+    first = []
+    for buffer in buffers:
+        first.append(buffer.cast("B")[:nbytes])
+        nbytes -= first[-1].nbytes
+    return first

@@ -1,0 +1,1 @@
+"""What loading costs: ``python -m bench``. Nothing here is part of the library, and nothing here is a test."""

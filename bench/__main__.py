@@ -1,0 +1,52 @@
+"""Measure everything and print a table: ``python -m bench [--rounds 5] [--only NAME] [--quick]``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from bench.chart import draw
+from bench.checkpoint import FULL, QUICK, Dataset
+from bench.conditions import conditions
+from bench.report import as_json, as_markdown
+from bench.suite import GROUPS, measure, select
+from bench.targets import rows
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5, help="how often each case runs (default: 5)")
+    parser.add_argument("--only", metavar="NAME", help=f"a group ({', '.join(GROUPS)}), a way, or a case")
+    parser.add_argument("--quick", action="store_true", help="a few megabytes: shows that it runs, and no more")
+    parser.add_argument("--output", type=Path, default=Path("bench/results"), help="where the results go")
+    parser.add_argument("--data", type=Path, help="where the generated files are kept (default: OUTPUT/data)")
+    options = parser.parse_args(arguments)
+    if options.rounds < 1:
+        parser.error("--rounds must be 1 or more")
+    if not select(options.only):
+        parser.error(f"--only {options.only}: there is no such group, way or case")
+    return options
+
+
+def main(arguments: list[str]) -> None:
+    options = parse(arguments)
+    scale = QUICK if options.quick else FULL
+    before = conditions()
+    data = Dataset((options.data or options.output / "data") / scale.name, scale)
+    data.generate()
+    results = measure(select(options.only), data, options.rounds, lambda text: print(text, file=sys.stderr))
+    promises = list(rows(results, scale))
+    options.output.mkdir(parents=True, exist_ok=True)
+    name = options.output / ("quick" if options.quick else "bench")
+    given = {"rounds": options.rounds, "only": options.only, "scale": scale.name}
+    name.with_suffix(".json").write_text(json.dumps(as_json(before, given, results, promises), indent=1) + "\n")
+    is_drawn = draw(results, name.with_suffix(".png"))
+    print("\n".join(as_markdown(before, results, promises)))
+    if not is_drawn:
+        print("no chart: matplotlib is not installed, or nothing to draw was measured", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,181 @@
+"""What is measured together, and running it: each case in its own process, in turn, A B C A B C."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from bench.checkpoint import Dataset
+
+ROOM_BUDGET_MB = 320
+"""Room for the rank's largest tensor, 251 MiB."""
+SMALL_BUDGET_MB = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One case: a way and how it is run."""
+
+    name: str
+    way: str
+    options: tuple[str, ...] = ()
+
+
+@dataclass(slots=True)
+class Rounds:
+    """What a case cost, round by round."""
+
+    case: Measured
+    rounds: list[dict[str, Any]] = field(default_factory=list)
+    absent: str | None = None
+    """Why there are no figures."""
+
+    def values(self, key: str) -> list[float]:
+        """Return one figure of every round; a key such as ``busy.p99`` reaches into it."""
+        return [_figure(figures, key) for figures in self.rounds]
+
+    def median(self, key: str) -> float:
+        return statistics.median(self.values(key))
+
+    @property
+    def gigabytes_per_second(self) -> float:
+        return statistics.median(figures["bytes"] / figures["seconds"] / 1e9 for figures in self.rounds)
+
+    def medians(self) -> dict[str, float]:
+        """Return the median of every figure."""
+        return {key: self.median(key) for key in _keys(self.rounds[0])} if self.rounds else {}
+
+
+Results = dict[str, Rounds]
+
+
+def _figure(figures: dict[str, Any], key: str) -> float:
+    value: Any = figures
+    for part in key.split("."):
+        value = value[part]
+    return float(value)
+
+
+def _keys(figures: dict[str, Any]) -> Iterable[str]:
+    for key, value in figures.items():
+        if isinstance(value, dict):
+            yield from (f"{key}.{inner}" for inner in value)
+        else:
+            yield key
+
+
+def _group(group: str, ways: Iterable[str], *options: str) -> list[Measured]:
+    return [Measured(f"{group}/{way}", way, options) for way in ways]
+
+
+def _lag(ways: Iterable[str]) -> list[Measured]:
+    return [
+        Measured(f"lag/{way}/{loop}", way, ("--lag", "--loop", loop)) for way in ways for loop in ("asyncio", "uvloop")
+    ]
+
+
+SAFETENSORS = ("safetensors-safe-open", "safetensors-safe-open-pread", "safetensors-load-file")
+LAG_OF_LIBRARY = (
+    "load-weights",
+    "stream-count",
+    "stream-into",
+    "stream-copy",
+    "open-header",
+    "stream-small-numpy",
+    "stream-small-torch",
+)
+
+GROUPS: dict[str, list[Measured]] = {
+    "speed": _group(
+        "speed",
+        (
+            "memcpy",
+            "sequential-read",
+            "load-weights",
+            "load-weights-numpy",
+            "stream-copy",
+            "stream-copy-again",
+            "load-new",
+            *SAFETENSORS,
+            "fastsafetensors",
+            "runai-model-streamer",
+        ),
+    ),
+    "cold": _group("cold", ("sequential-read", "load-weights", "stream-copy", "safetensors-load-file"), "--cold"),
+    "memory": [
+        Measured("memory/load-weights", "load-weights"),
+        *_group("memory", ("stream-count", "stream-copy"), "--budget-mb", str(ROOM_BUDGET_MB)),
+        Measured("memory/stream-copy-layers", "stream-copy-layers", ("--budget-mb", str(SMALL_BUDGET_MB))),
+    ],
+    "lag": [*_lag(LAG_OF_LIBRARY), Measured("lag/safetensors-load-file/asyncio", "safetensors-load-file", ("--lag",))],
+    "kernels": _group(
+        "kernels",
+        (
+            "parse-header",
+            "parse-large-header",
+            "open-large-header",
+            "look-up",
+            "filter-numpy",
+            "filter-torch",
+            "assignment",
+            "stream-small-numpy",
+            "stream-small-torch",
+        ),
+    ),
+}
+
+
+def select(only: str | None) -> dict[str, list[Measured]]:
+    """Return the groups, or of them what `only` names: a group, a way, or a case."""
+    chosen = {
+        group: [case for case in cases if only in (None, group, case.way, case.name)] for group, cases in GROUPS.items()
+    }
+    return {group: cases for group, cases in chosen.items() if cases}
+
+
+def measure(groups: dict[str, list[Measured]], data: Dataset, rounds: int, tell: Callable[[str], object]) -> Results:
+    """Run every case of a group once, then again, as many times as there are rounds."""
+    results: Results = {}
+    for cases in groups.values():
+        results.update((case.name, Rounds(case)) for case in cases)
+        for number in range(1, rounds + 1):
+            for case in cases:
+                result = results[case.name]
+                if result.absent is None:
+                    tell(f"round {number} of {rounds}: {case.name}")
+                    figures = run_case(case, data)
+                    result.absent = figures.get("absent")
+                    if result.absent is None:
+                        result.rounds.append(figures)
+    return results
+
+
+def run_case(case: Measured, data: Dataset) -> dict[str, Any]:
+    """Run one case in a process of its own; a way that fails is absent, and says why."""
+    place = ("--path", str(data.folder), "--scale", data.scale.name)
+    command = [sys.executable, "-m", "bench.way", case.way, *place, *case.options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    lines = done.stdout.splitlines()
+    if done.returncode or not lines:
+        reason = (done.stderr.splitlines() or ["no output"])[-1]
+        return {"absent": f"failed with exit status {done.returncode}: {reason}"}
+    figures: dict[str, Any] = json.loads(lines[-1])
+    return figures
+
+
+def ratios(results: Results, numerator: str, denominator: str) -> list[float] | None:
+    """Return how many times faster the numerator ran than the denominator, round by round; None if one did not run."""
+    pair = [results.get(name) for name in (numerator, denominator)]
+    if any(result is None or result.absent is not None or not result.rounds for result in pair):
+        return None
+    ours, theirs = pair
+    assert ours is not None
+    assert theirs is not None
+    return [
+        theirs_s / ours_s for ours_s, theirs_s in zip(ours.values("seconds"), theirs.values("seconds"), strict=False)
+    ]

@@ -1,0 +1,174 @@
+"""The figures that were promised, and what they are measured to be."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from bench.checkpoint import FULL, Scale
+from bench.suite import LAG_OF_LIBRARY, ROOM_BUDGET_MB, SAFETENSORS, SMALL_BUDGET_MB, Results, Rounds, ratios
+
+_MIB = 1 << 20
+_ROOM_BYTES = 16 * _MIB
+_MAX_LAG_MS = 10
+_STREAM_P99_MS = 4
+_PLACED_P99_MS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One promise."""
+
+    what: str
+    target: str
+    measured: str
+    is_met: bool | None
+    """None where it was not measured, or says nothing at this scale."""
+
+
+class _NotMeasured(Exception):
+    """A case has no figures; the message says why."""
+
+
+def rows(results: Results, scale: Scale) -> Iterator[Row]:
+    """Yield a row for each promise that something was measured of."""
+    for what, target, evaluate in _promises(scale):
+        try:
+            measured, is_met = evaluate(results)
+            yield Row(what, target, measured, is_met if scale is FULL else None)
+        except _NotMeasured as reason:
+            yield Row(what, target, str(reason), None)
+        except KeyError:
+            continue  # not asked for
+
+
+_Evaluate = Callable[[Results], tuple[str, bool]]
+
+
+def _promises(scale: Scale) -> Iterator[tuple[str, str, _Evaluate]]:
+    small, large = (f"{count:,}" for count in scale.headers)
+    yield "`load_weights` against the best of safetensors", "≥ 1.3 x", _faster("speed/load-weights", 1.3)
+    yield (
+        "`load_weights`, cold, against a plain sequential read, cold",
+        "≥ 1.0 x",
+        _faster("cold/load-weights", 1.0, "cold/sequential-read"),
+    )
+    for way, pages in (("stream-copy", "a new loader"), ("stream-copy-again", "a loader's second load")):
+        yield f"`stream` + `copy_`, {pages}, against the best of safetensors", "≥ 0.75 x", _faster(f"speed/{way}", 0.75)
+    for peer, least in (("runai-model-streamer", 4.0), ("fastsafetensors", 3.0)):
+        yield (
+            f"`stream` + `copy_`, a new loader, against {peer}",
+            f"≥ {least:g} x",
+            _faster("speed/stream-copy", least, f"speed/{peer}"),
+        )
+    yield "extra peak RSS of `load_weights`", "≤ 16 MiB", _memory("memory/load-weights", 0)
+    for way, budget in (
+        ("stream-count", ROOM_BUDGET_MB),
+        ("stream-copy", ROOM_BUDGET_MB),
+        ("stream-copy-layers", SMALL_BUDGET_MB),
+    ):
+        what = f"extra peak RSS of `{way}` with a budget of {budget} MiB"
+        yield what, f"≤ {budget + 16} MiB", _memory(f"memory/{way}", budget)
+    yield from _lags()
+    for way, count, most in (("parse-header", small, 0.06), ("parse-large-header", large, 0.6)):
+        yield f"header of {count} tensors, parsed and validated", f"≤ {most} s", _seconds(f"kernels/{way}", most)
+    yield f"memory to open a header of {large} tensors ÷ its bytes", "≤ 2.5 x", _header_memory
+    yield f"look-up of a name among {large}", "≤ 2 µs", _most("kernels/look-up", "microseconds", 2, "µs")
+    for library in ("numpy", "torch"):
+        what = f"`filter_subtensors`, {scale.views:,} views of one storage, {library}"
+        yield what, "≤ 0.5 s", _seconds(f"kernels/filter-{library}", 0.5)
+    what = f"`compute_shard_assignment`, {scale.parameters:,} parameters, {scale.ranks:,} ranks"
+    yield what, "≤ 0.5 s", _most("kernels/assignment", "assignment_seconds", 0.5, "s")
+    yield f"{what}: largest rank over the mean", "≤ 1 %", _excess
+    for library, most in (("numpy", 4), ("torch", 10)):
+        yield (
+            f"`stream`, a tensor of {scale.small_tensors:,} of 4 bytes, {library}",
+            f"≤ {most} µs",
+            _most(f"kernels/stream-small-{library}", "microseconds_per_tensor", most, "µs"),
+        )
+
+
+def _lags() -> Iterator[tuple[str, str, _Evaluate]]:
+    for way in LAG_OF_LIBRARY:
+        if way == "stream-copy":
+            continue  # it is the consumer that copies on the loop; the lag is in the table of cases
+        p99 = _STREAM_P99_MS if way.startswith(("stream-count", "stream-small")) else _PLACED_P99_MS
+        for loop in ("asyncio", "uvloop"):
+            target = f"p99 ≤ {p99} ms over idle, max ≤ {_MAX_LAG_MS} ms"
+            yield f"event-loop lag during `{way}`, {loop}", target, _lag(f"lag/{way}/{loop}", p99)
+
+
+def _rounds(results: Results, name: str) -> Rounds:
+    result = results[name]
+    if result.absent is not None or not result.rounds:
+        raise _NotMeasured(f"{name}: {result.absent}")
+    return result
+
+
+def best_of_safetensors(results: Results) -> str:
+    """Return the case of safetensors with the shortest median."""
+    cases = [f"speed/{way}" for way in SAFETENSORS]
+    return min(cases, key=lambda name: _rounds(results, name).median("seconds"))
+
+
+def _faster(ours: str, least: float, theirs: str | None = None) -> _Evaluate:
+    def evaluate(results: Results) -> tuple[str, bool]:
+        other = theirs or best_of_safetensors(results)
+        _rounds(results, ours), _rounds(results, other)
+        each = ratios(results, ours, other) or []
+        ratio = statistics.median(each)
+        of = "" if theirs else f" {other.removeprefix('speed/')}"
+        speeds = [_rounds(results, name).gigabytes_per_second for name in (ours, other)]
+        text = f"{ratio:.2f} x{of} ({min(each):.2f} to {max(each):.2f}); {speeds[0]:.2f} and {speeds[1]:.2f} GB/s"
+        return text, ratio >= least
+
+    return evaluate
+
+
+def _memory(name: str, budget_mb: int) -> _Evaluate:
+    def evaluate(results: Results) -> tuple[str, bool]:
+        worst = max(_rounds(results, name).values("extra_rss_bytes"))
+        return f"{worst / _MIB:.1f} MiB at most", worst <= budget_mb * _MIB + _ROOM_BYTES
+
+    return evaluate
+
+
+def _lag(name: str, p99_ms: float) -> _Evaluate:
+    def evaluate(results: Results) -> tuple[str, bool]:
+        result = _rounds(results, name)
+        over = statistics.median(
+            busy - idle for busy, idle in zip(result.values("busy.p99"), result.values("idle.p99"), strict=True)
+        )
+        largest = result.median("busy.max")
+        text = (
+            f"p99 {over:.1f} ms over idle, max {largest:.1f} ms (worst {max(result.values('busy.max')):.1f}; "
+            f"idle p99 {result.median('idle.p99'):.1f}, max {result.median('idle.max'):.1f})"
+        )
+        return text, over <= p99_ms and largest <= _MAX_LAG_MS
+
+    return evaluate
+
+
+def _most(name: str, key: str, most: float, unit: str) -> _Evaluate:
+    def evaluate(results: Results) -> tuple[str, bool]:
+        value = _rounds(results, name).median(key)
+        return f"{value:.3g} {unit}", value <= most
+
+    return evaluate
+
+
+def _seconds(name: str, most: float) -> _Evaluate:
+    return _most(name, "seconds", most, "s")
+
+
+def _header_memory(results: Results) -> tuple[str, bool]:
+    result = _rounds(results, "kernels/open-large-header")
+    size = result.median("header_bytes")
+    peak, held = (result.median(key) / size for key in ("extra_rss_bytes", "held_bytes"))
+    return f"{peak:.2f} x at its peak, {held:.2f} x after it ({size / 1e6:.0f} MB)", peak <= 2.5
+
+
+def _excess(results: Results) -> tuple[str, bool]:
+    excess = _rounds(results, "kernels/assignment").median("excess_over_mean")
+    return f"{excess:.2g}", excess <= 0.01

@@ -1,0 +1,11 @@
+"""Every way that can be timed, by name; each runs in a process of its own."""
+
+from __future__ import annotations
+
+from bench.ways.asyncshard import ASYNCSHARD
+from bench.ways.base import Way
+from bench.ways.ceilings import CEILINGS
+from bench.ways.kernels import KERNELS
+from bench.ways.peers import PEERS
+
+WAYS: dict[str, Way] = {**CEILINGS, **ASYNCSHARD, **PEERS, **KERNELS}

@@ -1,0 +1,81 @@
+"""What a way of loading is, and what it loads into."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.checkpoint import Dataset, Placed
+
+Run = Callable[[], Awaitable[Mapping[str, float] | None] | Mapping[str, float] | None]
+"""What is timed; it may return figures of its own. May run several times."""
+
+
+@dataclass(slots=True)
+class Case:
+    """What one process loads, and into what."""
+
+    data: Dataset
+    budget_mb: int | None = None
+    nbytes: int = 0
+    """Bytes that one run moves; 0 where that says nothing."""
+    kept: list[Any] = field(default_factory=list)
+    """What must not die before the clock has stopped."""
+    _state: dict[str, Any] = field(default_factory=dict)
+    _placed: list[Placed] = field(default_factory=list)
+
+    def destinations(self, library: str = "torch", path: Path | None = None) -> dict[str, Any]:
+        """Return a state dict for the rank, or for one part of it, every page touched; `check` looks at it."""
+        self._placed = [placed for placed in self.data.tensors() if path in (None, placed.path)]
+        self.nbytes = sum(placed.tensor.nbytes for placed in self._placed)
+        for placed in self._placed:
+            self._state[placed.tensor.name] = _LIBRARIES[library](placed.tensor.shape)
+        return self._state
+
+    def check(self) -> None:
+        """Compare both ends of each destination with the files."""
+        for placed in self._placed:
+            data = _octets(self._state[placed.tensor.name])
+            with placed.path.open("rb") as file:
+                for begin in (0, max(len(data) - 64, 0)):
+                    wanted = os.pread(file.fileno(), 64, placed.start + begin)[: len(data) - begin]
+                    if data[begin : begin + 64].tobytes() != wanted:
+                        raise AssertionError(f"{placed.tensor.name} was not loaded")
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """One way of doing something that is worth timing."""
+
+    prepare: Callable[[Case], Run]
+    """Does all that comes before the clock starts."""
+    needs: tuple[str, ...] = ()
+    """Modules beyond those that the library requires."""
+
+
+def _torch_zeros(shape: tuple[int, ...]) -> Any:
+    import torch
+
+    return torch.empty(shape, dtype=torch.bfloat16).fill_(0)
+
+
+def _numpy_zeros(shape: tuple[int, ...]) -> Any:
+    import ml_dtypes
+
+    return np.full(shape, 0, ml_dtypes.bfloat16)
+
+
+_LIBRARIES: dict[str, Callable[[tuple[int, ...]], Any]] = {"torch": _torch_zeros, "numpy": _numpy_zeros}
+
+
+def _octets(array: Any) -> np.ndarray:
+    if isinstance(array, np.ndarray):
+        return array.reshape(-1).view(np.uint8)
+    import torch
+
+    return array.detach().reshape(-1).view(torch.uint8).numpy()
