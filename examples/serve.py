@@ -75,8 +75,7 @@ async def ready(request: Request) -> Response:
     task, stream = request.app.state.load, request.app.state.stream
     if task.done() and task.exception() is not None:
         return JSONResponse({"error": str(task.exception())}, status_code=500)
-    progress = asdict(stream.statistics()) if stream.is_open else {}
-    return JSONResponse(progress, status_code=200 if task.done() else 503)
+    return JSONResponse(asdict(stream.statistics()), status_code=200 if task.done() else 503)
 
 
 def main() -> None:
