@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Self, TypedDict, cast
@@ -109,9 +110,15 @@ class Options:
             changes["budget"] = None
         return replace(self, **changes)
 
-    def library(self) -> ArrayLibrary:
-        """Return the array library; its framework is imported here, so call it off the event loop the first time."""
+    def library(self, destinations: Mapping[str, Any] | None = None) -> ArrayLibrary:
+        """Return the array library: torch's too where a destination is a torch tensor, whatever `framework` says.
+
+        The framework is imported here, so call it off the event loop the first time.
+        """
         module = _FRAMEWORKS[self.framework]
+        torch = sys.modules.get("torch")
+        if destinations and torch and any(isinstance(given, torch.Tensor) for given in destinations.values()):
+            module = _FRAMEWORKS["pt"]
         if module is None:
             return NumpyArrays()
         return cast(ArrayLibrary, importlib.import_module(module).library)
