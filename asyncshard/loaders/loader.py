@@ -131,7 +131,7 @@ class Loader:
 
     async def _plan(self, request: Request, store: Store, checkpoint: Checkpoint, threads: DaemonThreads) -> Transfer:
         chunk_size = self._options.chunk_size
-        library = await threads.run(self._options.library)
+        library = await threads.run(self._options.library, request.into)
         if request.into is None and not request.is_new:
             staged = StagedTransfer(checkpoint, store, chunk_size, library, threads)
             await threads.run(lambda: staged.plan(self._budget, is_strict=self._options.strict_budget))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Self, TypedDict, cast
@@ -76,6 +77,8 @@ class Options:
         _require_one_of("framework", self.framework, tuple(_FRAMEWORKS))
         _require_one_of("page_cache", self.page_cache, ("keep", "drop"))
         _require_one_of("order", self.order, _ORDERS)
+        if not isinstance(self.strict_budget, bool):
+            raise TypeError(f"strict_budget must be True or False, not {self.strict_budget!r}")
         if self.budget is not None and not isinstance(self.budget, MemoryBudget):
             raise TypeError(f"budget must be a MemoryBudget, not {self.budget!r}")
         if self.budget is not None and self.memory_budget_mb is not None:
@@ -84,6 +87,7 @@ class Options:
             MemoryBudget(self.memory_budget_mb)  # checks it
         if not isinstance(self.storage_options, Mapping):
             raise TypeError(f"storage_options must be a mapping, not {self.storage_options!r}")
+        object.__setattr__(self, "storage_options", dict(self.storage_options))  # the caller's own may change
 
     def override(self, given: Mapping[str, Any]) -> Self:
         """Return these options with those that were given (are not None) in their place.
@@ -106,9 +110,15 @@ class Options:
             changes["budget"] = None
         return replace(self, **changes)
 
-    def library(self) -> ArrayLibrary:
-        """Return the array library; its framework is imported here, so call it off the event loop the first time."""
+    def library(self, destinations: Mapping[str, Any] | None = None) -> ArrayLibrary:
+        """Return the array library: torch's too where a destination is a torch tensor, whatever `framework` says.
+
+        The framework is imported here, so call it off the event loop the first time.
+        """
         module = _FRAMEWORKS[self.framework]
+        torch = sys.modules.get("torch")
+        if destinations and torch and any(isinstance(given, torch.Tensor) for given in destinations.values()):
+            module = _FRAMEWORKS["pt"]
         if module is None:
             return NumpyArrays()
         return cast(ArrayLibrary, importlib.import_module(module).library)

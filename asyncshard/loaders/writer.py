@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
 import os
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from asyncshard.errors import DestinationError
 from asyncshard.format.dtypes import Dtype, from_numpy
 from asyncshard.format.pattern import ShardPattern
 from asyncshard.plan.subtensors import SubtensorFilter
@@ -86,7 +89,7 @@ async def save_sharded_state(
     Raises
     ------
     ValueError
-        A number out of range, or a tensor of a dtype that the format does not have.
+        A number out of range, or a tensor that the format cannot hold: its dtype, layout, device or name.
     AccessDeniedError, StoreError
     """
     if isinstance(max_shard_size, bool) or not isinstance(max_shard_size, int | None):
@@ -127,7 +130,7 @@ class _Save:
             os.makedirs(self._directory, exist_ok=True)
 
     def write(self, number: int, tensors: list[_Tensor]) -> None:
-        from safetensors import TensorSpec, serialize_file
+        from safetensors import SafetensorError, TensorSpec, serialize_file
 
         path = os.path.join(self._directory, self._pattern.format_for_rank(self._rank, number, self._pp_rank))
         temporary = f"{path}.{os.getpid()}.tmp"
@@ -143,7 +146,10 @@ class _Save:
             for tensor, array in zip(tensors, arrays, strict=True)
         }
         with translated(temporary):
-            serialize_file(specs, temporary, metadata=self._metadata or None)
+            try:
+                serialize_file(specs, temporary, metadata=self._metadata or None)
+            except SafetensorError as error:
+                raise _os_error(error) from error
             _flush(temporary)
 
     def commit(self) -> list[str]:
@@ -165,6 +171,12 @@ class _Save:
         for temporary in self._temporary.values():
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
+
+
+def _os_error(error: Exception) -> OSError:
+    """Return the OSError that safetensors tells of in words."""
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    return OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(errno.EIO, str(error))
 
 
 def _flush(path: str) -> None:
@@ -192,6 +204,8 @@ def _tensors(state_dict: Mapping[str, Any]) -> Iterator[_Tensor]:
     for name, value in SubtensorFilter.filter_subtensors(state_dict).items():
         if not isinstance(name, str):
             raise TypeError(f"names of tensors are str, not {name!r}")
+        if name == "__metadata__":
+            raise ValueError("a tensor cannot be named '__metadata__': the format keeps that name for itself")
         yield _Tensor(name, *_raw(name, value))
 
 
@@ -202,8 +216,18 @@ def _raw(name: str, value: Any) -> tuple[NDArray[Any], Dtype]:
         dtype = from_numpy(value.dtype)
         array = value if dtype is None else value.view(f"u{value.dtype.itemsize}")
     else:
-        raw = importlib.import_module("asyncshard.integrations.torch").library.memory_of(name, value)
-        array, dtype = raw
+        library = importlib.import_module("asyncshard.integrations.torch").library
+        try:
+            array, dtype = library.memory_of(name, value)
+        except DestinationError as error:
+            raise ValueError(
+                f"tensor {name!r} cannot be written: it must be a strided tensor on the CPU, with memory of its own "
+                f"and a dtype that safetensors files can hold, not {value.dtype}, {value.layout}, {value.device}"
+            ) from error
+        if dtype is not None and dtype.bits < 8 and not array.shape:
+            raise ValueError(
+                f"tensor {name!r} cannot be written: a {value.dtype} needs a dimension, as it is two elements"
+            )
     if dtype is None:
         raise ValueError(f"tensor {name!r} has dtype {value.dtype}, which safetensors files cannot hold")
     return array, dtype

@@ -90,8 +90,8 @@ class Stream:
     async def drain(self) -> Statistics:
         """Run to the end, keeping nothing; for streams into destinations. Closes the stream, also when it fails."""
         try:
-            async for _ in self:
-                pass
+            async for delivered in self:
+                del delivered  # or the last one would count as held
         except BaseException as error:
             await self.aclose()
             self._tell_progress(error)

@@ -146,10 +146,14 @@ class LocalStore(Store):
     async def _read_small(self, name: str, max_bytes: int | None) -> bytes:
         path = await self._threads.run(self._resolve, name)
         with files.translated(path):
-            async with aiofiles.open(path, "rb", opener=_open_regular, executor=self._threads) as file:
+            # Not `async with`: that closes in the loop's default executor, whichever one was given.
+            file = await aiofiles.open(path, "rb", opener=_open_regular, executor=self._threads)
+            try:
                 status = await self._threads.run(os.fstat, file.fileno())
                 require_small(status.st_size, max_bytes, path)
                 return await file.read()
+            finally:
+                await file.close()
 
 
 def _open_regular(path: str, flags: int) -> int:

