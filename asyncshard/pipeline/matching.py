@@ -22,7 +22,7 @@ from asyncshard.pipeline.pace import Pace
 from asyncshard.stores.threads import DaemonThreads
 
 _LISTED = 20
-_OVERLAP_WORK = 100_000
+_OVERLAP_WORK: Any = 100_000  # any number, for stubs of NumPy before 2.5
 """How hard NumPy tries to tell whether two strided views share memory, before we assume that they do."""
 
 
@@ -236,7 +236,7 @@ class _Covered:
         if one is None or two is None:
             return True
         try:
-            return np.shares_memory(one, two, max_work=_OVERLAP_WORK)  # type: ignore[arg-type]
+            return np.shares_memory(one, two, max_work=_OVERLAP_WORK)
         except np.exceptions.TooHardError:
             return True
 
