@@ -23,7 +23,7 @@ from asyncshard.pipeline.pace import Pace
 from asyncshard.stores.threads import DaemonThreads
 
 _LISTED = 20
-_OVERLAP_WORK = 100_000
+_OVERLAP_WORK: Any = 100_000  # any number, for stubs of NumPy before 2.5
 """How hard NumPy tries to tell whether two strided views share memory, before we assume that they do."""
 
 
@@ -241,7 +241,7 @@ class _Covered:
         """Whether two whose spans overlap really meet; not so for views of interleaved columns."""
         one, two = self._memory(place), self._memory(other)
         try:
-            return np.shares_memory(one, two, max_work=_OVERLAP_WORK)  # type: ignore[arg-type]
+            return np.shares_memory(one, two, max_work=_OVERLAP_WORK)
         except np.exceptions.TooHardError:
             return True
 
