@@ -113,7 +113,7 @@ class Arena:
         # A consumer that held many tensors made us reserve more than one region; one that is whole again may go.
         if len(self._gaps) > 1:
             for region, gaps in list(self._gaps.items())[1:]:
-                if gaps[0].start == 0 and gaps[-1].stop == region.nbytes and _is_seamless(gaps):
+                if gaps and gaps[0].start == 0 and gaps[-1].stop == region.nbytes and _is_seamless(gaps):
                     self.resident -= sum(gap.stop - gap.start for gap in gaps if gap.is_touched)
                     del self._gaps[region]
 
