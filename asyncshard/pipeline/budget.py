@@ -57,6 +57,7 @@ class _Waiter:
             self.account.is_admitted = True
         else:
             self.account.used += self.nbytes
+        self.account.is_waiting = False
         self.is_granted = True
 
     def take_back(self) -> None:
@@ -227,7 +228,7 @@ class MemoryBudget:
             with self._lock:
                 if waiter.is_granted:
                     waiter.take_back()
-                else:
+                elif waiter in self._waiters:  # not so where its loop had closed when its turn came
                     self._waiters.remove(waiter)
                 self._settle()
                 self._grant()
@@ -250,6 +251,7 @@ class Account:
     wait_s: float = 0.0
     """Seconds spent waiting for the budget."""
     is_waiting: bool = False
+    """Whether a request stands in the queue; no more once it is granted, before its task has run."""
     buffers: dict[int, _Buffer] = field(default_factory=dict)
     """Those alive, oldest first."""
 
@@ -320,30 +322,26 @@ class Account:
         budget._discard(idle)
         return lease
 
-    def hand_over(self, nbytes: int, *, newest_only: bool = False) -> bool:
-        """Let buffers leave the budget, oldest first and no more than needed, so that `nbytes` fit the floor.
+    def hand_over(self, *, newest_only: bool = False) -> bool:
+        """Let buffers leave the budget, oldest first and no more than needed, until the request that waits is granted.
 
         For a stream with nothing in flight and nothing ready, so that all its buffers are the consumer's.
-        `newest_only` spares all but the last delivered one. Returns whether `nbytes` fit now.
+        `newest_only` lets go of the last delivered one alone, and of none while another is held. Returns whether the
+        request is granted.
         """
         budget = self.budget
         with budget._lock:
             budget._settle()
             budget._grant()
-            if not self._is_queued():
-                return True  # granted a moment ago; the task that asked has not run since
-            if newest_only and self.held:
-                return False  # what was spared as the newest is no longer that, and still alive
             buffers = [buffer for buffer in self.buffers.values() if not buffer.is_held]
-            for buffer in buffers[-1:] if newest_only else buffers:
-                if self.used + charge_of(nbytes) <= self.floor:
+            if newest_only:
+                buffers = [] if self.held else buffers[-1:]
+            for buffer in buffers:
+                if not self.is_waiting:
                     break
                 self._give(buffer)
-            budget._grant()
-            return not self._is_queued()
-
-    def _is_queued(self) -> bool:
-        return any(waiter.account is self for waiter in self.budget._waiters)
+                budget._grant()
+            return not self.is_waiting
 
     def bytes_held(self) -> int:
         """Return the bytes of its delivered tensors that left the budget and are still alive."""

@@ -31,7 +31,7 @@ def _group_free_bytes(root: Path) -> list[int]:
     """What each control group above this process leaves it."""
     free = []
     for line in _text(root / "proc/self/cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
+        _, controllers, path = line.split(":", 2) if line.count(":") > 1 else ("", "?", "")
         if controllers == "":
             mount, limit, usage, inactive = "sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"
         elif "memory" in controllers.split(","):

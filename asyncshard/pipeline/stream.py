@@ -138,6 +138,15 @@ class Stream:
         return self._transfer().progress()
 
     async def _open(self) -> Self:
+        supervisor = self._started()
+        try:
+            await supervisor.opened()
+        except BaseException:
+            await self.aclose()
+            raise
+        return self
+
+    def _started(self) -> Supervisor:
         if self._supervisor is None:
             if self._is_closed:
                 raise StreamClosedError("the stream has been closed")
@@ -145,12 +154,7 @@ class Stream:
             self._finalizer = weakref.finalize(self, self._supervisor.abandon)
             self._finalizer.atexit = False
         self._require_loop(self._supervisor)
-        try:
-            await self._supervisor.opened()
-        except BaseException:
-            await self.aclose()
-            raise
-        return self
+        return self._supervisor
 
     async def _next_batch(self) -> bool:
         """Go on to the next item; False at the end."""
@@ -158,9 +162,12 @@ class Stream:
             return False
         if self._is_closed:
             raise StreamClosedError("the stream has been closed")
-        await self._open()
-        supervisor = self._supervisor
-        assert supervisor is not None
+        supervisor = self._started()
+        try:
+            await supervisor.opened()
+        except Exception:  # a cancel does not close: whoever asks again waits on
+            await self.aclose()
+            raise
         self._batch = iter(())  # an item's buffer must not stay alive through what has been delivered of it
         slot = await supervisor.next_slot()
         if slot is None:

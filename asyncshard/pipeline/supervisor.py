@@ -93,7 +93,8 @@ class Supervisor:
 
     async def opened(self) -> None:
         """Wait until the checkpoint is open and the transfer planned; raise what prevented it."""
-        await asyncio.wait([self._opened])
+        if not self._opened.done():
+            await asyncio.wait([self._opened])
         self._opened.result()
 
     async def next_slot(self) -> Slot | None:
@@ -265,7 +266,7 @@ class Supervisor:
         """
         if not self.account.is_waiting or not self._needed_bytes or not self._is_consumer_waiting or self._slots:
             return
-        if not self.account.hand_over(self._needed_bytes, newest_only=self._is_strict):
+        if not self.account.hand_over(newest_only=self._is_strict):
             budget = self._budget
             self._fail(
                 BudgetError(
