@@ -51,9 +51,9 @@ sanitize: $(VENV)/.test $(SANITIZED)/.built
 	$(BIN)/pytest -p no:cacheprovider --capture=sys $(CORE_TESTS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist bench/results *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find asyncshard -name '*.so' -delete
-	find asyncshard tests examples -name __pycache__ -prune -exec rm -rf {} +
+	find asyncshard bench examples tests -name __pycache__ -prune -exec rm -rf {} +
 
 # A stamp named for the version, so that another PYTHON makes the environment anew.
 $(NEW_VENV):

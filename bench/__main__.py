@@ -30,6 +30,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return options
 
 
+def _words(only: str | None) -> str | None:
+    """Return what only a part of the figures was asked for by, as part of a file's name."""
+    return only and only.replace("/", "-")
+
+
 def main(arguments: list[str]) -> None:
     options = parse(arguments)
     scale = QUICK if options.quick else FULL
@@ -39,10 +44,10 @@ def main(arguments: list[str]) -> None:
     results = measure(select(options.only), data, options.rounds, lambda text: print(text, file=sys.stderr))
     promises = list(rows(results, scale))
     options.output.mkdir(parents=True, exist_ok=True)
-    name = options.output / ("quick" if options.quick else "bench")
+    name = options.output / "-".join(filter(None, ("quick" if options.quick else "bench", _words(options.only))))
     given = {"rounds": options.rounds, "only": options.only, "scale": scale.name}
-    name.with_suffix(".json").write_text(json.dumps(as_json(before, given, results, promises), indent=1) + "\n")
-    is_drawn = draw(results, name.with_suffix(".png"))
+    Path(f"{name}.json").write_text(json.dumps(as_json(before, given, results, promises), indent=1) + "\n")
+    is_drawn = draw(results, Path(f"{name}.png"))
     print("\n".join(as_markdown(before, results, promises)))
     if not is_drawn:
         print("no chart: matplotlib is not installed, or nothing to draw was measured", file=sys.stderr)

@@ -8,7 +8,7 @@ from pathlib import Path
 from bench.suite import Results
 
 _OURS, _THEIRS = "#2563eb", "#9ca3af"
-_SUITS_LIBRARY = ("load-", "stream-", "open-")
+_LIBRARY_WAYS = ("load-", "stream-", "open-")
 
 
 def draw(results: Results, path: Path) -> bool:
@@ -27,7 +27,7 @@ def draw(results: Results, path: Path) -> bool:
         2, 1, figsize=(9, 1.5 + 0.32 * sum(heights)), height_ratios=heights, layout="constrained"
     )
     names = [name.removeprefix("speed/") for name in speeds]
-    colours = [_OURS if name.startswith(_SUITS_LIBRARY) else _THEIRS for name in names]
+    colours = [_OURS if name.startswith(_LIBRARY_WAYS) else _THEIRS for name in names]
     above.barh(names, [result.gigabytes_per_second for result in speeds.values()], color=colours)
     for result, name in zip(speeds.values(), names, strict=True):
         each = [figures["bytes"] / figures["seconds"] / 1e9 for figures in result.rounds]

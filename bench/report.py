@@ -77,6 +77,7 @@ def _figures(result: Rounds) -> Iterator[str]:
     yield f"{medians['seconds']:.3g} s"
     if "cpu_seconds" in medians:
         yield f"{medians['cpu_seconds']:.3g} CPU s"
+    yield f"load {medians['load_before']:.1f}"
     if "extra_rss_bytes" in medians:
         yield f"+{medians['extra_rss_bytes'] / _MIB:.1f} MiB"
     if "busy.p99" in medians:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -80,6 +81,7 @@ def _lag(ways: Iterable[str]) -> list[Measured]:
 
 
 SAFETENSORS = ("safetensors-safe-open", "safetensors-safe-open-pread", "safetensors-load-file")
+"""With torch's own number of threads for `copy_`, as people run them."""
 LAG_OF_LIBRARY = (
     "load-weights",
     "stream-count",
@@ -100,8 +102,10 @@ GROUPS: dict[str, list[Measured]] = {
             "load-weights-numpy",
             "stream-copy",
             "stream-copy-again",
+            "stream-into",
             "load-new",
             *SAFETENSORS,
+            "safetensors-safe-open-one-thread",
             "fastsafetensors",
             "runai-model-streamer",
         ),
@@ -148,7 +152,8 @@ def measure(groups: dict[str, list[Measured]], data: Dataset, rounds: int, tell:
                 result = results[case.name]
                 if result.absent is None:
                     tell(f"round {number} of {rounds}: {case.name}")
-                    figures = run_case(case, data)
+                    load = os.getloadavg()[0]
+                    figures = run_case(case, data) | {"load_before": load}
                     result.absent = figures.get("absent")
                     if result.absent is None:
                         result.rounds.append(figures)

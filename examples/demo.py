@@ -90,6 +90,8 @@ async def demonstrate(source: Path, path: str, *, show_progress: bool) -> int:
     header = await read_header(source)
     budget = MemoryBudget(BUDGET_MB)
     arrays: Arrays = {}
+    async with measured_lag() as idle:
+        await asyncio.sleep(0.3)
     before = memory("VmRSS")
     with tqdm(total=0, unit="B", unit_scale=True, unit_divisor=1024, desc="loading", disable=not show_progress) as bar:
         async with measured_lag() as lags:
@@ -101,7 +103,8 @@ async def demonstrate(source: Path, path: str, *, show_progress: bool) -> int:
         loaded = int(bar.total or 0)
     peak = memory("VmHWM") - before
     faults = compare(source, arrays)
-    report(loaded, elapsed, peak, sum(array.nbytes for array in arrays.values()), lags)
+    report(loaded, elapsed, peak, sum(array.nbytes for array in arrays.values()))
+    report_lag(idle, lags)
     verdict = f"{len(faults)} differ" if faults else "all identical"
     print(f"checked  {len(header)} tensors against safetensors: {verdict}")
     for fault in faults:
@@ -145,16 +148,19 @@ def compare(source: Path, arrays: Arrays) -> list[str]:
     return faults
 
 
-def report(loaded: int, elapsed: float, peak: int, own: int, lags: list[float]) -> None:
-    p50, p99, most = np.quantile(lags, [0.5, 0.99, 1]) * 1000
+def report(loaded: int, elapsed: float, peak: int, own: int) -> None:
     speed = loaded / elapsed / 1e9
     print(f"loaded   {loaded / MIB:.1f} MiB of both ranks in {elapsed:.3f} s: {speed:.2f} GB/s, from the page cache,")
     print("         and copied into whole arrays")
     print(f"memory   at most {peak / MIB:.1f} MiB more than before the load: {own / MIB:.1f} MiB are the whole arrays,")
     print(f"         {(peak - own) / MIB:.1f} MiB the rest, under a budget of {BUDGET_MB} MiB")
-    print(
-        f"loop lag p50 {p50:.2f}, p99 {p99:.2f}, max {most:.2f} ms: how late {len(lags)} sleeps of 1 ms ended meanwhile"
-    )
+
+
+def report_lag(idle: list[float], loading: list[float]) -> None:
+    print("lag      of the event loop, as how late sleeps of 1 ms ended")
+    for when, lags in (("before", idle), ("loading", loading)):
+        p50, p99, most = np.quantile(lags, [0.5, 0.99, 1]) * 1000
+        print(f"         {when:8}p50 {p50:.2f}, p99 {p99:.2f}, max {most:.2f} ms of {len(lags)} sleeps")
 
 
 @asynccontextmanager

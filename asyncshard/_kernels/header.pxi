@@ -17,6 +17,9 @@ cdef struct Dtype:
 
 cdef enum:
     DTYPE_COUNT = 22
+    # Rows read between two offers of the core to another thread: the event loop's may wait for it, and where every core
+    # is busy the scheduler would let it wait for a whole time slice of about 3 ms.
+    ROWS_AT_ONCE = 256
 
 # In the order of asyncshard.format.dtypes.DTYPES: a code is the place in this list.
 cdef Dtype[DTYPE_COUNT] DTYPES_KNOWN = [
@@ -256,6 +259,8 @@ cdef int64_t claim_all(Strings *strings) noexcept nogil:
     for row in range(strings.count):
         if strings_claim(strings, row) >= 0:
             return row
+        if row % ROWS_AT_ONCE == ROWS_AT_ONCE - 1:
+            sched_yield()
     return -1
 
 
@@ -299,6 +304,8 @@ cdef int read_entries(Reader *reader, Entries *entries, size_t max_tensors) noex
         last = row.end
         entries.rows[count] = row
         entries.complete += 1
+        if count % ROWS_AT_ONCE == ROWS_AT_ONCE - 1:
+            sched_yield()
     return check_end(reader)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from asyncshard._core import Span
 from asyncshard.errors import DestinationError, NamesError
 from asyncshard.format.dtypes import DTYPES, Dtype
 from asyncshard.pipeline.arrays import ArrayLibrary, RawArray
@@ -22,7 +23,7 @@ from asyncshard.pipeline.pace import Pace
 from asyncshard.stores.threads import DaemonThreads
 
 _LISTED = 20
-_OVERLAP_WORK = 100_000
+_OVERLAP_WORK: Any = 100_000  # any number, for stubs of NumPy before 2.5
 """How hard NumPy tries to tell whether two strided views share memory, before we assume that they do."""
 
 
@@ -166,7 +167,13 @@ def _is_cast(name: str, ours: Dtype, raw: RawArray, may_cast: bool) -> bool:
         raise DestinationError(
             f"tensor {name!r} has dtype {ours.name}, its destination {known}; pass cast=True to convert", tensor=name
         )
-    if theirs is None or ours.numpy is None or theirs.numpy is None or ours.name == "C64":
+    if (
+        theirs is None
+        or ours.numpy is None
+        or theirs.numpy is None
+        or ours.name == "C64"
+        or not np.can_cast(ours.numpy, theirs.numpy, "unsafe")  # F8_E8M0 and the other types of 8 bits
+    ):
         raise DestinationError(f"tensor {name!r} of dtype {ours.name} cannot be converted to {known}", tensor=name)
     return True
 
@@ -232,13 +239,16 @@ class _Covered:
 
     def _share_memory(self, place: int, other: int) -> bool:
         """Whether two whose spans overlap really meet; not so for views of interleaved columns."""
-        one, two = (self._strided.get(int(self._order[index])) for index in (place, other))
-        if one is None or two is None:
-            return True
+        one, two = self._memory(place), self._memory(other)
         try:
-            return np.shares_memory(one, two, max_work=_OVERLAP_WORK)  # type: ignore[arg-type]
+            return np.shares_memory(one, two, max_work=_OVERLAP_WORK)
         except np.exceptions.TooHardError:
             return True
+
+    def _memory(self, place: int) -> NDArray[Any]:
+        low, high = int(self._lows[place]), int(self._highs[place])
+        strided = self._strided.get(int(self._order[place]))
+        return np.frombuffer(memoryview(Span(low, high - low, None)), np.uint8) if strided is None else strided
 
 
 def _span(memory: NDArray[Any]) -> tuple[int, int]:

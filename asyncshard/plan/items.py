@@ -36,18 +36,25 @@ class ReadItem(NamedTuple):
         return self.stop - self.start
 
 
-def whole_tensors(shard: int, starts: NDArray[np.int64], stops: NDArray[np.int64], *, limit: int) -> Iterator[ReadItem]:
+def whole_tensors(
+    shard: int, starts: NDArray[np.int64], stops: NDArray[np.int64], *, limit: int, max_tensors: int
+) -> Iterator[ReadItem]:
     """Yield items of at most `limit` bytes that hold whole tensors; a tensor above it is alone in its item.
 
     Parameters
     ----------
     starts, stops : arrays of int64
         Byte ranges of the shard's tensors, ascending and without holes between them.
+    limit : int
+        Bytes.
+    max_tensors : int
+        How many tensors an item holds at most.
     """
     count = len(starts)
     first = 0
     while first < count:
-        last = max(int(np.searchsorted(stops, starts[first] + limit, side="right")), first + 1)
+        last = int(np.searchsorted(stops, starts[first] + limit, side="right"))
+        last = max(min(last, first + max_tensors), first + 1)
         yield ReadItem(shard, int(starts[first]), int(stops[last - 1]), first, last)
         first = last
 

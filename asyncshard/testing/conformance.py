@@ -7,7 +7,7 @@ import contextlib
 from abc import abstractmethod
 from collections.abc import Awaitable, Mapping
 
-from asyncshard.errors import ObjectChangedError, ObjectNotFoundError, StoreError, TruncatedError
+from asyncshard.errors import FormatError, ObjectChangedError, ObjectNotFoundError, StoreError, TruncatedError
 from asyncshard.stores.base import Store
 
 
@@ -75,6 +75,17 @@ class StoreTests:
     async def test_small_and_large_objects_are_read_whole(self) -> None:
         async with await self.make_store(self.files) as store:
             assert {name: await store.read(name) for name in self.files} == dict(self.files)
+
+    async def test_an_object_that_is_to_be_read_whole_may_be_too_large(self) -> None:
+        size = len(self.files["b.bin"])
+        async with await self.make_store(self.files) as store:
+            assert await store.read("b.bin", max_bytes=size) == self.files["b.bin"]
+            try:
+                await store.read("b.bin", max_bytes=size - 1)
+            except FormatError as error:
+                assert "b.bin" in str(error)
+            else:
+                raise AssertionError("the store read more than max_bytes")
 
     async def test_a_missing_object_is_an_error_that_names_it(self) -> None:
         async with await self.make_store(self.files) as store:

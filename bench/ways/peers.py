@@ -21,6 +21,14 @@ def _safe_open(case: Case, backend: str) -> Run:
     return run
 
 
+def _safe_open_one_thread(case: Case) -> Run:
+    """The same with a `copy_` of one thread: two of them waste time on each other where a core is taken."""
+    import torch
+
+    torch.set_num_threads(1)
+    return _safe_open(case, "mmap")
+
+
 def _load_file(case: Case) -> Run:
     from safetensors.torch import load_file
 
@@ -73,6 +81,7 @@ def _runai_model_streamer(case: Case) -> Run:
 PEERS = {
     "safetensors-safe-open": Way(lambda case: _safe_open(case, "mmap"), ("torch",)),
     "safetensors-safe-open-pread": Way(lambda case: _safe_open(case, "pread"), ("torch",)),
+    "safetensors-safe-open-one-thread": Way(_safe_open_one_thread, ("torch",)),
     "safetensors-load-file": Way(_load_file, ("torch",)),
     "fastsafetensors": Way(_fastsafetensors, ("torch", "fastsafetensors")),
     "runai-model-streamer": Way(_runai_model_streamer, ("torch", "runai_model_streamer")),

@@ -23,7 +23,7 @@ def test_a_case_runs_in_a_process_of_its_own_and_is_reported(tmp_path: Path, cas
 
     assert done.returncode == 0, done.stderr
     assert f"| {case} |" in done.stdout
-    result = json.loads((tmp_path / "quick.json").read_text())["cases"][case]
+    result = json.loads((tmp_path / f"quick-{case.replace('/', '-')}.json").read_text())["cases"][case]
     assert result["absent"] is None
     assert len(result["rounds"]) == 1
 

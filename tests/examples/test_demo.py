@@ -31,7 +31,7 @@ def test_the_demo_finds_every_tensor_identical() -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert "104 tensors against safetensors: all identical" in done.stdout
-    assert "loop lag p50" in done.stdout
+    assert "loading p50" in done.stdout
 
 
 def test_the_demo_tells_what_differs(demo: ModuleType) -> None:

@@ -14,17 +14,18 @@ def ranges(sizes, begin):
     return stops - np.array(sizes, np.int64), stops
 
 
-@given(SIZES, st.integers(0, 1000), st.integers(1, 500))
-def test_whole_tensors_covers_each_tensor_once_in_order_within_the_limit(sizes, begin, limit):
+@given(SIZES, st.integers(0, 1000), st.integers(1, 500), st.integers(1, 6))
+def test_whole_tensors_covers_each_tensor_once_in_order_within_the_limits(sizes, begin, limit, most):
     starts, stops = ranges(sizes, begin)
-    items = list(whole_tensors(3, starts, stops, limit=limit))
+    items = list(whole_tensors(3, starts, stops, limit=limit, max_tensors=most))
     assert [index for item in items for index in range(item.first, item.last)] == list(range(len(sizes)))
     for item in items:
         assert (item.shard, item.start, item.stop) == (3, starts[item.first], stops[item.last - 1])
         assert item.nbytes <= limit or item.last - item.first == 1
+        assert item.last - item.first <= most
     # As many in an item as fit.
     for item, following in itertools.pairwise(items):
-        assert stops[following.first] - item.start > limit
+        assert stops[following.first] - item.start > limit or item.last - item.first == most
 
 
 @given(SIZES, st.integers(0, 1000), st.integers(GRAIN, 500), st.integers(1, 6), st.data())
@@ -66,5 +67,5 @@ def test_a_large_tensor_is_split_into_parts_of_whole_grains():
 
 def test_no_tensors_make_no_items():
     none, flags = np.zeros(0, np.int64), np.zeros(0, np.bool_)
-    assert list(whole_tensors(0, none, none, limit=1)) == []
+    assert list(whole_tensors(0, none, none, limit=1, max_tensors=1)) == []
     assert list(placed_tensors(0, none, none, is_wanted=flags, is_alone=flags, limit=GRAIN, max_tensors=1)) == []
