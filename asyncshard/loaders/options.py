@@ -48,10 +48,10 @@ class Options:
     budget: MemoryBudget | None = None
     """A budget shared with other loaders, instead of one of its own."""
     prefetch_count: int = 8
-    """Read items ahead of the consumer."""
+    """Read items ahead of the consumer. With 8 MiB for each of these in buffers, no further one is begun."""
     max_workers: int | None = None
     """Reads in flight; by default the store's own number."""
-    chunk_size: int = 8 * MIB
+    chunk_size: int = 16 * MIB
     """Bytes of one read at most; smaller tensors are read together up to it."""
     framework: str = "np"
     """What tensors are: "np" for NumPy arrays, "pt" for torch tensors."""

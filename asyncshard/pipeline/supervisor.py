@@ -26,6 +26,11 @@ from asyncshard.pipeline.transfer import Transfer
 from asyncshard.plan.items import ReadItem
 from asyncshard.stores.threads import DaemonThreads, finish
 
+_BYTES_PER_ITEM = 8 << 20
+"""Reading further ahead in buffers only touches more memory, and touching memory for the first time is slow."""
+_TURNS_TO_READ = 3
+"""Turns of the loop from room for an item to its reads: the feeder's, the item's task's, its chunks'."""
+
 Opener = Callable[[Account, DaemonThreads], AbstractAsyncContextManager[Transfer]]
 """Opens a checkpoint and plans the transfer; its store stays open until the context ends."""
 
@@ -48,7 +53,8 @@ class Supervisor:
     opener : Opener
     budget : MemoryBudget
     prefetch_count : int
-        Items ahead of the consumer: being read, or read and not yet asked for.
+        Items ahead of the consumer: being read, or read and not yet asked for. Of buffered ones none is begun with 8
+        MiB for each of these ahead.
     is_strict : bool
         Whether delivered tensors that stay alive are an error once they block the next one.
     is_ordered : bool
@@ -56,17 +62,26 @@ class Supervisor:
     """
 
     def __init__(
-        self, opener: Opener, budget: MemoryBudget, *, prefetch_count: int, is_strict: bool, is_ordered: bool
+        self,
+        opener: Opener,
+        budget: MemoryBudget,
+        *,
+        prefetch_count: int,
+        is_strict: bool,
+        is_ordered: bool,
     ) -> None:
         self._opener = opener
         self._budget = budget
         self._prefetch_count = prefetch_count
+        self._prefetch_bytes = prefetch_count * _BYTES_PER_ITEM
         self._is_strict = is_strict
         self._is_ordered = is_ordered
         self.account = budget.open_account()
         self.counters = Counters()
         self.transfer: Transfer | None = None
         self._slots: deque[Slot] = deque()
+        self._leaving: Slot | None = None
+        """What the consumer is about to take: no longer ahead of it."""
         self._next_item = 0
         self._has_failed = False
         self._crash: Exception | None = None
@@ -101,9 +116,14 @@ class Supervisor:
         """Return the next item that was read, or failed; None after the last. Cancelling it loses nothing."""
         self._asked.set()
         while True:
-            slot = self._pop_done()
+            slot = self._find_done()
             if slot is not None:
-                return slot
+                if slot.lease is not None:
+                    await self._let_reads_begin(slot)
+                if slot in self._slots:  # not closed meanwhile
+                    self._slots.remove(slot)
+                    self._taken.set()
+                    return slot
             if self._task.done():
                 if self._crash is not None:
                     raise self._crash
@@ -149,15 +169,23 @@ class Supervisor:
             self._is_closing = True
             self._work.cancel()
 
-    def _pop_done(self) -> Slot | None:
-        for index, slot in enumerate(self._slots):
+    def _find_done(self) -> Slot | None:
+        for slot in self._slots:
             if slot.is_done:
-                del self._slots[index]
-                self._taken.set()
                 return slot
             if self._is_ordered:
                 break
         return None
+
+    async def _let_reads_begin(self, slot: Slot) -> None:
+        """Let the reads begin that taking a slot makes room for, before the consumer occupies the loop with it."""
+        self._leaving = slot
+        self._taken.set()
+        try:
+            for _ in range(_TURNS_TO_READ):
+                await asyncio.sleep(0)
+        finally:
+            self._leaving = None
 
     def _is_complete(self) -> bool:
         return self.transfer is not None and not self._slots and self._next_item == len(self.transfer.items)
@@ -227,7 +255,7 @@ class Supervisor:
 
     async def _feed(self, transfer: Transfer, group: asyncio.TaskGroup) -> None:
         while self._next_item < len(transfer.items) and not self._has_failed:
-            if len(self._slots) >= self._prefetch_count:
+            if self._is_far_enough():
                 await self._until_taken()
                 continue
             item = transfer.items[self._next_item]
@@ -244,6 +272,12 @@ class Supervisor:
             del slot
         # With nothing in a checkpoint nobody else would tell the consumer.
         self._changed.set()
+
+    def _is_far_enough(self) -> bool:
+        """Whether enough is ahead of the consumer: items, and, of those in buffers, bytes."""
+        ahead = [slot for slot in self._slots if slot is not self._leaving]
+        buffered = sum(slot.lease.nbytes for slot in ahead if slot.lease is not None)
+        return len(ahead) >= self._prefetch_count or buffered >= self._prefetch_bytes
 
     async def _until_taken(self) -> None:
         self._taken.clear()
