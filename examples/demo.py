@@ -35,8 +35,6 @@ from asyncshard import (
 WORLD_SIZE = 2
 BUDGET_MB = 32
 MIB = 1 << 20
-COPY_ON_LOOP_BYTES = 1 << 18
-"""Larger copies go to a thread: on the event loop they would hold up everybody else."""
 
 Arrays = dict[tuple[str, int], NDArray[Any]]
 """The tensors put together, by name and rank: rank 0's entry of a matrix is the whole one, of the rest its own copy."""
@@ -124,10 +122,8 @@ async def load_rank(path: str, rank: int, header: Header, budget: MemoryBudget, 
             if whole is None:
                 whole = arrays[name, owner] = np.empty(mine.shape, tensor.dtype)
             place = whole[mine.local_start : mine.local_stop] if mine.num_shards > 1 else whole
-            if tensor.nbytes > COPY_ON_LOOP_BYTES:
-                await asyncio.to_thread(np.copyto, place, tensor)
-            else:
-                np.copyto(place, tensor)
+            # Not on the event loop: the copy, and touching new memory, would hold up everybody else.
+            await asyncio.to_thread(np.copyto, place, tensor)
             bar.update(tensor.nbytes)
 
 
