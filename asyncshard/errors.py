@@ -133,8 +133,22 @@ class StoreError(AsyncShardError, OSError):
     Attributes
     ----------
     start, stop : int or None
-        The byte range of the file that was asked for.
+        The byte range of the file that was asked for, half-open.
+    bucket, key : str or None
+        Of an object in S3.
+    status : int or None
+        Of the HTTP answer.
+    request_id : str or None
+        What the server calls the request.
+    attempts : int or None
+        How often it was made.
     """
+
+    bucket: str | None = None
+    key: str | None = None
+    status: int | None = None
+    request_id: str | None = None
+    attempts: int | None = None
 
     def __init__(
         self,
@@ -178,3 +192,13 @@ class StoreTimeoutError(StoreError, TimeoutError):
     """The storage did not answer in time."""
 
     retryable = True
+
+
+class ThrottledError(StoreError):
+    """The storage asks for fewer requests, and went on doing so after pauses."""
+
+    retryable = True
+
+
+class ChecksumError(StoreError):
+    """What was read does not match the checksum of the object; ``retryable`` says whether a new read may."""

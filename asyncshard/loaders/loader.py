@@ -22,7 +22,7 @@ from asyncshard.pipeline.placed import PlacedTransfer
 from asyncshard.pipeline.staged import StagedTransfer
 from asyncshard.pipeline.stream import Stream
 from asyncshard.pipeline.supervisor import Supervisor
-from asyncshard.pipeline.transfer import Transfer
+from asyncshard.pipeline.transfer import Pacing, Transfer
 from asyncshard.stores import Store, from_url
 from asyncshard.stores.threads import DaemonThreads, finish
 
@@ -96,7 +96,6 @@ class Loader:
             return Supervisor(
                 opener,
                 self._budget,
-                prefetch_count=self._options.prefetch_count,
                 is_strict=self._options.strict_budget,
                 is_ordered=self._options.order == "plan",
             )
@@ -130,10 +129,14 @@ class Loader:
                 await finish(asyncio.ensure_future(store.aclose()))
 
     async def _plan(self, request: Request, store: Store, checkpoint: Checkpoint, threads: DaemonThreads) -> Transfer:
-        chunk_size = self._options.chunk_size
+        pacing = Pacing(
+            self._options.chunk_size or store.chunk_size,
+            self._options.prefetch_count or store.prefetch_count,
+            store.max_gap_bytes,
+        )
         library = await threads.run(self._options.library, request.into)
         if request.into is None and not request.is_new:
-            staged = StagedTransfer(checkpoint, store, chunk_size, library, threads)
+            staged = StagedTransfer(checkpoint, store, pacing, library, threads)
             await threads.run(lambda: staged.plan(self._budget, is_strict=self._options.strict_budget))
             return staged
         if request.into is None:
@@ -143,7 +146,7 @@ class Loader:
                 checkpoint, request.into, library, threads, strict=request.strict, cast=request.cast, path=store.url
             )
             _warn(store.url, placement)
-        placed = PlacedTransfer(checkpoint, store, chunk_size, placement, threads)
+        placed = PlacedTransfer(checkpoint, store, pacing, placement, threads)
         await threads.run(placed.plan, self._budget)
         return placed
 

@@ -47,12 +47,13 @@ class Options:
     """Bytes that the loader may hold, in MiB; by default the smaller of 2048 and a quarter of the free memory."""
     budget: MemoryBudget | None = None
     """A budget shared with other loaders, instead of one of its own."""
-    prefetch_count: int = 8
-    """Read items ahead of the consumer. With 8 MiB for each of these in buffers, no further one is begun."""
+    prefetch_count: int | None = None
+    """Read items ahead of the consumer; by default the store's own number. With 8 MiB for each of these in buffers, no
+    further one is begun."""
     max_workers: int | None = None
     """Reads in flight; by default the store's own number."""
-    chunk_size: int = 16 * MIB
-    """Bytes of one read at most; smaller tensors are read together up to it."""
+    chunk_size: int | None = None
+    """Bytes of one read at most; smaller tensors are read together up to it. By default the store's own number."""
     framework: str = "np"
     """What tensors are: "np" for NumPy arrays, "pt" for torch tensors."""
     page_cache: str = "keep"
@@ -65,12 +66,13 @@ class Options:
     """Refuse a file with a larger header; by default the format's limit of 100,000,000."""
     max_tensors: int | None = None
     """Refuse a file with more tensors."""
-    storage_options: Mapping[str, Any] = field(default_factory=dict)
+    storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False)  # it may hold secrets
     """The store's constructor arguments."""
 
     def __post_init__(self) -> None:
         for name, least in (("prefetch_count", 1), ("chunk_size", GRAIN)):
-            _require_int(name, getattr(self, name), least)
+            if getattr(self, name) is not None:
+                _require_int(name, getattr(self, name), least)
         for name in ("max_workers", "max_header_bytes", "max_tensors"):
             if getattr(self, name) is not None:
                 _require_int(name, getattr(self, name), 1)
@@ -86,7 +88,7 @@ class Options:
         if self.memory_budget_mb is not None:
             MemoryBudget(self.memory_budget_mb)  # checks it
         if not isinstance(self.storage_options, Mapping):
-            raise TypeError(f"storage_options must be a mapping, not {self.storage_options!r}")
+            raise TypeError(f"storage_options must be a mapping, not a {type(self.storage_options).__name__}")
         object.__setattr__(self, "storage_options", dict(self.storage_options))  # the caller's own may change
 
     def override(self, given: Mapping[str, Any]) -> Self:

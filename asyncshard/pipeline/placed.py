@@ -15,13 +15,15 @@ from asyncshard._core import Lease
 from asyncshard.pipeline.budget import MemoryBudget
 from asyncshard.pipeline.checkpoint import Checkpoint
 from asyncshard.pipeline.destinations import Placement, Sink, StridedTarget
-from asyncshard.pipeline.transfer import Transfer
+from asyncshard.pipeline.transfer import Pacing, Transfer
 from asyncshard.plan.items import GRAIN, ReadItem, placed_tensors
 from asyncshard.stores.base import Store
 from asyncshard.stores.threads import DaemonThreads
 
-_MAX_TENSORS = 1024
+_MAX_TENSORS = 4096
 """In one item: what reading into separate buffers handles in one call without holding the GIL for long."""
+_MANY_TENSORS = 256
+"""From as many in an item on, their memory is looked up in a thread: it takes a microsecond for each."""
 
 _Key = tuple[int, int]
 """Shard and index of a tensor."""
@@ -36,11 +38,11 @@ class PlacedTransfer(Transfer):
         self,
         checkpoint: Checkpoint,
         store: Store,
-        chunk_size: int,
+        pacing: Pacing,
         placement: Placement,
         threads: DaemonThreads,
     ) -> None:
-        super().__init__(checkpoint, store, chunk_size)
+        super().__init__(checkpoint, store, pacing)
         self._destinations = placement.shards
         self._threads = threads
         self.missing = placement.missing
@@ -53,10 +55,12 @@ class PlacedTransfer(Transfer):
         self._written: Counter[_Key] = Counter()
         """Bytes that each sink has taken."""
         self._sink_advanced = asyncio.Condition()
+        self._unwanted = memoryview(b"")
+        """Takes what lies between wanted tensors, of all reads at once: nobody looks at it."""
 
     def plan(self, budget: MemoryBudget) -> None:
         """Make the items. Slow for large checkpoints: not for the event loop."""
-        limit = self._chunk_size
+        limit = self.pacing.chunk_size
         if any(shard.staged for shard in self._destinations):
             limit = max(min(limit, budget.nbytes // 4), GRAIN)
         items: list[ReadItem] = []
@@ -72,8 +76,11 @@ class PlacedTransfer(Transfer):
                     is_alone=destinations.is_staged(),
                     limit=limit,
                     max_tensors=_MAX_TENSORS,
+                    max_gap=self.pacing.max_gap_bytes,
                 )
             )
+            if self.pacing.max_gap_bytes and not wanted.all():
+                self._unwanted = memoryview(bytearray(self.pacing.max_gap_bytes))
             self.tensors_total += int(wanted.sum())
             self.bytes_total += int((table.stops - table.starts)[wanted].sum())
         self.items = items
@@ -92,7 +99,9 @@ class PlacedTransfer(Transfer):
         if staged is None:
             if item.nbytes:
                 meta = self.checkpoint.shards[item.shard].meta
-                await self._store.read_into(meta, item.start, self._memory(item))
+                is_long = item.last - item.first >= _MANY_TENSORS
+                memory = await self._threads.run(self._memory, item) if is_long else self._memory(item)
+                await self._store.read_into(meta, item.start, memory)
         elif lease is not None:
             data = memoryview(lease)[: item.nbytes]
             await self._read_range(item, data)
@@ -105,8 +114,13 @@ class PlacedTransfer(Transfer):
         if item.last - item.first == 1:
             return [memory(item.first, self._offset(item), item.nbytes)]
         table = self.checkpoint.shards[item.shard].header.table
+        given = self._destinations[item.shard].given
         sizes = (table.stops[item.first : item.last] - table.starts[item.first : item.last]).tolist()
-        return [memory(item.first + index, 0, size) for index, size in enumerate(sizes) if size]
+        return [
+            memory(index, 0, size) if given[index] is not None else self._unwanted[:size]
+            for index, size in enumerate(sizes, item.first)
+            if size
+        ]
 
     def _offset(self, item: ReadItem) -> int:
         """Return where in its tensor an item begins."""
@@ -134,21 +148,26 @@ class PlacedTransfer(Transfer):
         row = self.checkpoint.shards[item.shard].header.table.row
         given = self._destinations[item.shard].given
         for index in range(item.first, item.last):
-            name, _, _, start, stop = row(index)
-            yield name, given[index], stop - start
+            if given[index] is not None:
+                name, _, _, start, stop = row(index)
+                yield name, given[index], stop - start
 
     def progress(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         parts: Counter[_Key] = Counter()
         parts_done: Counter[_Key] = Counter()
         for item in self.items:
             if item in self._begun:
-                keys = [(item.shard, index) for index in range(item.first, item.last)]
+                keys = self._keys(item)
                 parts.update(keys)
                 parts_done.update(keys if item in self._done else ())
             elif item.last - item.first == 1:
                 parts[item.shard, item.first] += 1
         name_of = {key: self.checkpoint.shards[key[0]].header.at(key[1]).name for key in parts}
         filled = tuple(name_of[key] for key, count in parts.items() if parts_done[key] == count)
-        begun = {(item.shard, index) for item in self._begun for index in range(item.first, item.last)}
+        begun = {key for item in self._begun for key in self._keys(item)}
         torn = tuple(name_of[key] for key, count in parts.items() if key in begun and parts_done[key] < count)
         return filled, torn
+
+    def _keys(self, item: ReadItem) -> list[_Key]:
+        given = self._destinations[item.shard].given
+        return [(item.shard, index) for index in range(item.first, item.last) if given[index] is not None]

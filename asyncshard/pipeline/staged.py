@@ -13,7 +13,7 @@ from asyncshard.format.dtypes import DTYPES
 from asyncshard.pipeline.arrays import ArrayLibrary, make_view
 from asyncshard.pipeline.budget import MemoryBudget, charge_of
 from asyncshard.pipeline.checkpoint import Checkpoint
-from asyncshard.pipeline.transfer import Transfer
+from asyncshard.pipeline.transfer import Pacing, Transfer
 from asyncshard.plan.items import ReadItem, whole_tensors
 from asyncshard.stores.base import Store
 from asyncshard.stores.threads import DaemonThreads
@@ -38,11 +38,11 @@ class StagedTransfer(Transfer):
         self,
         checkpoint: Checkpoint,
         store: Store,
-        chunk_size: int,
+        pacing: Pacing,
         library: ArrayLibrary,
         threads: DaemonThreads,
     ) -> None:
-        super().__init__(checkpoint, store, chunk_size)
+        super().__init__(checkpoint, store, pacing)
         self._library = library
         self._threads = threads
         self.bytes_total = checkpoint.bytes_total
@@ -57,7 +57,7 @@ class StagedTransfer(Transfer):
             The largest tensor exceeds the budget; in strict mode, two neighbouring items and the headers do.
         """
         # Several items must fit the budget at once, or nothing could be read ahead.
-        limit = max(min(self._chunk_size, budget.nbytes // 4), 1)
+        limit = max(min(self.pacing.chunk_size, budget.nbytes // 4), 1)
         items: list[ReadItem] = []
         for number, shard in enumerate(self.checkpoint.shards):
             table = shard.header.table

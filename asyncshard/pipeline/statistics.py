@@ -31,7 +31,11 @@ class Statistics:
     missing: tuple[str, ...]
     """Names that were asked for and that the checkpoint lacks."""
     unexpected: tuple[str, ...]
-    """Names in the checkpoint that nobody asked for; they are not read."""
+    """Names in the checkpoint that nobody asked for; they are not delivered."""
+    verified: tuple[str, ...]
+    """Objects whose bytes were compared with a checksum of the whole object, where that was asked for."""
+    unverified: tuple[str, ...]
+    """Those for which it was asked for, and that could not be compared, or not yet."""
 
 
 @dataclass(slots=True)

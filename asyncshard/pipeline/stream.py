@@ -126,6 +126,8 @@ class Stream:
             eta_s=None if transfer is None else counters.eta_s(),
             missing=() if transfer is None else transfer.missing,
             unexpected=() if transfer is None else transfer.unexpected,
+            verified=() if transfer is None else transfer.verified,
+            unverified=() if transfer is None else transfer.unverified,
         )
 
     @property

@@ -52,9 +52,6 @@ class Supervisor:
     ----------
     opener : Opener
     budget : MemoryBudget
-    prefetch_count : int
-        Items ahead of the consumer: being read, or read and not yet asked for. Of buffered ones none is begun with 8
-        MiB for each of these ahead.
     is_strict : bool
         Whether delivered tensors that stay alive are an error once they block the next one.
     is_ordered : bool
@@ -66,14 +63,11 @@ class Supervisor:
         opener: Opener,
         budget: MemoryBudget,
         *,
-        prefetch_count: int,
         is_strict: bool,
         is_ordered: bool,
     ) -> None:
         self._opener = opener
         self._budget = budget
-        self._prefetch_count = prefetch_count
-        self._prefetch_bytes = prefetch_count * _BYTES_PER_ITEM
         self._is_strict = is_strict
         self._is_ordered = is_ordered
         self.account = budget.open_account()
@@ -255,7 +249,7 @@ class Supervisor:
 
     async def _feed(self, transfer: Transfer, group: asyncio.TaskGroup) -> None:
         while self._next_item < len(transfer.items) and not self._has_failed:
-            if self._is_far_enough():
+            if self._is_far_enough(transfer.pacing.prefetch_count):
                 await self._until_taken()
                 continue
             item = transfer.items[self._next_item]
@@ -273,11 +267,11 @@ class Supervisor:
         # With nothing in a checkpoint nobody else would tell the consumer.
         self._changed.set()
 
-    def _is_far_enough(self) -> bool:
-        """Whether enough is ahead of the consumer: items, and, of those in buffers, bytes."""
+    def _is_far_enough(self, prefetch_count: int) -> bool:
+        """Whether enough is ahead of the consumer: items, and, of those in buffers, 8 MiB for each of these."""
         ahead = [slot for slot in self._slots if slot is not self._leaving]
         buffered = sum(slot.lease.nbytes for slot in ahead if slot.lease is not None)
-        return len(ahead) >= self._prefetch_count or buffered >= self._prefetch_bytes
+        return len(ahead) >= prefetch_count or buffered >= prefetch_count * _BYTES_PER_ITEM
 
     async def _until_taken(self) -> None:
         self._taken.clear()

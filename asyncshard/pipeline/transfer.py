@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from asyncshard._core import Lease
 from asyncshard.pipeline.checkpoint import Checkpoint
@@ -14,16 +14,27 @@ from asyncshard.stores.base import Store
 from asyncshard.stores.threads import finish
 
 
+class Pacing(NamedTuple):
+    """How much is read at once, and how far ahead."""
+
+    chunk_size: int
+    """Bytes of one read at most."""
+    prefetch_count: int
+    """Read items ahead of the consumer."""
+    max_gap_bytes: int
+    """Unwanted bytes between two wanted tensors that are rather read than left out."""
+
+
 class Transfer(ABC):
     """A plan of read items, how each is read, and what it delivers."""
 
     is_in_place: bool
     """Whether reads write into the caller's own memory: cancelled ones must end before the caller goes on."""
 
-    def __init__(self, checkpoint: Checkpoint, store: Store, chunk_size: int) -> None:
+    def __init__(self, checkpoint: Checkpoint, store: Store, pacing: Pacing) -> None:
         self.checkpoint = checkpoint
         self._store = store
-        self._chunk_size = chunk_size
+        self.pacing = pacing
         self.items: Sequence[ReadItem] = ()
         self.bytes_total = 0
         self.tensors_total = 0
@@ -35,6 +46,16 @@ class Transfer(ABC):
     def retries(self) -> int:
         """Requests that the store made again."""
         return self._store.retries
+
+    @property
+    def verified(self) -> tuple[str, ...]:
+        """Objects that match their checksums."""
+        return self._store.verified
+
+    @property
+    def unverified(self) -> tuple[str, ...]:
+        """Objects that were to be compared with their checksums and have not been."""
+        return self._store.unverified
 
     @abstractmethod
     def buffer_bytes(self, item: ReadItem) -> int:
@@ -55,7 +76,7 @@ class Transfer(ABC):
     async def _read_range(self, item: ReadItem, buffer: memoryview) -> None:
         """Read an item's bytes into one buffer, in chunks that are in flight together."""
         meta = self.checkpoint.shards[item.shard].meta
-        chunk = self._chunk_size
+        chunk = self.pacing.chunk_size
         if item.nbytes <= chunk:
             if item.nbytes:
                 await self._store.read_into(meta, item.start, [buffer[: item.nbytes]])

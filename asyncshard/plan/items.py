@@ -68,8 +68,9 @@ def placed_tensors(
     is_alone: NDArray[np.bool_],
     limit: int,
     max_tensors: int,
+    max_gap: int = 0,
 ) -> Iterator[ReadItem]:
-    """Yield items for the wanted tensors alone; one above `limit` bytes is split into parts of at most that.
+    """Yield items for the wanted tensors; one above `limit` bytes is split into parts of at most that.
 
     Parameters
     ----------
@@ -83,11 +84,15 @@ def placed_tensors(
         Bytes; at least `GRAIN`.
     max_tensors : int
         How many tensors an item touches at most.
+    max_gap : int
+        Bytes. As many that nobody wants, between two wanted tensors of one item, are read with them. An item begins and
+        ends with wanted ones all the same.
     """
     part = limit // GRAIN * GRAIN
     is_joined = is_wanted & ~is_alone
+    is_read = is_joined | _gaps(starts, stops, is_wanted, is_joined, max_gap)
     # A run goes on as long as a tensor and the one before it may share an item.
-    breaks = np.flatnonzero(~(is_joined[1:] & is_joined[:-1])) + 1
+    breaks = np.flatnonzero(~(is_read[1:] & is_read[:-1])) + 1
     bounds = [0, *breaks.tolist(), len(starts)]
     for run_first, run_last in itertools.pairwise(bounds):
         if run_first == run_last or not is_wanted[run_first]:
@@ -97,8 +102,31 @@ def placed_tensors(
             start = int(starts[first])
             last = int(np.searchsorted(stops[first:run_last], start + limit, side="right")) + first
             last = max(min(last, first + max_tensors), first + 1)
+            end = last
+            while not is_wanted[last - 1]:
+                last -= 1
             stop = int(stops[last - 1])
             step = part if last == first + 1 and stop - start > limit else max(stop - start, 1)
             for begin in range(start, max(stop, start + 1), step):
                 yield ReadItem(shard, begin, min(begin + step, stop), first, last)
-            first = last
+            first = end
+            while first < run_last and not is_wanted[first]:
+                first += 1
+
+
+def _gaps(
+    starts: NDArray[np.int64],
+    stops: NDArray[np.int64],
+    is_wanted: NDArray[np.bool_],
+    is_joined: NDArray[np.bool_],
+    max_gap: int,
+) -> NDArray[np.bool_]:
+    """Mark the unwanted tensors between two joined ones that are at most `max_gap` bytes apart."""
+    marks = np.zeros(len(starts) + 1, np.int64)
+    wanted = np.flatnonzero(is_wanted)
+    if max_gap and len(wanted):
+        left, right = wanted[:-1], wanted[1:]
+        is_near = (starts[right] - stops[left] <= max_gap) & is_joined[left] & is_joined[right]
+        np.add.at(marks, left[is_near] + 1, 1)
+        np.add.at(marks, right[is_near], -1)
+    return np.cumsum(marks)[:-1] > 0

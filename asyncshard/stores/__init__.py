@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 from collections.abc import Callable
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -26,7 +27,7 @@ def from_url(
     Parameters
     ----------
     url : str or path
-        A path, or ``file:///path``.
+        A path, ``file:///path``, or ``s3://bucket/prefix``.
     max_workers : int, optional
         Reads in flight; the store's own default where it is not given.
     page_cache : {"keep", "drop"}
@@ -40,22 +41,35 @@ def from_url(
         A scheme that no store serves.
     TypeError
         An option that the store does not know.
+    ImportError
+        The packages that the store needs are not installed.
     """
     path = os.fspath(url)
     if not isinstance(path, str):
         raise TypeError(f"a model path is a str or a path of str, not {path!r}")
     if not path or "\0" in path:
         raise ValueError(f"{path!r} is not a path")
-    scheme = urlsplit(path).scheme if "://" in path else ""
+    match = re.match("([A-Za-z][A-Za-z0-9+.-]*)://", path)
+    scheme = match[1].lower() if match else ""
     if scheme == "file":
         host, rest = urlsplit(path)[1:3]
         if host not in ("", "localhost"):
             raise ValueError(f"{path}: a file URL names no host; write file:///{host}{rest}, or a path without file://")
         path = unquote(rest)
+    elif scheme == "s3":
+        return _s3_store(path, max_workers=max_workers, **storage_options)
     elif scheme:
-        raise ValueError(f"{path}: no store serves {scheme}://; a local path or file:// URL is needed")
+        raise ValueError(f"{path}: no store serves {scheme}://; a local path, file:// or s3:// URL is needed")
     _require_known(LocalStore, storage_options)
     return LocalStore(path, max_workers=max_workers, page_cache=page_cache, **storage_options)
+
+
+def _s3_store(url: str, **options: Any) -> Store:
+    try:
+        from asyncshard.stores.s3 import S3Store
+    except ImportError as error:
+        raise ImportError(f"{url}: {error.name} is not installed: pip install 'asyncshard[s3]'") from error
+    return S3Store(url, **options)
 
 
 def _require_known(store: Callable[..., Store], options: dict[str, Any]) -> None:

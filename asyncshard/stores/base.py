@@ -42,6 +42,18 @@ class Store(ABC):
     url: str
     retries: int = 0
     """Requests made again so far."""
+    verified: tuple[str, ...] = ()
+    """Full paths of the objects that were compared with a checksum of their whole, and match."""
+    unverified: tuple[str, ...] = ()
+    """Of those that were to be compared, and could not be, or not yet."""
+
+    # What suits this store where the user says nothing
+    chunk_size: int = 16 << 20
+    """Bytes of one read at most."""
+    prefetch_count: int = 8
+    """Read items ahead of the consumer."""
+    max_gap_bytes: int = 0
+    """Unwanted bytes between two wanted tensors that are rather read than left out."""
 
     async def __aenter__(self) -> Self:
         return self

@@ -1,0 +1,386 @@
+"""HTTP/1.1 whose bodies go from the socket to their place: one connection, and a pool of them kept alive.
+
+h11 parses heads, and every body that is not data (errors, chunked ones). The body of a range of known length bypasses
+it: the transport receives into the memory that `Scatter.window` gives, once the head has been accepted. Never more than
+the body is asked of the socket, so what a server sends beyond it cannot land in the caller's memory; a connection on
+which anything comes unasked is not used again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import select
+import socket
+import ssl
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import h11
+
+from asyncshard.errors import StoreTimeoutError, TruncatedError
+from asyncshard.stores.answers import MAX_ERROR_BYTES, Head
+from asyncshard.stores.failures import Action, Failed, Failure
+from asyncshard.stores.scatter import Scatter
+
+_HEAD_BYTES = 8 << 10
+"""Read at a time while a head is expected: what of the body comes with it is copied."""
+_STAGING_BYTES = 256 << 10
+_READABLE = select.POLLIN | select.POLLHUP | select.POLLERR
+
+Headers = list[tuple[str, str]]
+Receive = Callable[[Head], Scatter | None]
+"""Decides from its head where a body goes: into a scatter of just its length, or, with None, as an error's, into the
+answer. What it raises fails the exchange."""
+
+
+class Origin(NamedTuple):
+    """Where a connection leads."""
+
+    scheme: str
+    host: str
+    port: int
+
+
+class Limits(NamedTuple):
+    """When an answer counts as lost."""
+
+    connect_timeout_s: float
+    read_timeout_s: float
+    """Without any byte."""
+    slow_bytes: int
+    """Fewer bytes of a body than this..."""
+    slow_window_s: float
+    """...in this time."""
+
+
+class Answer(NamedTuple):
+    """What came of an exchange."""
+
+    head: Head
+    error_body: bytes
+    """Empty where the body went to a scatter."""
+
+
+class HttpConnection(asyncio.BufferedProtocol):
+    """One connection; one exchange at a time. Everything runs on its loop.
+
+    Parameters
+    ----------
+    limits : Limits
+    peers : set of HttpConnection
+        It is in there as long as its socket is open.
+    """
+
+    def __init__(self, limits: Limits, peers: set[HttpConnection]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._limits = limits
+        self._peers = peers
+        self._staging = memoryview(bytearray(_STAGING_BYTES))
+        self._transport: Any = None
+        self._parser: h11.Connection | None = None
+        """Of the exchange in progress."""
+        self._receive: Receive | None = None
+        self._head: Head | None = None
+        self._scatter: Scatter | None = None
+        self._is_direct = False
+        """Whether the body bypasses the parser."""
+        self._error_body = bytearray()
+        self._result: asyncio.Future[None] | None = None
+        self._watch: asyncio.TimerHandle | None = None
+        self._last_byte = 0.0
+        self._window_began = 0.0
+        self._window_bytes = 0
+        self._has_answered = False
+        """Whether anything has come since the request was sent."""
+        self._exchanges = 0
+        self._is_spoiled = False
+        self.closed: asyncio.Future[None] = self._loop.create_future()
+        """Done when the socket is closed."""
+
+    # For the pool
+
+    def is_usable(self) -> bool:
+        """Whether it may be used again: open, with nothing unread."""
+        if self._is_spoiled or self._transport is None or self._transport.is_closing():
+            return False
+        poll = select.poll()
+        poll.register(self._transport.get_extra_info("socket").fileno(), _READABLE)
+        return not poll.poll(0)
+
+    def abort(self) -> None:
+        """Close at once."""
+        self._is_spoiled = True
+        if self._transport is not None:
+            self._transport.abort()
+
+    async def exchange(self, target: str, headers: Headers, receive: Receive) -> Answer:
+        """Send a GET and receive its answer. When it raises, cancelled or not, nothing is written any more.
+
+        Raises
+        ------
+        Failed
+            The answer did not come whole, or `receive` raised.
+        """
+        parser = h11.Connection(h11.CLIENT)
+        request = parser.send(h11.Request(method="GET", target=target, headers=headers))
+        assert request is not None
+        parser.send(h11.EndOfMessage())
+        self._parser, self._receive = parser, receive
+        self._head, self._has_answered, self._is_direct = None, False, False
+        self._error_body.clear()
+        self._exchanges += 1
+        result = self._result = self._loop.create_future()
+        self._last_byte = self._window_began = self._loop.time()
+        self._window_bytes = 0
+        self._watch = self._loop.call_later(self._next_look(), self._look)
+        try:
+            if self._transport.is_closing():
+                self._fail(self._lost())
+            else:
+                self._transport.write(request)
+            await result
+        finally:
+            self._scatter = self._receive = self._parser = self._result = None
+            self._watch.cancel()
+            if not result.done() or result.cancelled() or result.exception() is not None:
+                self.abort()
+        assert self._head is not None
+        return Answer(self._head, bytes(self._error_body))
+
+    # For the transport
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport
+        self._peers.add(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._is_spoiled = True
+        self._peers.discard(self)
+        self._fail(self._lost())
+        if not self.closed.done():
+            self.closed.set_result(None)
+
+    def eof_received(self) -> bool:
+        self._is_spoiled = True
+        if self._parser is not None and not self._is_direct:
+            self._parse(b"")  # a body that ends with the connection
+        self._fail(self._lost())
+        return False
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        if self._is_direct and self._scatter is not None:
+            return self._scatter.window(self._staging)
+        return self._staging[:_HEAD_BYTES]
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self._last_byte = self._loop.time()
+        self._window_bytes += nbytes
+        if self._result is None or self._result.done():
+            self.abort()  # nothing was asked for
+        elif self._is_direct and self._scatter is not None:
+            self._scatter.advance(nbytes)
+            self._end_if_full()
+        else:
+            self._has_answered = True
+            self._parse(bytes(self._staging[:nbytes]))
+
+    # The exchange
+
+    def _parse(self, data: bytes) -> None:
+        parser = self._parser
+        assert parser is not None
+        try:
+            parser.receive_data(data)
+            while not self._is_direct and (event := parser.next_event()) is not h11.NEED_DATA:
+                if event is h11.PAUSED or isinstance(event, h11.ConnectionClosed):
+                    return
+                self._take(parser, event)
+        except h11.RemoteProtocolError as error:
+            self._fail(_cut(f"the answer is no HTTP: {error}", is_body=self._head is not None))
+        except Exception as error:
+            self._fail(error)
+
+    def _take(self, parser: h11.Connection, event: Any) -> None:
+        if isinstance(event, h11.Response):
+            fields = {name.decode("latin-1"): value.decode("latin-1") for name, value in event.headers}
+            self._head = Head(event.status_code, fields)
+            assert self._receive is not None
+            self._scatter = self._receive(self._head)
+            self._window_began, self._window_bytes = self._loop.time(), 0
+            if self._scatter is not None and "transfer-encoding" not in fields and "content-length" in fields:
+                self._go_direct(parser, event)
+        elif isinstance(event, h11.Data):
+            if self._scatter is None:
+                self._error_body += event.data
+                if len(self._error_body) > MAX_ERROR_BYTES:
+                    self._is_spoiled = True
+                    self._end()
+            elif len(event.data) > self._scatter.nbytes - self._scatter.filled:
+                raise Failed(Failure("the body is longer than what was asked for", status=206))
+            else:
+                self._scatter.write(memoryview(event.data))
+        elif isinstance(event, h11.EndOfMessage):
+            self._is_spoiled |= parser.their_state is not h11.DONE or bool(parser.trailing_data[0])
+            if self._scatter is not None and self._scatter.filled < self._scatter.nbytes:
+                raise Failed(_cut("the body ended early", is_body=True).failure)
+            self._end()
+
+    def _go_direct(self, parser: h11.Connection, head: h11.Response) -> None:
+        """Receive the rest of the body without the parser."""
+        assert self._scatter is not None
+        self._is_direct = True
+        self._is_spoiled |= head.http_version < b"1.1" or any(
+            name == b"connection" and b"close" in value.lower() for name, value in head.headers
+        )
+        begun = parser.trailing_data[0]
+        room = self._scatter.nbytes - self._scatter.filled
+        self._is_spoiled |= len(begun) > room
+        self._scatter.write(memoryview(begun)[:room])
+        self._end_if_full()
+
+    def _end_if_full(self) -> None:
+        if self._scatter is not None and self._scatter.filled == self._scatter.nbytes:
+            self._end()
+
+    def _end(self) -> None:
+        self._scatter = None
+        if self._result is not None and not self._result.done():
+            self._result.set_result(None)
+
+    def _fail(self, error: Exception) -> None:
+        self._scatter = None
+        if self._result is not None and not self._result.done():
+            self._result.set_exception(error)
+
+    def _lost(self) -> Failed:
+        if self._has_answered:
+            return _cut("the connection was closed in the middle of the answer", is_body=self._head is not None)
+        if self._exchanges > 1:
+            return Failed(Failure("the server had closed the idle connection", action=Action.RETRY_AT_ONCE))
+        return _cut("the server closed the connection without an answer", is_body=False)
+
+    # Time
+
+    def _next_look(self) -> float:
+        due = self._last_byte + self._limits.read_timeout_s
+        if self._head is not None:
+            due = min(due, self._window_began + self._limits.slow_window_s)
+        return max(due - self._loop.time(), 0.0)
+
+    def _look(self) -> None:
+        now = self._loop.time()
+        if now - self._last_byte >= self._limits.read_timeout_s:
+            self._time_out(f"no byte came for {self._limits.read_timeout_s:g} s (read_timeout_s)")
+            return
+        if self._head is not None and now - self._window_began >= self._limits.slow_window_s:
+            if self._window_bytes < self._limits.slow_bytes:
+                self._time_out(f"only {self._window_bytes:,} bytes came in {self._limits.slow_window_s:g} s")
+                return
+            self._window_began, self._window_bytes = now, 0
+        if self._result is not None and not self._result.done():
+            # At least the clock's grain later, or it could come to the same moment again.
+            delay = max(self._next_look(), 0.001)
+            if self._head is None:
+                delay = min(delay, self._limits.slow_window_s)
+            self._watch = self._loop.call_later(delay, self._look)
+
+    def _time_out(self, reason: str) -> None:
+        self._fail(Failed(Failure(reason, action=Action.RETRY, kind=StoreTimeoutError)))
+
+
+def _cut(reason: str, *, is_body: bool) -> Failed:
+    if is_body:
+        return Failed(Failure(reason, action=Action.RETRY, kind=TruncatedError))
+    return Failed(Failure(reason, action=Action.RETRY))
+
+
+class HttpPool:
+    """Connections kept alive, for one exchange each at a time. Whoever uses it bounds how many those are.
+
+    Parameters
+    ----------
+    limits : Limits
+    make_tls : callable
+        Returns the context for https; called once, when it is first needed.
+    idle_s : float
+        A connection that was idle for longer is not used again: servers and what stands before them drop these.
+    """
+
+    def __init__(self, limits: Limits, make_tls: Callable[[], ssl.SSLContext], *, idle_s: float = 15.0) -> None:
+        self._limits = limits
+        self._make_tls = make_tls
+        self._tls: ssl.SSLContext | None = None
+        self._idle_s = idle_s
+        self._idle: dict[Origin, list[tuple[HttpConnection, float]]] = {}
+        self._open: set[HttpConnection] = set()
+
+    async def exchange(self, origin: Origin, target: str, headers: Headers, receive: Receive) -> Answer:
+        """Send a GET on an idle or a new connection; see `HttpConnection.exchange`."""
+        connection = self._take_idle(origin) or await self._connect(origin)
+        answer = await connection.exchange(target, headers, receive)
+        if connection.is_usable():
+            self._idle.setdefault(origin, []).append((connection, time.monotonic()))
+        else:
+            connection.abort()
+        return answer
+
+    async def aclose(self) -> None:
+        """Close all connections; no exchange is in progress any more."""
+        closing = [connection.closed for connection in self._open]
+        for connection in self._open.copy():
+            connection.abort()
+        self._idle.clear()
+        if closing:
+            await asyncio.wait(closing)
+
+    def _take_idle(self, origin: Origin) -> HttpConnection | None:
+        idle = self._idle.get(origin, [])
+        while idle:
+            connection, since = idle.pop()
+            if time.monotonic() - since <= self._idle_s and connection.is_usable():
+                return connection
+            connection.abort()
+        return None
+
+    async def _connect(self, origin: Origin) -> HttpConnection:
+        loop = asyncio.get_running_loop()
+        is_tls = origin.scheme == "https"
+        if is_tls and self._tls is None:
+            self._tls = self._make_tls()
+        connection = HttpConnection(self._limits, self._open)
+        try:
+            async with asyncio.timeout(self._limits.connect_timeout_s):
+                await loop.create_connection(
+                    lambda: connection,
+                    origin.host,
+                    origin.port,
+                    ssl=self._tls if is_tls else None,
+                    server_hostname=origin.host if is_tls else None,
+                )
+        except TimeoutError:
+            reason = f"no connection within {self._limits.connect_timeout_s:g} s (connect_timeout_s)"
+            raise Failed(Failure(reason, action=Action.RETRY, kind=StoreTimeoutError)) from None
+        except ssl.SSLCertVerificationError as error:
+            raise Failed(
+                Failure(
+                    f"the server's certificate is not trusted ({error.verify_message}): pass verify=, the path of its "
+                    "certificate authority"
+                )
+            ) from None
+        except (OSError, ssl.SSLError) as error:
+            raise Failed(Failure(_no_connection(origin, error), action=Action.RETRY)) from None
+        except BaseException:
+            connection.abort()
+            raise
+        return connection
+
+
+def _no_connection(origin: Origin, error: OSError) -> str:
+    reason = "TLS failed" if isinstance(error, ssl.SSLError) else "there is no connection"
+    if isinstance(error, socket.gaierror):
+        reason = "the host is not known"
+    with contextlib.suppress(AttributeError, IndexError):
+        reason = f"{reason} ({error.strerror or error.args[-1]})"
+    return f"{reason}: check that {origin.host}:{origin.port} (endpoint_url) is right and up"

@@ -1,0 +1,94 @@
+"""An event loop in a thread of its own, for what arrives at full speed or blocks for a while.
+
+Received on the application's loop, 3 GB/s make that loop late by milliseconds; received here, only "this read is done"
+crosses over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+import uvloop
+
+from asyncshard.stores.threads import finish
+
+T = TypeVar("T")
+
+
+class LoopThread:
+    """Run coroutines on a loop of its own; the thread starts with the first one. Close it with `aclose`."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._lock = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._ended: Future[None] = Future()
+        self._is_closed = False
+
+    async def run(self, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Run the coroutine that `make` returns on the thread's loop, from whichever loop this is called on.
+
+        When cancelled it cancels the coroutine there and waits for its end, on a second cancel too: what it works on
+        may be the caller's.
+        """
+        loop = self._started()
+        done: Future[T] = Future()
+        tasks: list[asyncio.Task[T]] = []
+
+        def begin() -> None:
+            task = loop.create_task(make())
+            tasks.append(task)
+            task.add_done_callback(end)
+
+        def end(task: asyncio.Task[T]) -> None:
+            tasks.clear()
+            if task.cancelled():
+                done.cancel()
+            elif (error := task.exception()) is not None:
+                done.set_exception(error)
+            else:
+                done.set_result(task.result())
+
+        def cancel() -> None:
+            for task in tasks:
+                task.cancel()
+
+        loop.call_soon_threadsafe(begin)
+        return await finish(asyncio.wrap_future(done), lambda: loop.call_soon_threadsafe(cancel))
+
+    def _started(self) -> asyncio.AbstractEventLoop:
+        with self._lock:
+            if self._is_closed:
+                raise RuntimeError(f"the thread {self._name} has been closed")
+            if self._loop is None:
+                self._loop = uvloop.new_event_loop()
+                self._thread = threading.Thread(target=self._serve, args=(self._loop,), name=self._name, daemon=True)
+                self._thread.start()
+            return self._loop
+
+    def _serve(self, loop: asyncio.AbstractEventLoop) -> None:
+        asyncio.set_event_loop(loop)
+        try:
+            loop.run_forever()
+            loop.run_until_complete(loop.shutdown_asyncgens())
+            loop.run_until_complete(loop.shutdown_default_executor())
+        finally:
+            asyncio.set_event_loop(None)
+            loop.close()
+            self._ended.set_result(None)
+
+    async def aclose(self) -> None:
+        """End the thread. Every call of `run` has been awaited by now."""
+        with self._lock:
+            self._is_closed = True
+            loop, thread = self._loop, self._thread
+            self._loop = None
+        if loop is not None and thread is not None:
+            loop.call_soon_threadsafe(loop.stop)
+            await finish(asyncio.wrap_future(self._ended))
+            thread.join()  # it has nothing left to do but return

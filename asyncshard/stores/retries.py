@@ -1,0 +1,59 @@
+"""When a failed request is made again: full jitter, attempts that progress resets, some remedies once.
+
+Full jitter: a pause between 0 and a bound that doubles, so that clients that failed together do not come back together
+(Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog, 2015).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from asyncshard.stores.failures import ONCE, Action, Failure
+
+
+@dataclass(frozen=True, slots=True)
+class RetryPolicy:
+    """How hard to try."""
+
+    max_attempts: int
+    """Attempts in a row that bring no byte."""
+    deadline_s: float
+    """Seconds for one request with all its attempts, from when it gets its turn."""
+    first_pause_s: float = 0.1
+    """Bound of the first pause."""
+    longest_pause_s: float = 20.0
+
+
+class Retries:
+    """The attempts of one request."""
+
+    def __init__(self, policy: RetryPolicy, *, jitter: Callable[[], float] = random.random) -> None:
+        self._policy = policy
+        self._jitter = jitter
+        self._failed_in_a_row = 0
+        self._tried: set[Action] = set()
+        self.attempts = 1
+        """Made so far, the one in progress included."""
+
+    def pause_after(self, failure: Failure, *, has_progressed: bool) -> float | None:
+        """Return the seconds to wait before the next attempt, or None to give up.
+
+        `has_progressed` says whether the failed attempt brought bytes that stay.
+        """
+        if failure.action is Action.GIVE_UP or failure.action in self._tried:
+            return None
+        if failure.action in ONCE:
+            self._tried.add(failure.action)
+            self.attempts += 1
+            return 0.0
+        if failure.action is Action.RETRY_AT_ONCE:
+            self.attempts += 1
+            return 0.0
+        self._failed_in_a_row = 1 if has_progressed else self._failed_in_a_row + 1
+        if self._failed_in_a_row >= self._policy.max_attempts:
+            return None
+        self.attempts += 1
+        bound = self._policy.first_pause_s * 2.0 ** min(self._failed_in_a_row - 1, 30)
+        return max(self._jitter() * min(bound, self._policy.longest_pause_s), failure.retry_after_s)

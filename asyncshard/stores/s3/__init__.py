@@ -1,0 +1,5 @@
+"""Objects of S3 and of what speaks its protocol: `S3Store`."""
+
+from asyncshard.stores.s3.store import S3Store
+
+__all__ = ["S3Store"]

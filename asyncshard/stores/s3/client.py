@@ -1,0 +1,303 @@
+"""AWS's side, the only module that knows botocore: credentials, regions, endpoints, signatures, listings.
+
+It runs on the store's own loop. Importing it takes a third of a second, and making the client reads JSON models, so
+both happen there, at the store's first use. botocore's own retries are off: `retries.py` decides for all requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import ssl
+from collections.abc import AsyncIterator, Mapping
+from datetime import UTC, datetime
+from time import time
+from typing import Any, NamedTuple
+from urllib.parse import SplitResult, urlsplit
+
+import aiohttp
+import botocore.auth
+import botocore.exceptions
+from aiobotocore.session import AioSession
+from botocore import UNSIGNED
+from botocore.config import Config
+from botocore.httpsession import get_cert_path
+from botocore.utils import get_environ_proxies
+
+from asyncshard.errors import AccessDeniedError, ObjectNotFoundError, StoreTimeoutError, TruncatedError
+from asyncshard.stores.answers import ErrorBody, Head, Pin, explain_error
+from asyncshard.stores.failures import Action, Failed, Failure
+from asyncshard.stores.s3.options import S3Options
+
+_URL_LIFETIME_S = 900
+_SIGN_AGAIN_S = 300
+"""botocore renews temporary credentials ten minutes before they end: a URL this old outlives them."""
+_HEADERS_OF_CHECKSUMS = {"x-amz-checksum-mode": "ENABLED"}
+
+
+class SignedUrl(NamedTuple):
+    """How to ask for an object. Its repr would show the signature: it must not get into a message."""
+
+    url: SplitResult
+    headers: Mapping[str, str]
+    """Those that the signature covers."""
+    made_at: float
+    """By the loop's clock."""
+
+
+class S3Client:
+    """A client for one bucket.
+
+    Parameters
+    ----------
+    options : S3Options
+    bucket : str
+    connections : int
+        Requests in flight.
+    """
+
+    def __init__(self, options: S3Options, bucket: str, connections: int) -> None:
+        self._options = options
+        self._bucket = bucket
+        self._connections = connections
+        self._client: Any = None
+        self._stack = contextlib.AsyncExitStack()
+        self._region: str | None = options.region_name
+        self._clock_offset_s = 0.0
+        """How far the server's clock is ahead of ours, once it has complained."""
+        self._urls: dict[str, SignedUrl] = {}
+        self._lock = asyncio.Lock()
+        self.generation = 0
+        """Counts what has been changed about how requests are signed."""
+        self._ca_bundle: bool | str = True
+
+    async def start(self) -> None:
+        """Make the client, unless it is there."""
+        async with self._lock:
+            if self._client is None:
+                await self._make()
+
+    async def aclose(self) -> None:
+        """Close its connections."""
+        await self._stack.aclose()
+        self._client = None
+
+    async def remedy(self, failure: Failure, generation: int) -> None:
+        """Do what the failure of a request that was signed in `generation` calls for; once for all that failed so."""
+        async with self._lock:
+            if generation != self.generation:
+                return
+            if failure.action is Action.CORRECT_CLOCK and failure.server_time is not None:
+                self._clock_offset_s = failure.server_time - time()
+            if failure.action is Action.CHANGE_REGION:
+                self._region = failure.region
+            # A new session looks for credentials anew: in files that were rewritten, at services that issue them.
+            await self.aclose()
+            await self._make()
+            self._urls.clear()
+            self.generation += 1
+
+    async def _make(self) -> None:
+        options = self._options
+        with _translated():
+            session = AioSession(profile=options.profile_name)
+            await self._make_client(session, options.style_for(options.endpoint_url))
+            endpoint = self._client.meta.endpoint_url
+            if options.style_for(endpoint) != options.style_for(options.endpoint_url):
+                # The endpoint of AWS's configuration cannot have the bucket in its name.
+                await self.aclose()
+                await self._make_client(session, options.style_for(endpoint))
+            if options.verify is None or options.verify is True:
+                self._ca_bundle = session.get_config_variable("ca_bundle") or True
+            else:
+                self._ca_bundle = options.verify
+        if self._clock_offset_s and not options.unsigned:
+            events = self._client.meta.events
+            events.register("choose-signer.s3", lambda **_: UNSIGNED)  # nobody else is to sign
+            events.register("before-sign.s3", self._sign_by_corrected_clock)
+
+    async def _make_client(self, session: AioSession, style: str) -> None:
+        options = self._options
+        config = Config(
+            signature_version=UNSIGNED if options.unsigned else "s3v4",
+            s3={"addressing_style": style},
+            connect_timeout=options.connect_timeout_s,
+            read_timeout=options.read_timeout_s,
+            max_pool_connections=self._connections,
+            retries={"mode": "standard", "total_max_attempts": 1},
+            response_checksum_validation="when_required",
+        )
+        self._stack = contextlib.AsyncExitStack()
+        self._client = await self._stack.enter_async_context(
+            session.create_client(
+                "s3",
+                region_name=self._region,
+                endpoint_url=options.endpoint_url,
+                verify=options.verify,
+                aws_access_key_id=options.aws_access_key_id,
+                aws_secret_access_key=options.aws_secret_access_key,
+                aws_session_token=options.aws_session_token,
+                config=config,
+            )
+        )
+
+    async def _sign_by_corrected_clock(
+        self, request: Any, signing_name: str, region_name: str, request_signer: Any, **_: Any
+    ) -> None:
+        signing = request.context.get("signing", {})
+        credentials = await request_signer._credentials.get_frozen_credentials()
+        scope = (credentials, signing.get("signing_name", signing_name), signing.get("region", region_name))
+        if request.context.get("is_presign_request"):
+            auth = botocore.auth.S3SigV4QueryAuth(*scope, expires=_URL_LIFETIME_S)
+        else:
+            auth = botocore.auth.S3SigV4Auth(*scope)
+        # What `add_auth` does, but for the time.
+        now = datetime.fromtimestamp(time() + self._clock_offset_s, UTC)
+        request.context["timestamp"] = now.strftime(botocore.auth.SIGV4_TIMESTAMP)
+        auth._modify_request_before_signing(request)
+        text = auth.string_to_sign(request, auth.canonical_request(request))
+        auth._inject_signature_to_request(request, auth.signature(text, request))
+
+    # What data goes by
+
+    def reason_against_sockets(self) -> str | None:
+        """Say why our own connections cannot reach this bucket; None where they can."""
+        endpoint = self._client.meta.endpoint_url
+        if self._client.meta.config.proxies or get_environ_proxies(endpoint):
+            return "a proxy is configured"
+        if self._client.meta.config.client_cert:
+            return "a client certificate is configured"
+        if self._bucket.endswith("--x-s3"):
+            return "buckets of S3 Express sign requests with sessions of their own"
+        return None
+
+    def tls_context(self) -> ssl.SSLContext:
+        """Return the context for our own connections; slow, it parses certificates."""
+        if self._ca_bundle is False:
+            context = ssl.create_default_context()
+            context.check_hostname = False
+            context.verify_mode = ssl.CERT_NONE
+            return context
+        path = get_cert_path(self._ca_bundle)
+        try:
+            if os.path.isdir(path):
+                return ssl.create_default_context(capath=path)
+            return ssl.create_default_context(cafile=path)
+        except OSError as error:
+            raise Failed(Failure(f"the certificate authorities in {path} (verify) cannot be read: {error}")) from None
+
+    async def url_for(self, key: str) -> SignedUrl:
+        """Return a URL that gets an object, signed anew when it is old."""
+        now = asyncio.get_running_loop().time()
+        url = self._urls.get(key)
+        if url is None or now - url.made_at > _SIGN_AGAIN_S:
+            parameters = {"Bucket": self._bucket, "Key": key} | self._checksum_mode()
+            with _translated():
+                text = await self._client.generate_presigned_url(
+                    "get_object", Params=parameters, ExpiresIn=_URL_LIFETIME_S
+                )
+            headers = _HEADERS_OF_CHECKSUMS if self._options.verify_checksums else {}
+            url = self._urls[key] = SignedUrl(urlsplit(text), headers, now)
+        return url
+
+    @contextlib.asynccontextmanager
+    async def get(self, key: str, headers: Mapping[str, str]) -> AsyncIterator[tuple[Head, Any]]:
+        """Ask through aiobotocore; yield the head and the stream of the body."""
+        arguments = {"Range": headers["Range"]}
+        if "If-Match" in headers:
+            arguments["IfMatch"] = headers["If-Match"]
+        with _translated():
+            answer = await self._client.get_object(Bucket=self._bucket, Key=key, **arguments, **self._checksum_mode())
+            async with answer["Body"] as body:
+                yield _head(answer), body
+
+    # The control plane
+
+    async def list_page(self, prefix: str, token: str | None) -> tuple[list[str], str | None]:
+        """Return names directly below a prefix, and the token of the next page."""
+        more = {} if token is None else {"ContinuationToken": token}
+        with _translated():
+            page = await self._client.list_objects_v2(Bucket=self._bucket, Prefix=prefix, Delimiter="/", **more)
+        names = [entry["Key"][len(prefix) :] for entry in page.get("Contents", ())]
+        return [name for name in names if name], page.get("NextContinuationToken")
+
+    async def head(self, key: str) -> tuple[Pin, Mapping[str, str]]:
+        """Return an object's pin and the headers of the answer."""
+        with _translated():
+            answer = await self._client.head_object(Bucket=self._bucket, Key=key, **self._checksum_mode())
+        head = _head(answer)
+        return Pin(head.headers.get("etag", ""), int(head.headers.get("content-length", "0"))), head.headers
+
+    def _checksum_mode(self) -> dict[str, str]:
+        return {"ChecksumMode": "ENABLED"} if self._options.verify_checksums else {}
+
+
+def _head(answer: Any) -> Head:
+    metadata = answer["ResponseMetadata"]
+    return Head(metadata["HTTPStatusCode"], {name.lower(): value for name, value in metadata["HTTPHeaders"].items()})
+
+
+@contextlib.contextmanager
+def _translated() -> Any:
+    """Turn what botocore raises into `Failed`; without its own text where that may hold a URL."""
+    try:
+        yield
+    except botocore.exceptions.ClientError as error:
+        raise Failed(_of_answer(error)) from None
+    except botocore.exceptions.BotoCoreError as error:
+        raise Failed(_of_botocore(error)) from None
+    except aiohttp.ClientError:
+        raise Failed(Failure("the connection was lost", action=Action.RETRY, kind=TruncatedError)) from None
+    except TimeoutError:
+        raise Failed(Failure("the server did not answer", action=Action.RETRY, kind=StoreTimeoutError)) from None
+
+
+def _of_answer(error: Any) -> Failure:
+    response = error.response
+    fields = response.get("Error", {})
+    code = fields.get("Code", "")
+    return explain_error(
+        _head(response),
+        ErrorBody(
+            "" if code.isdigit() else code, fields.get("Message", ""), fields.get("Region"), fields.get("ServerTime")
+        ),
+    )
+
+
+_OF_BOTOCORE: tuple[tuple[tuple[type[Exception], ...], Failure], ...] = (
+    (
+        (botocore.exceptions.NoCredentialsError,),
+        Failure(
+            "there are no AWS credentials: pass aws_access_key_id and aws_secret_access_key, set them in the "
+            "environment or a profile, or pass unsigned=True for a public bucket",
+            kind=AccessDeniedError,
+        ),
+    ),
+    (
+        (botocore.exceptions.ConnectTimeoutError, botocore.exceptions.ReadTimeoutError),
+        Failure("the server did not answer in time", action=Action.RETRY, kind=StoreTimeoutError),
+    ),
+    (
+        (botocore.exceptions.SSLError,),
+        Failure("TLS failed: pass verify=, the path of the server's certificate authority, or check endpoint_url"),
+    ),
+    (
+        (botocore.exceptions.IncompleteReadError, botocore.exceptions.ResponseStreamingError),
+        Failure("the body ended early", action=Action.RETRY, kind=TruncatedError),
+    ),
+    (
+        (botocore.exceptions.HTTPClientError,),
+        Failure("the connection failed: check endpoint_url, and that the server is up", action=Action.RETRY),
+    ),
+)
+
+
+def _of_botocore(error: Exception) -> Failure:
+    for kinds, failure in _OF_BOTOCORE:
+        if isinstance(error, kinds):
+            return failure
+    if isinstance(error, botocore.exceptions.ParamValidationError):
+        return Failure("the bucket's or the object's name is not valid", kind=ObjectNotFoundError)
+    # What is left speaks of profiles, regions and configuration, not of requests.
+    return Failure(str(error), kind=AccessDeniedError)

@@ -1,0 +1,180 @@
+"""Objects of S3 below one prefix, or one object."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Coroutine, Sequence
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from asyncshard.errors import ObjectNotFoundError, TruncatedError
+from asyncshard.stores.answers import Pin
+from asyncshard.stores.base import Listing, ObjectMeta, Store
+from asyncshard.stores.loop_thread import LoopThread
+from asyncshard.stores.s3.options import S3Options
+from asyncshard.stores.scatter import Scatter
+
+if TYPE_CHECKING:
+    from asyncshard.stores.s3.reader import S3Reader
+
+T = TypeVar("T")
+DEFAULT_MAX_WORKERS = 16
+_MIB = 1 << 20
+_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,253}[A-Za-z0-9]")
+
+
+class S3Store(Store):
+    """A prefix or an object of a bucket, on AWS or any server that speaks its protocol.
+
+    Requests, signatures and the bodies that come in are the work of an event loop in a thread of its own; the
+    application's loop hears only when a read is done. Objects are pinned by ETag from their first answer on.
+
+    Parameters
+    ----------
+    url : str
+        ``s3://bucket/prefix`` or ``s3://bucket/key``. The key is taken as it stands: nothing in it is decoded.
+    max_workers : int, optional
+        Range requests in flight.
+    **options
+        See `S3Options`.
+
+    Raises
+    ------
+    ValueError
+        A URL without a bucket, or an option out of range.
+    TypeError
+        An option that does not exist.
+    ImportError
+        The packages that this needs are not installed.
+    """
+
+    chunk_size = 8 * _MIB
+
+    def __init__(self, url: str, *, max_workers: int | None = None, **options: Any) -> None:
+        self._options = S3Options.from_keywords(options)
+        self._bucket, self._key = split_url(url)
+        needed = ["aiobotocore", *(["awscrt"] if self._options.verify_checksums else ())]
+        missing = [name for name in needed if find_spec(name) is None]
+        if missing:
+            extra = "checksums" if missing == ["awscrt"] else "s3"
+            raise ImportError(f"{', '.join(missing)} is not installed: pip install 'asyncshard[{extra}]'")
+        self.url = f"s3://{self._bucket}/{self._key}"
+        self.max_workers = max_workers or DEFAULT_MAX_WORKERS
+        # As many read and waiting for the consumer as are in flight, or the connections would run dry at every tensor.
+        self.prefetch_count = 2 * self.max_workers
+        if self._options.max_gap_bytes is not None:
+            self.max_gap_bytes = self._options.max_gap_bytes
+        else:
+            self.max_gap_bytes = 0 if self._options.verify_checksums else _MIB
+        self._prefix = self._key if not self._key or self._key.endswith("/") else f"{self._key}/"
+        self._loop = LoopThread("asyncshard-s3")
+        self._reader: S3Reader | None = None
+        self._is_closed = False
+
+    def __repr__(self) -> str:
+        return f"S3Store({self.url!r})"
+
+    @property
+    def retries(self) -> int:  # type: ignore[override]
+        """Requests made again so far."""
+        return 0 if self._reader is None else self._reader.retries
+
+    @property
+    def verified(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Objects that were read whole and match their checksums."""
+        return () if self._reader is None else self._reader.verified
+
+    @property
+    def unverified(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Objects that were opened and have not been compared."""
+        return () if self._reader is None else self._reader.unverified
+
+    def path_of(self, name: str) -> str:
+        return f"s3://{self._bucket}/{self._prefix}{name}"
+
+    async def aclose(self) -> None:
+        if self._is_closed:
+            return
+        self._is_closed = True
+        try:
+            if self._reader is not None:
+                await self._loop.run(self._reader.aclose)
+        finally:
+            await self._loop.aclose()
+
+    async def list(self) -> Listing:
+        return await self._run(self._list)
+
+    async def _list(self, reader: S3Reader) -> Listing:
+        is_directory = not self._key or self._key.endswith("/")
+        if not is_directory and self._key.endswith(".safetensors"):
+            try:
+                return await self._list_file(reader)
+            except ObjectNotFoundError:
+                is_directory = True  # an odd name for a prefix, but a legal one
+        names = await reader.list_names(self._prefix)
+        if names:
+            return Listing(tuple(sorted(names)), is_file=False)
+        if not is_directory:
+            return await self._list_file(reader)
+        raise ObjectNotFoundError(
+            f"{self.url}: there is neither an object of this key nor one below it: check the prefix", path=self.url
+        )
+
+    async def _list_file(self, reader: S3Reader) -> Listing:
+        await reader.head(self._key)
+        folder, _, name = self._key.rpartition("/")
+        self._prefix = f"{folder}/" if folder else ""
+        return Listing((name,), is_file=True)
+
+    async def open(self, name: str, nbytes: int) -> tuple[ObjectMeta, bytes]:
+        pin, first = await self._run(lambda reader: reader.open(self._prefix + name, nbytes))
+        return ObjectMeta(name, pin.size, pin), first
+
+    async def read_into(self, meta: ObjectMeta, start: int, buffers: Sequence[memoryview]) -> None:
+        pin: Pin = meta.version
+        scatter = Scatter(buffers)
+        stop = start + scatter.nbytes
+        if stop > pin.size:
+            path = self.path_of(meta.name)
+            raise TruncatedError(
+                f"{path}: the object has {pin.size:,} bytes, not the {stop:,} that are needed",
+                path=path,
+                start=start,
+                stop=stop,
+            )
+        await self._run(lambda reader: reader.read(self._prefix + meta.name, pin, start, scatter))
+
+    async def _run(self, call: Callable[[S3Reader], Coroutine[Any, Any, T]]) -> T:
+        """Call the reader on its own loop; it is made there first."""
+
+        async def run() -> T:
+            if self._reader is None:
+                self._reader = self._make_reader()
+            return await call(self._reader)
+
+        return await self._loop.run(run)
+
+    def _make_reader(self) -> S3Reader:
+        # Here, since importing botocore takes a third of a second.
+        from asyncshard.stores.s3.assembly import make_reader
+
+        return make_reader(self._options, self._bucket, self.max_workers)
+
+
+def split_url(url: str) -> tuple[str, str]:
+    """Return the bucket and the key of an ``s3://`` URL.
+
+    Raises
+    ------
+    ValueError
+        It names no bucket, or holds credentials.
+    """
+    scheme, _, rest = url.partition("://")
+    bucket, _, key = rest.partition("/")
+    if "@" in bucket:
+        raise ValueError("an s3:// URL holds no credentials: pass them as storage_options")
+    if scheme.lower() != "s3" or not _BUCKET.fullmatch(bucket):
+        # Without the URL: a secret with a slash in it may have been put before the bucket.
+        raise ValueError("not a URL of S3, or not a valid name of a bucket: write s3://bucket/prefix")
+    return bucket, key

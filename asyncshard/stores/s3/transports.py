@@ -1,0 +1,127 @@
+"""Two ways to get a byte range of an object: over sockets of our own, or through aiobotocore."""
+
+from __future__ import annotations
+
+import asyncio
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from urllib.parse import SplitResult, parse_qsl, urlencode, urljoin, urlsplit
+
+from asyncshard.errors import StoreTimeoutError, TruncatedError
+from asyncshard.stores.answers import Head
+from asyncshard.stores.failures import Action, Failed, Failure
+from asyncshard.stores.http import Answer, HttpPool, Limits, Origin, Receive
+from asyncshard.stores.s3.client import S3Client
+
+_MAX_REDIRECTS = 3
+_PIECE = 256 << 10
+
+
+class Transport(ABC):
+    """Gets objects of one bucket."""
+
+    @abstractmethod
+    async def get(self, key: str, headers: Mapping[str, str], receive: Receive) -> Answer:
+        """Send one request; `receive` decides from the answer's head where its body goes.
+
+        Raises
+        ------
+        Failed
+            There is no whole answer, or `receive` raised. Nothing is written into the scatter any more.
+        """
+
+    @abstractmethod
+    async def aclose(self) -> None:
+        """Close its connections."""
+
+
+class SocketTransport(Transport):
+    """Bodies go straight from the socket into their memory; requests are signed through botocore."""
+
+    def __init__(self, client: S3Client, pool: HttpPool) -> None:
+        self._client = client
+        self._pool = pool
+
+    async def get(self, key: str, headers: Mapping[str, str], receive: Receive) -> Answer:
+        signed = await self._client.url_for(key)
+        url = signed.url
+        for _ in range(_MAX_REDIRECTS + 1):
+            origin = origin_of(url)
+            sent = {"Host": url.netloc, **headers, **signed.headers, "Accept-Encoding": "identity"}
+            answer = await self._pool.exchange(origin, target_of(url), list(sent.items()), receive)
+            if answer.head.status != 307:
+                return answer
+            url = redirected(signed.url, url, answer.head)
+        raise Failed(Failure(f"the server redirects more than {_MAX_REDIRECTS} times", status=307))
+
+    async def aclose(self) -> None:
+        await self._pool.aclose()
+
+
+def origin_of(url: SplitResult) -> Origin:
+    """Return where a URL's server is."""
+    assert url.hostname is not None
+    return Origin(url.scheme, url.hostname, url.port or (443 if url.scheme == "https" else 80))
+
+
+def target_of(url: SplitResult) -> str:
+    """Return what a request line asks for."""
+    return (url.path or "/") + (f"?{url.query}" if url.query else "")
+
+
+def redirected(signed: SplitResult, current: SplitResult, head: Head) -> SplitResult:
+    """Return where a redirect leads, without our signature where that is another server.
+
+    Raises
+    ------
+    Failed
+        It leads nowhere, or out of TLS.
+    """
+    location = head.headers.get("location", "")
+    url = urlsplit(urljoin(current.geturl(), location))
+    if not location or url.scheme not in ("http", "https") or not url.hostname:
+        raise Failed(Failure("the server redirects without saying where", status=head.status))
+    if current.scheme == "https" and url.scheme != "https":
+        raise Failed(Failure("the server redirects from https to http", status=head.status))
+    if url.username is not None:
+        url = url._replace(netloc=url.netloc.rpartition("@")[2])
+    if origin_of(url) != origin_of(signed):
+        ours = set(parse_qsl(signed.query, keep_blank_values=True))
+        kept = [
+            pair
+            for pair in parse_qsl(url.query, keep_blank_values=True)
+            if pair not in ours or not pair[0].lower().startswith("x-amz-")
+        ]
+        url = url._replace(query=urlencode(kept))
+    return url
+
+
+class BotoTransport(Transport):
+    """Through aiobotocore: slower, with all that it can do (proxies, client certificates, S3 Express)."""
+
+    def __init__(self, client: S3Client, limits: Limits) -> None:
+        self._client = client
+        self._limits = limits
+
+    async def get(self, key: str, headers: Mapping[str, str], receive: Receive) -> Answer:
+        clock = asyncio.get_running_loop().time
+        async with self._client.get(key, headers) as (head, body):
+            scatter = receive(head)
+            assert scatter is not None  # botocore raises what is no success
+            began, window = clock(), 0
+            while piece := await body.read(_PIECE):
+                if len(piece) > scatter.nbytes - scatter.filled:
+                    raise Failed(Failure("the body is longer than what was asked for", status=head.status))
+                scatter.write(memoryview(piece))
+                window += len(piece)
+                if clock() - began >= self._limits.slow_window_s:
+                    if window < self._limits.slow_bytes:
+                        reason = f"only {window:,} bytes came in {self._limits.slow_window_s:g} s"
+                        raise Failed(Failure(reason, action=Action.RETRY, kind=StoreTimeoutError))
+                    began, window = clock(), 0
+            if scatter.filled < scatter.nbytes:
+                raise Failed(Failure("the body ended early", action=Action.RETRY, kind=TruncatedError))
+            return Answer(head, b"")
+
+    async def aclose(self) -> None:
+        pass  # the client closes its own

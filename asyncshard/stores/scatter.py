@@ -1,0 +1,78 @@
+"""Bytes as they come, into buffers in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+SMALL = 64 << 10
+"""A buffer with less room gets its bytes by way of a staging buffer: a system call for each would cost more."""
+
+
+class Scatter:
+    """Fill buffers one after the other, straight where they are large.
+
+    Parameters
+    ----------
+    buffers : sequence of memoryview
+        Writable and contiguous. They belong to the caller, who must not use them until the read has ended.
+    """
+
+    def __init__(self, buffers: Sequence[memoryview]) -> None:
+        self._buffers = [buffer.cast("B") for buffer in buffers if buffer.nbytes]
+        self._current = 0
+        self._offset = 0
+        """Bytes of the current buffer that are filled."""
+        self._staged: memoryview | None = None
+        self.nbytes = sum(map(len, self._buffers))
+        """Bytes of all buffers."""
+        self.filled = 0
+        """Bytes filled so far: those of a failed attempt stay, and the next one goes on behind them."""
+
+    def window(self, staging: memoryview) -> memoryview:
+        """Return memory for the next bytes, of at most the rest; `advance` says how many came."""
+        room = len(self._buffers[self._current]) - self._offset
+        if room >= SMALL or room == self.nbytes - self.filled:
+            self._staged = None
+            return self._buffers[self._current][self._offset :]
+        self._staged = staging[: self.nbytes - self.filled]
+        return self._staged
+
+    def advance(self, count: int) -> None:
+        """Take the first `count` bytes of the last window as filled."""
+        if self._staged is not None:
+            self.write(self._staged[:count])
+            return
+        self.filled += count
+        self._offset += count
+        if self._offset == len(self._buffers[self._current]):
+            self._current += 1
+            self._offset = 0
+
+    def write(self, data: memoryview) -> None:
+        """Copy bytes in, no more than there is room for."""
+        at = 0
+        while at < len(data):
+            buffer = self._buffers[self._current]
+            count = min(len(buffer) - self._offset, len(data) - at)
+            buffer[self._offset : self._offset + count] = data[at : at + count]
+            at += count
+            self._offset += count
+            if self._offset == len(buffer):
+                self._current += 1
+                self._offset = 0
+        self.filled += len(data)
+
+    def rewind(self) -> None:
+        """Begin again with the first buffer."""
+        self._current = self._offset = self.filled = 0
+
+    def views(self, start: int, stop: int) -> list[memoryview]:
+        """Return the memory of the bytes [start, stop), counted over all buffers."""
+        views = []
+        at = 0
+        for buffer in self._buffers:
+            low, high = max(start - at, 0), min(stop - at, len(buffer))
+            if low < high:
+                views.append(buffer[low:high])
+            at += len(buffer)
+        return views
