@@ -9,5 +9,17 @@ Subclass `StoreTests` to test a store of your own::
 
 from asyncshard.testing.conformance import StoreTests
 from asyncshard.testing.fakes import Fault, FaultyStore, Gate, GatedStore, LatencyStore, MemoryStore, WrapperStore
+from asyncshard.testing.seaweedfs import RunningServer, seaweedfs
 
-__all__ = ["Fault", "FaultyStore", "Gate", "GatedStore", "LatencyStore", "MemoryStore", "StoreTests", "WrapperStore"]
+__all__ = [
+    "Fault",
+    "FaultyStore",
+    "Gate",
+    "GatedStore",
+    "LatencyStore",
+    "MemoryStore",
+    "RunningServer",
+    "StoreTests",
+    "WrapperStore",
+    "seaweedfs",
+]
