@@ -322,16 +322,17 @@ class _Connection:
         return not answer.is_last
 
     async def _unless_gone(self, awaitable: Awaitable[object]) -> None:
-        """Wait for something, unless the client goes first."""
-        waits = [asyncio.ensure_future(awaitable), asyncio.ensure_future(self._protocol.has_gone.wait())]
+        """Wait for something, and raise its error, unless the client goes first."""
+        wanted, gone = asyncio.ensure_future(awaitable), asyncio.ensure_future(self._protocol.has_gone.wait())
         try:
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait([wanted, gone], return_when=asyncio.FIRST_COMPLETED)
         finally:
-            for task in waits:
-                task.cancel()
-            await asyncio.gather(*waits, return_exceptions=True)
-        if self._protocol.has_gone.is_set():
+            wanted.cancel()
+            gone.cancel()
+            await asyncio.gather(wanted, gone, return_exceptions=True)
+        if gone in done:
             raise ConnectionResetError("the client has gone")
+        wanted.result()
 
     async def _reset_when_sent(self) -> None:
         self._writer.transport.set_write_buffer_limits(high=0)

@@ -430,13 +430,17 @@ async def test_a_server_starts_once():
             await server.start()
 
 
-async def test_an_error_in_a_script_is_raised_from_until_and_from_closing():
-    def when(_):
+@pytest.mark.parametrize("field", ["when", "before", "awaited"])
+async def test_an_error_in_a_script_is_raised_from_until_and_from_closing(field):
+    def fail(*_):
         raise LookupError("a mistake in the test")
+
+    async def fail_later():
+        fail()
 
     server = S3Server()
     await server.start()
-    server.faults.append(S3Fault(when=when))
+    server.faults.append(S3Fault(before=fail_later) if field == "awaited" else S3Fault(**{field: fail}))
     async with connected(server) as client:
         client.send("/models/a.bin")
         assert await client.rest() == b""
@@ -469,3 +473,247 @@ async def test_it_serves_over_tls(tls):
             answer = await client.ask(Range="bytes=0-199999")
             assert (answer.body, answer.is_whole) == ((DATA * 1000)[:100_000], False)
         assert server.endpoint_url.startswith("https://")
+
+
+async def test_a_client_that_speaks_no_tls_or_trusts_nobody_is_let_go(tls):
+    async with S3Server(tls=tls.server_context) as server:
+        async with connected(server) as client:
+            client.send("/models/a.bin")
+            await client.rest()
+        with pytest.raises(ssl.SSLCertVerificationError):
+            async with connected(server, ssl.create_default_context()):
+                pass
+        await server.until(lambda: server.connections_made == 2 and server.connections_open == 0)
+        async with connected(server):  # which never begins its handshake
+            await server.until(lambda: server.connections_open == 1)
+            await server.aclose()
+
+
+# --- which requests go wrong
+
+
+async def test_a_fault_takes_one_request_unless_told_otherwise():
+    async with served(S3Fault(status=503)) as (_, client):
+        assert [(await client.ask()).status for _ in range(3)] == [503, 200, 200]
+    async with served(S3Fault(status=503, times=2, skip=1)) as (_, client):
+        assert [(await client.ask()).status for _ in range(4)] == [200, 503, 503, 200]
+    async with served(S3Fault(status=503, times=None)) as (_, client):
+        assert [(await client.ask()).status for _ in range(4)] == [503] * 4
+
+
+async def test_the_first_fault_that_takes_a_request_is_used():
+    faults = [
+        S3Fault(status=500, when=lambda request: request.byte_range is not None, skip=1),
+        S3Fault(status=503, times=2),
+    ]
+    async with served(*faults) as (server, client):
+        statuses = [(await client.ask(Range="bytes=0-9")).status for _ in range(4)]
+        assert statuses == [503, 500, 503, 206]
+        assert [fault.times for fault in server.faults] == [0, 0]
+
+
+# --- in place of the answer
+
+
+@pytest.mark.parametrize(
+    ("status", "code"), [(503, "SlowDown"), (500, "InternalError"), (403, "AccessDenied"), (307, "TemporaryRedirect")]
+)
+async def test_an_error_has_a_code_a_message_and_ids(status, code):
+    fault = S3Fault(
+        status=status, message="Please <wait>", headers={"Location": "http://example.com/", "Retry-After": "1"}
+    )
+    async with served(fault) as (_, client):
+        answer = await client.ask()
+        assert (answer.status, answer.code, answer.xml["Message"]) == (status, code, ["Please <wait>"])
+        assert answer.xml["RequestId"] == [answer.headers["x-amz-request-id"]]
+        assert answer.xml["HostId"] == [answer.headers["x-amz-id-2"]]
+        assert (answer.headers["location"], answer.headers["retry-after"]) == ("http://example.com/", "1")
+        assert (await client.ask()).status == 200
+
+
+async def test_an_error_may_have_any_code_or_status_and_none_has_a_body_for_head():
+    faults = [S3Fault(status=400, code="ExpiredToken"), S3Fault(status=599), S3Fault(status=503), S3Fault(status=304)]
+    async with served(*faults) as (_, client):
+        assert (await client.ask()).code == "ExpiredToken"
+        assert (await client.ask()).status == 599
+        assert (await client.ask(method="HEAD")).status == 503
+        client.send("/models/a.bin")
+        assert (await client.head())[0] == 304
+        assert (await client.ask()).body == DATA
+
+
+async def test_a_refused_request_has_its_connection_reset():
+    async with served(S3Fault(refuse=True)) as (server, client):
+        with pytest.raises(ConnectionResetError):
+            await client.ask()
+        await server.until(lambda: server.connections_open == 0)
+        assert len(server.requests) == 1
+
+
+async def test_raw_bytes_are_sent_as_they_are():
+    async with served(S3Fault(raw=b"SSH-2.0-OpenSSH\r\n")) as (server, client):
+        client.send("/models/a.bin")
+        assert await client.rest() == b"SSH-2.0-OpenSSH\r\n"
+        await server.until(lambda: server.connections_open == 0)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        {"hang": True},
+        {"stall_after": 0},
+        {"stall_after": 100},
+        {"stall_after": 100, "trickle": (60, 0.0)},
+        {"delay_s": 1000},
+        {"trickle": (1, 1000)},
+        {"before": lambda: asyncio.Event().wait()},
+    ],
+)
+async def test_a_request_that_waits_ends_when_its_client_goes(fault):
+    async with served(S3Fault(**fault)) as (server, client):
+        client.send("/models/a.bin")
+        await server.until(lambda: len(server.requests) == 1)
+        client.writer.close()
+        await server.until(lambda: server.connections_open == 0)
+
+
+# --- on top of it
+
+
+async def test_headers_are_set_or_removed_whatever_their_case():
+    headers = {"etag": '"other"', "Content-Range": None, "Content-Encoding": "gzip", "x-amz-checksum-crc32": "AAAAAA=="}
+    async with served(S3Fault(headers=headers)) as (_, client):
+        answer = await client.ask(Range="bytes=0-9")
+        assert (answer.status, answer.body, answer.headers["etag"]) == (206, DATA[:10], '"other"')
+        assert (answer.headers["content-encoding"], answer.headers["x-amz-checksum-crc32"]) == ("gzip", "AAAAAA==")
+        assert "content-range" not in answer.headers
+        assert (await client.ask(Range="bytes=0-9")).headers["etag"] == ETAG
+
+
+async def test_an_announced_end_is_kept():
+    async with served(S3Fault(headers={"Connection": "close"})) as (_, client):
+        answer = await client.ask()
+        assert (answer.body, answer.headers["connection"]) == (DATA, "close")
+        assert await client.rest() == b""
+
+
+async def test_an_end_may_come_unannounced():
+    async with served(S3Fault(closes=True)) as (_, client):
+        answer = await client.ask()
+        assert answer.body == DATA
+        assert "connection" not in answer.headers
+        assert await client.rest() == b""
+
+
+async def test_an_answer_without_a_length_ends_with_the_connection():
+    async with served(S3Fault(headers={"Content-Length": None})) as (_, client):
+        answer = await client.ask()
+        assert answer.body == DATA
+        assert "content-length" not in answer.headers
+
+
+async def test_ranges_and_conditions_may_be_ignored():
+    async with served(S3Fault(ignores_range=True), S3Fault(ignores_if_match=True)) as (_, client):
+        answer = await client.ask(Range="bytes=0-9")
+        assert (answer.status, answer.body) == (200, DATA)
+        assert "content-range" not in answer.headers
+        answer = await client.ask(Range="bytes=0-9", If_Match='"other"')
+        assert (answer.status, answer.body) == (206, DATA[:10])
+
+
+@pytest.mark.parametrize("body", [b"\0" * 10, b"short", b"much too long"])
+async def test_the_body_may_be_another(body):
+    async with served(S3Fault(body=body)) as (_, client):
+        answer = await client.ask(Range="bytes=0-9")
+        assert (answer.status, answer.body) == (206, body)
+        assert answer.headers["content-range"] == f"bytes 0-9/{SIZE}"
+        assert (await client.ask()).body == DATA
+
+
+@pytest.mark.parametrize("fault", [{}, {"trickle": (100, 0.0)}])
+async def test_a_body_may_come_in_chunks(fault):
+    async with served(S3Fault(chunked=True, **fault)) as (server, client):
+        answer = await client.ask()
+        assert (answer.headers["transfer-encoding"], answer.body) == ("chunked", DATA)
+        assert "content-length" not in answer.headers
+        assert (await client.ask()).body == DATA
+        assert server.bytes_sent == 2 * SIZE
+
+
+async def test_the_length_may_be_wrong():
+    async with served(S3Fault(content_length=10), S3Fault(content_length=SIZE + 1, closes=True)) as (server, client):
+        assert (await client.ask()).body == DATA[:10]
+        async with connected(server) as other:
+            answer = await other.ask()
+        assert (answer.body, answer.is_whole) == (DATA, False)
+
+
+@pytest.mark.parametrize("is_chunked", [False, True])
+async def test_bytes_may_follow_the_body(is_chunked):
+    async with served(S3Fault(surplus=b"surplus", chunked=is_chunked, closes=True)) as (_, client):
+        assert (await client.ask()).body == DATA
+        assert await client.rest() == b"surplus"
+
+
+@pytest.mark.parametrize("is_chunked", [False, True])
+@pytest.mark.parametrize("nbytes", [0, 1, 500, SIZE])
+async def test_a_body_may_be_cut(nbytes, is_chunked):
+    async with served(S3Fault(cut_after=nbytes, chunked=is_chunked)) as (server, client):
+        answer = await client.ask()
+        assert answer.body == DATA[:nbytes]
+        assert answer.is_whole == (nbytes == SIZE and not is_chunked)
+        assert await client.rest() == b""
+        await server.until(lambda: server.connections_open == 0)
+        assert server.bytes_sent == nbytes
+
+
+async def test_a_cut_may_be_a_reset():
+    async with served(S3Fault(cut_after=500, resets=True)) as (_, client):
+        with pytest.raises(ConnectionResetError):
+            await client.ask()
+
+
+async def test_a_cut_large_body_arrives_up_to_the_cut():
+    data = bytes(range(256)) * (1 << 15)
+    async with served(S3Fault(cut_after=5_000_001)) as (server, client):
+        server.put("models", "large", data)
+        answer = await client.ask("/models/large")
+        assert (answer.body, answer.is_whole) == (data[:5_000_001], False)
+
+
+async def test_a_body_may_stall():
+    async with served(S3Fault(stall_after=100)) as (server, client):
+        client.send("/models/a.bin")
+        assert (await client.head())[1]["content-length"] == str(SIZE)
+        assert await client.reader.readexactly(100) == DATA[:100]
+        assert (server.bytes_sent, server.connections_open) == (100, 1)
+
+
+async def test_a_body_may_trickle():
+    async with served(S3Fault(trickle=(100, 1e-6))) as (server, client):
+        assert (await client.ask()).body == DATA
+        assert server.bytes_sent == SIZE
+
+
+async def test_an_answer_may_be_late():
+    async with served(S3Fault(delay_s=1e-6)) as (_, client):
+        assert (await client.ask()).body == DATA
+
+
+async def test_the_object_may_be_replaced_just_before_an_answer():
+    async with served() as (server, client):
+        server.faults.append(S3Fault(skip=1, before=lambda: server.put("models", "a.bin", b"replaced")))
+        assert (await client.ask(If_Match=ETAG)).status == 200
+        assert (await client.ask(If_Match=ETAG)).status == 412
+        assert (await client.ask(Range="bytes=-5")).body == b"laced"
+
+
+async def test_an_answer_may_wait_for_the_test():
+    gate = asyncio.Event()
+    async with served(S3Fault(before=gate.wait)) as (server, client):
+        client.send("/models/a.bin")
+        async with connected(server) as other:
+            assert (await other.ask()).body == DATA  # the first one is still held
+            assert server.bytes_sent == SIZE
+        gate.set()
+        assert (await client.receive()).body == DATA
