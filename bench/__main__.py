@@ -11,6 +11,7 @@ from bench.chart import draw
 from bench.checkpoint import FULL, QUICK, Dataset
 from bench.conditions import conditions
 from bench.report import as_json, as_markdown
+from bench.servers import Servers
 from bench.suite import GROUPS, measure, select
 from bench.targets import rows
 
@@ -41,7 +42,10 @@ def main(arguments: list[str]) -> None:
     before = conditions()
     data = Dataset((options.data or options.output / "data") / scale.name, scale)
     data.generate()
-    results = measure(select(options.only), data, options.rounds, lambda text: print(text, file=sys.stderr))
+    with Servers(data, data.folder / "servers") as servers:
+        results = measure(
+            select(options.only), data, servers, options.rounds, lambda text: print(text, file=sys.stderr)
+        )
     promises = list(rows(results, scale))
     options.output.mkdir(parents=True, exist_ok=True)
     name = options.output / "-".join(filter(None, ("quick" if options.quick else "bench", _words(options.only))))
