@@ -19,7 +19,9 @@ from bench.targets import rows
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="how often each case runs (default: 5)")
-    parser.add_argument("--only", metavar="NAME", help=f"a group ({', '.join(GROUPS)}), a way, or a case")
+    parser.add_argument(
+        "--only", metavar="NAME", help=f"a group ({', '.join(GROUPS)}), a part of one (s3/tls), a way, or a case"
+    )
     parser.add_argument("--quick", action="store_true", help="a few megabytes: shows that it runs, and no more")
     parser.add_argument("--output", type=Path, default=Path("bench/results"), help="where the results go")
     parser.add_argument("--data", type=Path, help="where the generated files are kept (default: OUTPUT/data)")

@@ -29,6 +29,7 @@ from bench.checkpoint import Dataset
 from bench.endpoint import ACCESS_KEY, BUCKET, LATENCY_S, SECRET_KEY, Endpoint, client_of
 
 _READY_S = 60.0
+_STOP_S = 2.0
 _PART_BYTES = 64 << 20
 
 
@@ -59,11 +60,11 @@ class Server(ABC):
         return None
 
     def stop(self) -> None:
-        """End its process."""
+        """End its process; of SeaweedFS that may take longer than anybody wants to wait."""
         if self._process is not None:
             self._process.terminate()
             try:
-                self._process.wait(10)
+                self._process.wait(_STOP_S)
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
@@ -115,6 +116,7 @@ class SeaweedFS(Server):
                 "-master.telemetry=false",
                 "-master.volumeSizeLimitMB=4096",
                 "-volume.max=50",
+                "-volume.preStopSeconds=0",
                 *(f"-{name}={port}" for name, port in ports.items()),
             ]
         )

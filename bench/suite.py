@@ -168,9 +168,10 @@ GROUPS: dict[str, list[Measured]] = {
 
 
 def select(only: str | None) -> dict[str, list[Measured]]:
-    """Return the groups, or of them what `only` names: a group, a way, or a case."""
+    """Return the groups, or of them what `only` names: a group, a part of one, a way, or a case."""
     chosen = {
-        group: [case for case in cases if only in (None, group, case.way, case.name)] for group, cases in GROUPS.items()
+        group: [case for case in cases if only in (None, case.way, case.name) or case.name.startswith(f"{only}/")]
+        for group, cases in GROUPS.items()
     }
     return {group: cases for group, cases in chosen.items() if cases}
 
