@@ -5,12 +5,16 @@
   reported to the loop's exception handler.
 - ``checkpoints`` (session scope, so that hypothesis tests may use it) makes shards, rank directories and Hugging Face
   directories out of tensors.
+- ``tls`` is a certificate of this machine, and the authority that a client must trust for it.
 """
 
 import asyncio
+import datetime
 import gc
+import ipaddress
 import json
 import os
+import ssl
 import threading
 from pathlib import Path
 from typing import NamedTuple
@@ -246,3 +250,74 @@ class Checkpoints:
 def checkpoints():
     """Writers of checkpoints: see `Checkpoints`."""
     return Checkpoints
+
+
+# --- TLS
+
+
+class Tls(NamedTuple):
+    """Both ends of TLS on this machine."""
+
+    server_context: ssl.SSLContext
+    """With a certificate for 127.0.0.1, ::1, localhost and *.localhost."""
+    ca_path: Path
+    """Certificate of the authority that signed it, in PEM."""
+
+
+@pytest.fixture(scope="session")
+def tls(tmp_path_factory):
+    """A certificate for this machine: see `Tls`."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.x509.oid import NameOID
+
+    directory = tmp_path_factory.mktemp("tls")
+    now = datetime.datetime.now(datetime.UTC)
+    ca_key, server_key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
+    ca_name, server_name = (
+        x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]) for name in ("asyncshard tests", "localhost")
+    )
+
+    def certificate(subject, key, *, is_ca):
+        usage = dict.fromkeys(
+            ("content_commitment", "key_encipherment", "data_encipherment", "key_agreement", "crl_sign"), False
+        )
+        return (
+            x509.CertificateBuilder()
+            .subject_name(subject)
+            .issuer_name(ca_name)
+            .public_key(key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - datetime.timedelta(days=1))
+            .not_valid_after(now + datetime.timedelta(days=1))
+            .add_extension(x509.BasicConstraints(ca=is_ca, path_length=None), critical=True)
+            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key()), critical=False)
+            .add_extension(
+                x509.KeyUsage(
+                    digital_signature=True, key_cert_sign=is_ca, encipher_only=False, decipher_only=False, **usage
+                ),
+                critical=True,
+            )
+        )
+
+    names = x509.SubjectAlternativeName(
+        [
+            *(x509.DNSName(name) for name in ("localhost", "*.localhost")),
+            *(x509.IPAddress(ipaddress.ip_address(address)) for address in ("127.0.0.1", "::1")),
+        ]
+    )
+    ca = certificate(ca_name, ca_key, is_ca=True).sign(ca_key, hashes.SHA256())
+    server = certificate(server_name, server_key, is_ca=False).add_extension(names, critical=False)
+    pem = serialization.Encoding.PEM
+    ca_path = directory / "ca.pem"
+    ca_path.write_bytes(ca.public_bytes(pem))
+    chain = directory / "server.pem"
+    chain.write_bytes(
+        server_key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+        + server.sign(ca_key, hashes.SHA256()).public_bytes(pem)
+    )
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(chain)
+    return Tls(context, ca_path)

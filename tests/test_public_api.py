@@ -285,7 +285,11 @@ BUILT_INS = {
     errors.ObjectChangedError: OSError,
     errors.TruncatedError: OSError,
     errors.StoreTimeoutError: TimeoutError,
+    errors.ThrottledError: OSError,
+    errors.ChecksumError: OSError,
 }
+OF_S3 = {errors.ThrottledError, errors.ChecksumError}
+"""Caused in tests/stores/s3."""
 
 
 @pytest.mark.parametrize("kind", ERRORS)
@@ -325,7 +329,11 @@ def test_each_error_pickles_with_its_attributes(kind: Any, protocol: int) -> Non
 
 
 def test_only_what_a_retry_helps_is_retryable() -> None:
-    assert {kind for kind in ERRORS if kind.retryable} == {errors.ObjectChangedError, errors.StoreTimeoutError}
+    assert {kind for kind in ERRORS if kind.retryable} == {
+        errors.ObjectChangedError,
+        errors.StoreTimeoutError,
+        errors.ThrottledError,
+    }
 
 
 def rewrite_while_streaming(path: Path) -> Any:
@@ -410,7 +418,7 @@ def cause(kind: Any, path: Path) -> Any:
     raise AssertionError(f"nothing causes {kind.__name__}")
 
 
-@pytest.mark.parametrize("kind", [kind for kind in ERRORS if kind is not errors.AsyncShardError])
+@pytest.mark.parametrize("kind", [kind for kind in ERRORS if kind not in {errors.AsyncShardError, *OF_S3}])
 def test_each_error_is_really_raised_and_names_the_file(kind: Any, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     with pytest.raises(kind) as caught:

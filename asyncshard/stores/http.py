@@ -71,13 +71,16 @@ class HttpConnection(asyncio.BufferedProtocol):
     limits : Limits
     peers : set of HttpConnection
         It is in there as long as its socket is open.
+    staging : memoryview
+        Takes heads and small pieces. Connections of one loop share it, since a transport fills what it was given and
+        says so in one go.
     """
 
-    def __init__(self, limits: Limits, peers: set[HttpConnection]) -> None:
+    def __init__(self, limits: Limits, peers: set[HttpConnection], staging: memoryview) -> None:
         self._loop = asyncio.get_running_loop()
         self._limits = limits
         self._peers = peers
-        self._staging = memoryview(bytearray(_STAGING_BYTES))
+        self._staging = staging
         self._transport: Any = None
         self._parser: h11.Connection | None = None
         """Of the exchange in progress."""
@@ -315,6 +318,7 @@ class HttpPool:
         self._idle_s = idle_s
         self._idle: dict[Origin, list[tuple[HttpConnection, float]]] = {}
         self._open: set[HttpConnection] = set()
+        self._staging = memoryview(bytearray(_STAGING_BYTES))
 
     async def exchange(self, origin: Origin, target: str, headers: Headers, receive: Receive) -> Answer:
         """Send a GET on an idle or a new connection; see `HttpConnection.exchange`."""
@@ -349,7 +353,7 @@ class HttpPool:
         is_tls = origin.scheme == "https"
         if is_tls and self._tls is None:
             self._tls = self._make_tls()
-        connection = HttpConnection(self._limits, self._open)
+        connection = HttpConnection(self._limits, self._open, self._staging)
         try:
             async with asyncio.timeout(self._limits.connect_timeout_s):
                 await loop.create_connection(

@@ -1,4 +1,5 @@
-"""Stores for tests: one in memory, wrappers that delay, hold or break the reads of any store, and a conformance suite.
+"""For tests: a store in memory, wrappers that delay, hold or break the reads of any store, a conformance suite, and an
+S3 server that does wrong what it is told to.
 
 Subclass `StoreTests` to test a store of your own::
 
@@ -9,5 +10,22 @@ Subclass `StoreTests` to test a store of your own::
 
 from asyncshard.testing.conformance import StoreTests
 from asyncshard.testing.fakes import Fault, FaultyStore, Gate, GatedStore, LatencyStore, MemoryStore, WrapperStore
+from asyncshard.testing.s3_request import S3Fault, S3Request
+from asyncshard.testing.s3_server import S3Server
+from asyncshard.testing.seaweedfs import RunningServer, seaweedfs
 
-__all__ = ["Fault", "FaultyStore", "Gate", "GatedStore", "LatencyStore", "MemoryStore", "StoreTests", "WrapperStore"]
+__all__ = [
+    "Fault",
+    "FaultyStore",
+    "Gate",
+    "GatedStore",
+    "LatencyStore",
+    "MemoryStore",
+    "RunningServer",
+    "S3Fault",
+    "S3Request",
+    "S3Server",
+    "StoreTests",
+    "WrapperStore",
+    "seaweedfs",
+]

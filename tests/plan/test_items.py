@@ -69,3 +69,38 @@ def test_no_tensors_make_no_items():
     none, flags = np.zeros(0, np.int64), np.zeros(0, np.bool_)
     assert list(whole_tensors(0, none, none, limit=1, max_tensors=1)) == []
     assert list(placed_tensors(0, none, none, is_wanted=flags, is_alone=flags, limit=GRAIN, max_tensors=1)) == []
+
+
+@given(SIZES, st.integers(0, 1000), st.integers(GRAIN, 500), st.integers(1, 6), st.integers(1, 400), st.data())
+def test_gaps_are_read_with_what_is_wanted_where_they_are_small(sizes, begin, limit, most, max_gap, data):
+    starts, stops = ranges(sizes, begin)
+    flags = st.lists(st.booleans(), min_size=len(sizes), max_size=len(sizes))
+    wanted, alone = (np.array(data.draw(flags), np.bool_) for _ in range(2))
+    given_flags = {"is_wanted": wanted, "is_alone": alone, "limit": limit, "max_tensors": most}
+    items = list(placed_tensors(1, starts, stops, **given_flags, max_gap=max_gap))
+    touched = []
+    for item in items:
+        inside = range(item.first, item.last)
+        assert item.nbytes <= limit
+        assert len(inside) <= most
+        assert wanted[item.first]
+        assert wanted[item.last - 1]
+        if len(inside) > 1:
+            assert (item.start, item.stop) == (starts[item.first], stops[item.last - 1])
+            assert not (wanted & alone)[item.first : item.last].any()
+            between = [index for index in inside if wanted[index]]
+            assert all(starts[right] - stops[left] <= max_gap for left, right in itertools.pairwise(between))
+        touched += [index for index in inside if wanted[index]]
+    assert sorted(set(touched)) == np.flatnonzero(wanted).tolist()
+    assert touched == sorted(touched)
+    covered = [(item.start, item.stop) for item in items if item.nbytes]
+    assert all(one[1] <= other[0] for one, other in itertools.pairwise(covered))
+    without = list(placed_tensors(1, starts, stops, **given_flags))
+    assert len(items) <= len(without)
+
+
+def test_two_wanted_tensors_with_a_small_gap_between_are_one_item():
+    starts, stops = ranges([100, 60, 100, 70, 100], 8)
+    flags = {"is_wanted": np.array([1, 0, 1, 0, 1], np.bool_), "is_alone": np.zeros(5, np.bool_)}
+    items = list(placed_tensors(0, starts, stops, limit=1000, max_tensors=9, max_gap=64, **flags))
+    assert items == [ReadItem(0, 8, 268, 0, 3), ReadItem(0, 338, 438, 4, 5)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 import ssl
 from collections.abc import AsyncIterator, Mapping
@@ -23,6 +24,7 @@ from aiobotocore.session import AioSession
 from botocore import UNSIGNED
 from botocore.config import Config
 from botocore.httpsession import get_cert_path
+from botocore.loaders import create_loader
 from botocore.utils import get_environ_proxies
 
 from asyncshard.errors import AccessDeniedError, ObjectNotFoundError, StoreTimeoutError, TruncatedError
@@ -102,6 +104,7 @@ class S3Client:
         options = self._options
         with _translated():
             session = AioSession(profile=options.profile_name)
+            session.register_component("data_loader", _models())
             await self._make_client(session, options.style_for(options.endpoint_url))
             endpoint = self._client.meta.endpoint_url
             if options.style_for(endpoint) != options.style_for(options.endpoint_url):
@@ -231,6 +234,13 @@ class S3Client:
 
     def _checksum_mode(self) -> dict[str, str]:
         return {"ChecksumMode": "ENABLED"} if self._options.verify_checksums else {}
+
+
+@functools.cache
+def _models() -> Any:
+    """Return what reads and keeps AWS's JSON models, once for the process: they never change, and parsing them takes
+    most of the time of making a client."""
+    return create_loader()
 
 
 def _head(answer: Any) -> Head:
