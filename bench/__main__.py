@@ -11,6 +11,7 @@ from bench.chart import draw
 from bench.checkpoint import FULL, QUICK, Dataset
 from bench.conditions import conditions
 from bench.report import as_json, as_markdown
+from bench.servers import Servers
 from bench.suite import GROUPS, measure, select
 from bench.targets import rows
 
@@ -18,7 +19,9 @@ from bench.targets import rows
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="how often each case runs (default: 5)")
-    parser.add_argument("--only", metavar="NAME", help=f"a group ({', '.join(GROUPS)}), a way, or a case")
+    parser.add_argument(
+        "--only", metavar="NAME", help=f"a group ({', '.join(GROUPS)}), a part of one (s3/tls), a way, or a case"
+    )
     parser.add_argument("--quick", action="store_true", help="a few megabytes: shows that it runs, and no more")
     parser.add_argument("--output", type=Path, default=Path("bench/results"), help="where the results go")
     parser.add_argument("--data", type=Path, help="where the generated files are kept (default: OUTPUT/data)")
@@ -41,7 +44,10 @@ def main(arguments: list[str]) -> None:
     before = conditions()
     data = Dataset((options.data or options.output / "data") / scale.name, scale)
     data.generate()
-    results = measure(select(options.only), data, options.rounds, lambda text: print(text, file=sys.stderr))
+    with Servers(data, data.folder / "servers") as servers:
+        results = measure(
+            select(options.only), data, servers, options.rounds, lambda text: print(text, file=sys.stderr)
+        )
     promises = list(rows(results, scale))
     options.output.mkdir(parents=True, exist_ok=True)
     name = options.output / "-".join(filter(None, ("quick" if options.quick else "bench", _words(options.only))))

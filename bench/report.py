@@ -37,10 +37,10 @@ def _all_ratios(results: Results) -> dict[str, list[float]]:
     """Return how many times faster each of the library's ways ran than each other way of its group."""
     pairs = {}
     for ours in results:
-        group, _, way = ours.partition("/")
-        if group in ("speed", "cold") and way.startswith(("load", "stream")):
+        group, _, way = ours.rpartition("/")
+        if group in ("speed", "cold", "s3/speed", "s3/tls") and way.startswith(("load", "stream")):
             for theirs in results:
-                each = ratios(results, ours, theirs) if theirs.startswith(group) and theirs != ours else None
+                each = ratios(results, ours, theirs) if theirs.startswith(f"{group}/") and theirs != ours else None
                 if each:
                     pairs[f"{ours} : {theirs}"] = each
     return pairs
@@ -77,9 +77,16 @@ def _figures(result: Rounds) -> Iterator[str]:
     yield f"{medians['seconds']:.3g} s"
     if "cpu_seconds" in medians:
         yield f"{medians['cpu_seconds']:.3g} CPU s"
+        if medians.get("bytes"):
+            yield f"{result.gigabytes_per_cpu_second:.2f} GB per CPU second"
     yield f"load {medians['load_before']:.1f}"
     if "extra_rss_bytes" in medians:
         yield f"+{medians['extra_rss_bytes'] / _MIB:.1f} MiB"
+    if "requests" in medians:
+        yield f"{medians['requests']:.0f} requests"
+    if "cancel_p99_ms" in medians:
+        p50, p99, largest = (medians[f"cancel_{key}_ms"] for key in ("p50", "p99", "max"))
+        yield f"{medians['cancels']:.0f} cancels p50 {p50:.2f} / p99 {p99:.2f} / max {largest:.1f} ms"
     if "busy.p99" in medians:
         for when in ("busy", "idle"):
             p50, p99, largest = (medians[f"{when}.{key}"] for key in ("p50", "p99", "max"))

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bench.checkpoint import Dataset
+from bench.servers import Absent, Servers
 
 ROOM_BUDGET_MB = 320
 """Room for the rank's largest tensor, 251 MiB."""
@@ -25,6 +26,10 @@ class Measured:
     name: str
     way: str
     options: tuple[str, ...] = ()
+    server: str | None = None
+    """The kind of server that it loads from."""
+    is_once: bool = False
+    """Whether it runs in the first round only: it takes long, and has its own repetitions."""
 
 
 @dataclass(slots=True)
@@ -42,6 +47,10 @@ class Rounds:
 
     def median(self, key: str) -> float:
         return statistics.median(self.values(key))
+
+    @property
+    def gigabytes_per_cpu_second(self) -> float:
+        return statistics.median(figures["bytes"] / figures["cpu_seconds"] / 1e9 for figures in self.rounds)
 
     @property
     def gigabytes_per_second(self) -> float:
@@ -77,6 +86,29 @@ def _group(group: str, ways: Iterable[str], *options: str) -> list[Measured]:
 def _lag(ways: Iterable[str]) -> list[Measured]:
     return [
         Measured(f"lag/{way}/{loop}", way, ("--lag", "--loop", loop)) for way in ways for loop in ("asyncio", "uvloop")
+    ]
+
+
+S3_PEERS = ("obstore", "aiobotocore", "runai-model-streamer")
+S3_TLS_PEERS = S3_PEERS[:2]
+"""Those that can be told whom to trust about a certificate."""
+
+
+def _s3() -> list[Measured]:
+    def on(server: str, name: str, way: str, *options: str, is_once: bool = False) -> Measured:
+        return Measured(f"s3/{name}", f"s3-{way}", options, server, is_once)
+
+    budget = ("--budget-mb", str(ROOM_BUDGET_MB))
+    lags = [(way, loop) for way in ("load-weights", "stream-count") for loop in ("asyncio", "uvloop")]
+    return [
+        *(on("seaweedfs", f"speed/{way}", way) for way in ("load-weights", *S3_PEERS, "load-weights-from-url")),
+        *(on("nginx-tls", f"tls/{way}", way) for way in ("load-weights", *S3_TLS_PEERS)),
+        on("seaweedfs", "memory/load-weights", "load-weights"),
+        on("seaweedfs", "memory/stream-count", "stream-count", *budget),
+        *(on("seaweedfs", f"lag/{way}/{loop}", way, "--lag", "--loop", loop) for way, loop in lags),
+        *(on("nginx", f"requests/{way}", way) for way in ("load-pages", "stream-pages")),
+        on("late", "late/load-weights", "load-late"),
+        *(on("nginx", f"cancel/{way}", way, is_once=True) for way in ("cancel", "cancel-from-url")),
     ]
 
 
@@ -131,18 +163,22 @@ GROUPS: dict[str, list[Measured]] = {
             "stream-small-torch",
         ),
     ),
+    "s3": _s3(),
 }
 
 
 def select(only: str | None) -> dict[str, list[Measured]]:
-    """Return the groups, or of them what `only` names: a group, a way, or a case."""
+    """Return the groups, or of them what `only` names: a group, a part of one, a way, or a case."""
     chosen = {
-        group: [case for case in cases if only in (None, group, case.way, case.name)] for group, cases in GROUPS.items()
+        group: [case for case in cases if only in (None, case.way, case.name) or case.name.startswith(f"{only}/")]
+        for group, cases in GROUPS.items()
     }
     return {group: cases for group, cases in chosen.items() if cases}
 
 
-def measure(groups: dict[str, list[Measured]], data: Dataset, rounds: int, tell: Callable[[str], object]) -> Results:
+def measure(
+    groups: dict[str, list[Measured]], data: Dataset, servers: Servers, rounds: int, tell: Callable[[str], object]
+) -> Results:
     """Run every case of a group once, then again, as many times as there are rounds."""
     results: Results = {}
     for cases in groups.values():
@@ -150,19 +186,32 @@ def measure(groups: dict[str, list[Measured]], data: Dataset, rounds: int, tell:
         for number in range(1, rounds + 1):
             for case in cases:
                 result = results[case.name]
-                if result.absent is None:
+                if result.absent is None and (number == 1 or not case.is_once):
                     tell(f"round {number} of {rounds}: {case.name}")
                     load = os.getloadavg()[0]
-                    figures = run_case(case, data) | {"load_before": load}
+                    figures = run_case(case, data, servers) | {"load_before": load}
                     result.absent = figures.get("absent")
                     if result.absent is None:
                         result.rounds.append(figures)
     return results
 
 
-def run_case(case: Measured, data: Dataset) -> dict[str, Any]:
+def run_case(case: Measured, data: Dataset, servers: Servers) -> dict[str, Any]:
     """Run one case in a process of its own; a way that fails is absent, and says why."""
-    place = ("--path", str(data.folder), "--scale", data.scale.name)
+    if case.server is None:
+        return _run_way(case, data)
+    try:
+        endpoint = servers.endpoint(case.server)
+    except Absent as reason:
+        return {"absent": str(reason)}
+    before = servers.requests(case.server)
+    figures = _run_way(case, data, *endpoint.arguments())
+    after = servers.requests(case.server)
+    return figures if before is None or after is None else figures | {"requests": after - before}
+
+
+def _run_way(case: Measured, data: Dataset, *more: str) -> dict[str, Any]:
+    place = ("--path", str(data.folder), "--scale", data.scale.name, *more)
     command = [sys.executable, "-m", "bench.way", case.way, *place, *case.options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     lines = done.stdout.splitlines()
@@ -173,14 +222,15 @@ def run_case(case: Measured, data: Dataset) -> dict[str, Any]:
     return figures
 
 
-def ratios(results: Results, numerator: str, denominator: str) -> list[float] | None:
-    """Return how many times faster the numerator ran than the denominator, round by round; None if one did not run."""
+def ratios(results: Results, numerator: str, denominator: str, key: str = "seconds") -> list[float] | None:
+    """Return how many times faster the numerator ran than the denominator, round by round; None if one did not run.
+
+    With another key, such as ``cpu_seconds``, how many times less of it the numerator took.
+    """
     pair = [results.get(name) for name in (numerator, denominator)]
     if any(result is None or result.absent is not None or not result.rounds for result in pair):
         return None
     ours, theirs = pair
     assert ours is not None
     assert theirs is not None
-    return [
-        theirs_s / ours_s for ours_s, theirs_s in zip(ours.values("seconds"), theirs.values("seconds"), strict=False)
-    ]
+    return [theirs_s / ours_s for ours_s, theirs_s in zip(ours.values(key), theirs.values(key), strict=False)]

@@ -7,13 +7,27 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from bench.checkpoint import FULL, Scale
-from bench.suite import LAG_OF_LIBRARY, ROOM_BUDGET_MB, SAFETENSORS, SMALL_BUDGET_MB, Results, Rounds, ratios
+from bench.endpoint import IN_FLIGHT, LATENCY_S
+from bench.suite import (
+    LAG_OF_LIBRARY,
+    ROOM_BUDGET_MB,
+    S3_PEERS,
+    SAFETENSORS,
+    SMALL_BUDGET_MB,
+    Results,
+    Rounds,
+    ratios,
+)
 
 _MIB = 1 << 20
 _ROOM_BYTES = 16 * _MIB
 _MAX_LAG_MS = 10
 _STREAM_P99_MS = 4
 _PLACED_P99_MS = 2
+_S3_ROOM_BYTES = 32 * _MIB
+_S3_P99_MS = 3
+_MOST_REQUESTS = 60
+_LATE_BYTES_PER_S = IN_FLIGHT * _MIB / LATENCY_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +101,39 @@ def _promises(scale: Scale) -> Iterator[tuple[str, str, _Evaluate]]:
             f"≤ {most} µs",
             _most(f"kernels/stream-small-{library}", "microseconds_per_tensor", most, "µs"),
         )
+    yield from _s3_promises()
+
+
+def _s3_promises() -> Iterator[tuple[str, str, _Evaluate]]:
+    for kind, peer, least in (
+        ("speed", "obstore", 3.0),
+        ("speed", "aiobotocore", 8.0),
+        ("speed", "runai-model-streamer", 15.0),
+        ("tls", "obstore", 1.2),
+        ("tls", "aiobotocore", 3.0),
+    ):
+        what = f"S3{' over TLS' * (kind == 'tls')}: bytes per client CPU second of `load_weights` against {peer}"
+        yield what, f"≥ {least:g} x", _cheaper(f"s3/{kind}/load-weights", least, f"s3/{kind}/{peer}")
+    for peer in S3_PEERS:
+        yield (
+            f"S3: `load_weights` against {peer}",
+            "≥ 1.0 x",
+            _faster("s3/speed/load-weights", 1.0, f"s3/speed/{peer}"),
+        )
+    for way, budget in (("load-weights", 0), ("stream-count", ROOM_BUDGET_MB)):
+        what = f"S3: extra peak RSS of `{way}`" + f" with a budget of {budget} MiB" * bool(budget)
+        yield what, f"≤ {budget + 32} MiB", _memory(f"s3/memory/{way}", budget, _S3_ROOM_BYTES)
+        for loop in ("asyncio", "uvloop"):
+            target = f"p99 ≤ {_S3_P99_MS} ms over idle, max ≤ {_MAX_LAG_MS} ms"
+            yield f"S3: event-loop lag during `{way}`, {loop}", target, _lag(f"s3/lag/{way}/{loop}", _S3_P99_MS)
+    for way in ("load-pages", "stream-pages"):
+        what = f"S3: requests of `{way}`, from the URL on"
+        yield what, f"≤ {_MOST_REQUESTS}", _most(f"s3/requests/{way}", "requests", _MOST_REQUESTS, "requests")
+    what = f"S3: `load_weights` with {LATENCY_S * 1e3:g} ms for each answer, of {IN_FLIGHT} x 1 MiB / latency"
+    yield what, "≥ 0.8 x", _late
+    for way, begin in (("cancel", "a store that is open"), ("cancel-from-url", "the URL on")):
+        what = f"S3: cancel to done, random points of a load, from {begin}"
+        yield what, "p99 ≤ 50 ms, nothing left", _cancel(f"s3/cancel/{way}")
 
 
 def _lags() -> Iterator[tuple[str, str, _Evaluate]]:
@@ -126,10 +173,23 @@ def _faster(ours: str, least: float, theirs: str | None = None) -> _Evaluate:
     return evaluate
 
 
-def _memory(name: str, budget_mb: int) -> _Evaluate:
+def _cheaper(ours: str, least: float, theirs: str) -> _Evaluate:
+    def evaluate(results: Results) -> tuple[str, bool]:
+        rates = [_rounds(results, name).gigabytes_per_cpu_second for name in (ours, theirs)]
+        each = ratios(results, ours, theirs, "cpu_seconds") or []
+        ratio = statistics.median(each)
+        text = (
+            f"{ratio:.2f} x ({min(each):.2f} to {max(each):.2f}); {rates[0]:.2f} and {rates[1]:.2f} GB per CPU second"
+        )
+        return text, ratio >= least
+
+    return evaluate
+
+
+def _memory(name: str, budget_mb: int, room_bytes: int = _ROOM_BYTES) -> _Evaluate:
     def evaluate(results: Results) -> tuple[str, bool]:
         worst = max(_rounds(results, name).values("extra_rss_bytes"))
-        return f"{worst / _MIB:.1f} MiB at most", worst <= budget_mb * _MIB + _ROOM_BYTES
+        return f"{worst / _MIB:.1f} MiB at most", worst <= budget_mb * _MIB + room_bytes
 
     return evaluate
 
@@ -160,6 +220,21 @@ def _most(name: str, key: str, most: float, unit: str) -> _Evaluate:
 
 def _seconds(name: str, most: float) -> _Evaluate:
     return _most(name, "seconds", most, "s")
+
+
+def _late(results: Results) -> tuple[str, bool]:
+    share = _rounds(results, "s3/late/load-weights").gigabytes_per_second * 1e9 / _LATE_BYTES_PER_S
+    return f"{share:.2f} x", share >= 0.8
+
+
+def _cancel(name: str) -> _Evaluate:
+    def evaluate(results: Results) -> tuple[str, bool]:
+        result = _rounds(results, name)
+        p50, p99, largest = (result.median(f"cancel_{key}_ms") for key in ("p50", "p99", "max"))
+        count = result.median("cancels")
+        return f"p50 {p50:.2f} ms, p99 {p99:.1f} ms, max {largest:.1f} ms of {count:,.0f}; nothing left", p99 <= 50
+
+    return evaluate
 
 
 def _header_memory(results: Results) -> tuple[str, bool]:

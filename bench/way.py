@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import gc
 import importlib.util
 import inspect
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.checkpoint import SCALES, Dataset
+from bench.endpoint import Endpoint
 from bench.measure import PeakMemory, Ticker, drop_from_page_cache, read_into_page_cache
 from bench.ways import WAYS
 from bench.ways.base import Case, Run, Way
@@ -40,6 +42,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--lag", action="store_true", help="load again and again, and watch the loop's lag")
     parser.add_argument("--cold", action="store_true", help="drop the files from the page cache first")
     parser.add_argument("--budget-mb", type=int, help="the memory budget, where the way has one")
+    parser.add_argument("--endpoint-url", help="the server, where the way has one")
+    parser.add_argument("--ca-file", help="whom to trust about the server's certificate")
     return parser.parse_args(arguments)
 
 
@@ -56,11 +60,19 @@ def cost_of(way: Way, case: Case, *, loop: str, is_cold: bool, is_lag: bool) -> 
         return {"absent": f"not measured: {cached:.0%} stayed in the page cache"}
     if not is_cold:
         read_into_page_cache(case.data.files)
-    gc.collect()
-    gc.freeze()  # pauses of the application's own garbage are not what is measured
-    figures = asyncio.Runner(loop_factory=_loop_factory(loop)).run(_watch(run) if is_lag else _time(run))
+    with asyncio.Runner(loop_factory=_loop_factory(loop)) as runner:
+        figures = runner.run(_measure(case, run, is_lag=is_lag))
     case.check()
     return {"bytes": case.nbytes, **figures}
+
+
+async def _measure(case: Case, run: Run, *, is_lag: bool) -> dict[str, Any]:
+    async with contextlib.AsyncExitStack() as stack:
+        if case.open is not None:
+            await case.open(stack)
+        gc.collect()
+        gc.freeze()  # pauses of the application's own garbage are not what is measured
+        return await (_watch(run) if is_lag else _time(run))
 
 
 async def _time(run: Run) -> dict[str, Any]:
@@ -111,7 +123,8 @@ def _loop_factory(name: str) -> Callable[[], asyncio.AbstractEventLoop]:
 
 def main(arguments: list[str]) -> None:
     options = parse(arguments)
-    case = Case(Dataset(options.path, SCALES[options.scale]), options.budget_mb)
+    endpoint = Endpoint(options.endpoint_url, options.ca_file) if options.endpoint_url else None
+    case = Case(Dataset(options.path, SCALES[options.scale]), options.budget_mb, endpoint)
     figures = cost_of(WAYS[options.name], case, loop=options.loop, is_cold=options.cold, is_lag=options.lag)
     print(json.dumps(figures))
 

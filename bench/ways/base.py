@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from bench.checkpoint import Dataset, Placed
+from bench.endpoint import Endpoint
 
 Run = Callable[[], Awaitable[Mapping[str, float] | None] | Mapping[str, float] | None]
 """What is timed; it may return figures of its own. May run several times."""
@@ -22,6 +24,10 @@ class Case:
 
     data: Dataset
     budget_mb: int | None = None
+    endpoint: Endpoint | None = None
+    """The server, of what is loaded from S3."""
+    open: Callable[[AsyncExitStack], Awaitable[None]] | None = None
+    """What is done on the loop before the clock starts; what it enters is left after it has stopped."""
     nbytes: int = 0
     """Bytes that one run moves; 0 where that says nothing."""
     kept: list[Any] = field(default_factory=list)
@@ -31,16 +37,21 @@ class Case:
 
     def destinations(self, library: str = "torch", path: Path | None = None) -> dict[str, Any]:
         """Return a state dict for the rank, or for one part of it, every page touched; `check` looks at it."""
-        self._placed = [placed for placed in self.data.tensors() if path in (None, placed.path)]
+        self._placed = list(self.data.tensors(path))
         self.nbytes = sum(placed.tensor.nbytes for placed in self._placed)
         for placed in self._placed:
             self._state[placed.tensor.name] = _LIBRARIES[library](placed.tensor.shape)
         return self._state
 
+    @property
+    def placed(self) -> list[Placed]:
+        """What is loaded into the destinations, and where it lies."""
+        return self._placed
+
     def check(self) -> None:
         """Compare both ends of each destination with the files."""
         for placed in self._placed:
-            data = _octets(self._state[placed.tensor.name])
+            data = octets(self._state[placed.tensor.name])
             with placed.path.open("rb") as file:
                 for begin in (0, max(len(data) - 64, 0)):
                     wanted = os.pread(file.fileno(), 64, placed.start + begin)[: len(data) - begin]
@@ -73,7 +84,7 @@ def _numpy_zeros(shape: tuple[int, ...]) -> Any:
 _LIBRARIES: dict[str, Callable[[tuple[int, ...]], Any]] = {"torch": _torch_zeros, "numpy": _numpy_zeros}
 
 
-def _octets(array: Any) -> np.ndarray:
+def octets(array: Any) -> np.ndarray:
     if isinstance(array, np.ndarray):
         return array.reshape(-1).view(np.uint8)
     import torch
