@@ -14,6 +14,8 @@ from safetensors.numpy import load_file, save_file
 
 from asyncshard import errors
 from asyncshard.loaders.options import Options
+from asyncshard.stores.s3.options import S3Options
+from asyncshard.testing import S3Server
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 EXAMPLE, SHARED, *_ = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
@@ -69,6 +71,24 @@ async def test_sinks_get_the_bytes() -> None:
     assert {name: bytes(sink.target) for name, sink in sinks.items()} == expected
 
 
+async def test_a_model_comes_from_a_server_with_an_authority_of_its_own(
+    tls: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with S3Server(tls=tls.server_context) as server:
+        shard = Path("linear.safetensors").read_bytes()
+        server.put("models", "llama-70b/model-rank-0-part-0.safetensors", shard)
+        block = RECIPES["Load from S3"]
+        for shown, here in (
+            ("https://minio.internal:9000", server.endpoint_url),
+            ("/etc/ssl/minio-ca.pem", str(tls.ca_path)),
+        ):
+            assert shown in block
+            block = block.replace(shown, here)
+        monkeypatch.setitem(RECIPES, "Load from S3", block)
+        weights = (await run("Load from S3"))["weights"]
+    assert set(weights) == {"weight", "bias"}
+
+
 async def test_loaders_share_a_budget() -> None:
     variables = await run("Share a budget between loaders")
     assert variables["draft"].result() == 64 * 65 * 4
@@ -86,7 +106,7 @@ async def test_progress_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     assert "16,640 of 16,640 bytes, 0.0 s to go" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", Options.__dataclass_fields__)
+@pytest.mark.parametrize("name", [*Options.__dataclass_fields__, *S3Options.__dataclass_fields__])
 def test_the_table_of_options_has_each(name: str) -> None:
     assert re.search(rf"^\|[^|]*`{name}`", README, re.MULTILINE)
 

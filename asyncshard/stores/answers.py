@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from time import time
 from typing import NamedTuple
 from xml.etree import ElementTree
 
@@ -28,6 +29,8 @@ from asyncshard.stores.failures import Action, Failed, Failure
 
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 _MAX_TEXT = 300
+_MAX_SKEW_S = 15 * 60
+"""Further apart than this, S3 takes no signature (API reference, RequestTimeTooSkewed)."""
 MAX_ERROR_BYTES = 64 << 10
 """What is read of the body of an error."""
 
@@ -57,8 +60,8 @@ class Asked(NamedTuple):
 
 
 _NO_RANGES = (
-    "the server answered with something else where a byte range was asked for (HTTP 200, not 206): it does not serve "
-    "ranges, without which nothing can be read from it"
+    "the server answered with something else where a byte range was asked for (no 206): it does not serve ranges, "
+    "without which nothing can be read from it"
 )
 
 
@@ -234,6 +237,9 @@ def explain_error(head: Head, error: ErrorBody) -> Failure:
         meaning = _EXPIRED  # of a presigned URL
     if head.status == 200 and meaning is None:
         return _failed(head, _NO_RANGES).failure
+    server_time = _server_time(head.headers, error)
+    if head.status == 403 and server_time is not None and abs(server_time - time()) > _MAX_SKEW_S:
+        meaning = _SKEWED  # of a presigned URL, or a HEAD, S3 does not say it with a code
     if meaning is None:
         meaning = _Meaning(Action.GIVE_UP, StoreError, "the server refuses the request")
     action = meaning.action
@@ -254,7 +260,7 @@ def explain_error(head: Head, error: ErrorBody) -> Failure:
         request_id=request_id(head.headers),
         retry_after_s=_retry_after(head.headers),
         region=region,
-        server_time=_server_time(head.headers, error),
+        server_time=server_time,
     )
 
 

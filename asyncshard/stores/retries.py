@@ -34,8 +34,6 @@ class Retries:
         self._jitter = jitter
         self._failed_in_a_row = 0
         self._tried: set[Action] = set()
-        self.attempts = 1
-        """Made so far, the one in progress included."""
 
     def pause_after(self, failure: Failure, *, has_progressed: bool) -> float | None:
         """Return the seconds to wait before the next attempt, or None to give up.
@@ -46,14 +44,11 @@ class Retries:
             return None
         if failure.action in ONCE:
             self._tried.add(failure.action)
-            self.attempts += 1
             return 0.0
         if failure.action is Action.RETRY_AT_ONCE:
-            self.attempts += 1
             return 0.0
         self._failed_in_a_row = 1 if has_progressed else self._failed_in_a_row + 1
         if self._failed_in_a_row >= self._policy.max_attempts:
             return None
-        self.attempts += 1
         bound = self._policy.first_pause_s * 2.0 ** min(self._failed_in_a_row - 1, 30)
         return max(self._jitter() * min(bound, self._policy.longest_pause_s), failure.retry_after_s)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 
-from asyncshard.stores.http import HttpPool, Limits
+from asyncshard.stores.http_connection import Limits
+from asyncshard.stores.http_pool import HttpPool
 from asyncshard.stores.retries import RetryPolicy
 from asyncshard.stores.s3.client import S3Client
 from asyncshard.stores.s3.options import S3Options

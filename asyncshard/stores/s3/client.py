@@ -27,7 +27,7 @@ from botocore.httpsession import get_cert_path
 from botocore.loaders import create_loader
 from botocore.utils import get_environ_proxies
 
-from asyncshard.errors import AccessDeniedError, ObjectNotFoundError, StoreTimeoutError, TruncatedError
+from asyncshard.errors import AccessDeniedError, ChecksumError, ObjectNotFoundError, StoreTimeoutError, TruncatedError
 from asyncshard.stores.answers import ErrorBody, Head, Pin, explain_error
 from asyncshard.stores.failures import Action, Failed, Failure
 from asyncshard.stores.s3.options import S3Options
@@ -74,6 +74,11 @@ class S3Client:
         """Counts what has been changed about how requests are signed."""
         self._ca_bundle: bool | str = True
 
+    @property
+    def region(self) -> str | None:
+        """The region that requests are signed for."""
+        return str(self._client.meta.region_name)
+
     async def start(self) -> None:
         """Make the client, unless it is there."""
         async with self._lock:
@@ -82,8 +87,8 @@ class S3Client:
 
     async def aclose(self) -> None:
         """Close its connections."""
-        await self._stack.aclose()
         self._client = None
+        await self._stack.aclose()
 
     async def remedy(self, failure: Failure, generation: int) -> None:
         """Do what the failure of a request that was signed in `generation` calls for; once for all that failed so."""
@@ -193,6 +198,7 @@ class S3Client:
     async def url_for(self, key: str) -> SignedUrl:
         """Return a URL that gets an object, signed anew when it is old."""
         now = asyncio.get_running_loop().time()
+        generation = self.generation
         url = self._urls.get(key)
         if url is None or now - url.made_at > _SIGN_AGAIN_S:
             parameters = {"Bucket": self._bucket, "Key": key} | self._checksum_mode()
@@ -201,7 +207,9 @@ class S3Client:
                     "get_object", Params=parameters, ExpiresIn=_URL_LIFETIME_S
                 )
             headers = _HEADERS_OF_CHECKSUMS if self._options.verify_checksums else {}
-            url = self._urls[key] = SignedUrl(urlsplit(text), headers, now)
+            url = SignedUrl(urlsplit(text), headers, now)
+            if generation == self.generation:
+                self._urls[key] = url
         return url
 
     @contextlib.asynccontextmanager
@@ -295,6 +303,10 @@ _OF_BOTOCORE: tuple[tuple[tuple[type[Exception], ...], Failure], ...] = (
     (
         (botocore.exceptions.IncompleteReadError, botocore.exceptions.ResponseStreamingError),
         Failure("the body ended early", action=Action.RETRY, kind=TruncatedError),
+    ),
+    (
+        (botocore.exceptions.FlexibleChecksumError,),
+        Failure("the body does not match its checksum", action=Action.RETRY, kind=ChecksumError),
     ),
     (
         (botocore.exceptions.HTTPClientError, botocore.exceptions.ConnectionError),

@@ -20,7 +20,7 @@ class _Object:
 
 
 class Integrity:
-    """Follows the reads of a store's objects. Computes in a thread of its own."""
+    """Follows the reads of a store's objects. Computes in a thread of its own; asked for results from any thread."""
 
     def __init__(self) -> None:
         self._objects: dict[str, _Object] = {}
@@ -68,8 +68,8 @@ class Integrity:
 
     def verified(self) -> tuple[str, ...]:
         """Return the objects that matched as a whole."""
-        return tuple(path for path, known in self._objects.items() if known.is_verified)
+        return tuple(path for path, known in list(self._objects.items()) if known.is_verified)
 
     def unverified(self) -> tuple[str, ...]:
         """Return the objects that were opened and could not be compared, or not yet."""
-        return tuple(path for path, known in self._objects.items() if not known.is_verified)
+        return tuple(path for path, known in list(self._objects.items()) if not known.is_verified)

@@ -10,7 +10,7 @@ from typing import NamedTuple, TypeVar
 from asyncshard.errors import ChecksumError, StoreError, StoreTimeoutError
 from asyncshard.stores.answers import Asked, Head, Pin, accept, explain, is_error
 from asyncshard.stores.failures import Action, Failed, Failure
-from asyncshard.stores.http import Receive
+from asyncshard.stores.http_connection import Receive
 from asyncshard.stores.retries import Retries, RetryPolicy
 from asyncshard.stores.s3.client import S3Client
 from asyncshard.stores.s3.integrity import Integrity
@@ -96,11 +96,13 @@ class S3Reader:
         self.retries = 0
 
     async def aclose(self) -> None:
-        if self._transport is not None:
-            await self._transport.aclose()
-        await self._client.aclose()
-        if self._integrity is not None:
-            await self._integrity.aclose()
+        try:
+            if self._transport is not None:
+                await self._transport.aclose()
+        finally:
+            await self._client.aclose()
+            if self._integrity is not None:
+                await self._integrity.aclose()
 
     @property
     def verified(self) -> tuple[str, ...]:
@@ -212,9 +214,11 @@ class S3Reader:
         clock = asyncio.get_running_loop().time
         deadline = clock() + self._policy.deadline_s
         last: Failure | None = None
+        attempts = 0
         try:
             async with asyncio.timeout_at(deadline) as limit:
                 while True:
+                    attempts += 1
                     before = filled()
                     generation = self._client.generation
                     try:
@@ -224,10 +228,10 @@ class S3Reader:
                         last = failed.failure
                     pause = retries.pause_after(last, has_progressed=filled() > before)
                     if pause is None or clock() + pause > deadline:
-                        raise target.error(last, retries.attempts)
+                        raise target.error(last, attempts)
                     self.retries += 1
                     if last.action in _REMEDIES:
-                        await self._remedy(target, last, generation, retries.attempts)
+                        await self._remedy(target, last, generation, attempts)
                     await asyncio.sleep(pause)
         except TimeoutError:
             if not limit.expired():
@@ -236,7 +240,7 @@ class S3Reader:
             if last is not None:
                 reason += f"; the last failure: {last.reason}"
             failure = Failure(reason, action=Action.RETRY, kind=StoreTimeoutError)
-            raise target.error(failure, retries.attempts) from None
+            raise target.error(failure, attempts) from None
 
     async def _remedy(self, target: Target, failure: Failure, generation: int, attempts: int) -> None:
         try:

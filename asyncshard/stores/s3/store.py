@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Callable, Coroutine, Sequence
 from importlib.util import find_spec
@@ -13,6 +14,7 @@ from asyncshard.stores.base import Listing, ObjectMeta, Store
 from asyncshard.stores.loop_thread import LoopThread
 from asyncshard.stores.s3.options import S3Options
 from asyncshard.stores.scatter import Scatter
+from asyncshard.stores.threads import finish
 
 if TYPE_CHECKING:
     from asyncshard.stores.s3.reader import S3Reader
@@ -93,9 +95,11 @@ class S3Store(Store):
         return f"s3://{self._bucket}/{self._prefix}{name}"
 
     async def aclose(self) -> None:
-        if self._is_closed:
-            return
-        self._is_closed = True
+        if not self._is_closed:
+            self._is_closed = True
+            await finish(asyncio.ensure_future(self._close()))  # to its end, even when cancelled
+
+    async def _close(self) -> None:
         try:
             if self._reader is not None:
                 await self._loop.run(self._reader.aclose)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from urllib.parse import SplitResult, parse_qsl, urlencode, urljoin, urlsplit
@@ -10,10 +11,13 @@ from urllib.parse import SplitResult, parse_qsl, urlencode, urljoin, urlsplit
 from asyncshard.errors import StoreTimeoutError, TruncatedError
 from asyncshard.stores.answers import MAX_ERROR_BYTES, Head
 from asyncshard.stores.failures import Action, Failed, Failure
-from asyncshard.stores.http import Answer, HttpPool, Limits, Origin, Receive
+from asyncshard.stores.http_connection import Answer, Limits, Receive
+from asyncshard.stores.http_pool import HttpPool, Origin
 from asyncshard.stores.s3.client import S3Client
 
 _MAX_REDIRECTS = 3
+_PRINTABLE = re.compile("[!-~]+")
+"""What a URL is made of (RFC 3986)."""
 _PIECE = 256 << 10
 
 
@@ -47,10 +51,11 @@ class SocketTransport(Transport):
         url = signed.url
         for _ in range(_MAX_REDIRECTS + 1):
             origin = origin_of(url)
-            sent = {"Host": url.netloc, **headers, **signed.headers, "Accept-Encoding": "identity"}
+            sent = {"Host": host_of(origin), **headers, **signed.headers, "Accept-Encoding": "identity"}
             answer = await self._pool.exchange(origin, target_of(url), list(sent.items()), receive)
-            if answer.head.status != 307:
-                return answer
+            region = answer.head.headers.get("x-amz-bucket-region", self._client.region)
+            if answer.head.status != 307 or region != self._client.region:
+                return answer  # in another region the signature has to be another one
             url = redirected(signed.url, url, answer.head)
         raise Failed(Failure(f"the server redirects more than {_MAX_REDIRECTS} times", status=307))
 
@@ -62,6 +67,13 @@ def origin_of(url: SplitResult) -> Origin:
     """Return where a URL's server is."""
     assert url.hostname is not None
     return Origin(url.scheme, url.hostname, url.port or (443 if url.scheme == "https" else 80))
+
+
+def host_of(origin: Origin) -> str:
+    """Return the ``Host`` header as botocore signs it: in lower case, without a port that goes without saying."""
+    host = f"[{origin.host}]" if ":" in origin.host else origin.host
+    is_usual = origin.port == (443 if origin.scheme == "https" else 80)
+    return host if is_usual else f"{host}:{origin.port}"
 
 
 def target_of(url: SplitResult) -> str:
@@ -78,8 +90,12 @@ def redirected(signed: SplitResult, current: SplitResult, head: Head) -> SplitRe
         It leads nowhere, or out of TLS.
     """
     location = head.headers.get("location", "")
-    url = urlsplit(urljoin(current.geturl(), location))
-    if not location or url.scheme not in ("http", "https") or not url.hostname:
+    try:
+        url = urlsplit(urljoin(current.geturl(), location))
+        is_url = bool(location) and url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+    except ValueError:  # of a port or an address that is none
+        is_url = False
+    if not is_url or not _PRINTABLE.fullmatch(location):
         raise Failed(Failure("the server redirects without saying where", status=head.status))
     if current.scheme == "https" and url.scheme != "https":
         raise Failed(Failure("the server redirects from https to http", status=head.status))

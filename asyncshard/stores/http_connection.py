@@ -1,4 +1,4 @@
-"""HTTP/1.1 whose bodies go from the socket to their place: one connection, and a pool of them kept alive.
+"""One HTTP/1.1 connection, whose bodies go from the socket to their place.
 
 h11 parses heads, and every body that is not data (errors, chunked ones). The body of a range of known length bypasses
 it: the transport receives into the memory that `Scatter.window` gives, once the head has been accepted. Never more than
@@ -9,11 +9,7 @@ which anything comes unasked is not used again.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import select
-import socket
-import ssl
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -26,21 +22,12 @@ from asyncshard.stores.scatter import Scatter
 
 _HEAD_BYTES = 8 << 10
 """Read at a time while a head is expected: what of the body comes with it is copied."""
-_STAGING_BYTES = 256 << 10
 _READABLE = select.POLLIN | select.POLLHUP | select.POLLERR
 
 Headers = list[tuple[str, str]]
 Receive = Callable[[Head], Scatter | None]
 """Decides from its head where a body goes: into a scatter of just its length, or, with None, as an error's, into the
 answer. What it raises fails the exchange."""
-
-
-class Origin(NamedTuple):
-    """Where a connection leads."""
-
-    scheme: str
-    host: str
-    port: int
 
 
 class Limits(NamedTuple):
@@ -168,7 +155,7 @@ class HttpConnection(asyncio.BufferedProtocol):
 
     def eof_received(self) -> bool:
         self._is_spoiled = True
-        if self._parser is not None and not self._is_direct:
+        if self._parser is not None and self._head is not None and not self._is_direct:
             self._parse(b"")  # a body that ends with the connection
         self._fail(self._lost())
         return False
@@ -300,99 +287,3 @@ def _cut(reason: str, *, is_body: bool) -> Failed:
     if is_body:
         return Failed(Failure(reason, action=Action.RETRY, kind=TruncatedError))
     return Failed(Failure(reason, action=Action.RETRY))
-
-
-class HttpPool:
-    """Connections kept alive, for one exchange each at a time. Whoever uses it bounds how many those are.
-
-    Parameters
-    ----------
-    limits : Limits
-    make_tls : callable
-        Returns the context for https; called once, when it is first needed.
-    idle_s : float
-        A connection that was idle for longer is not used again: servers and what stands before them drop these.
-    """
-
-    def __init__(self, limits: Limits, make_tls: Callable[[], ssl.SSLContext], *, idle_s: float = 15.0) -> None:
-        self._limits = limits
-        self._make_tls = make_tls
-        self._tls: ssl.SSLContext | None = None
-        self._idle_s = idle_s
-        self._idle: dict[Origin, list[tuple[HttpConnection, float]]] = {}
-        self._open: set[HttpConnection] = set()
-        self._staging = memoryview(bytearray(_STAGING_BYTES))
-
-    async def exchange(self, origin: Origin, target: str, headers: Headers, receive: Receive) -> Answer:
-        """Send a GET on an idle or a new connection; see `HttpConnection.exchange`."""
-        connection = self._take_idle(origin) or await self._connect(origin)
-        answer = await connection.exchange(target, headers, receive)
-        if connection.is_usable():
-            self._idle.setdefault(origin, []).append((connection, time.monotonic()))
-        else:
-            connection.abort()
-        return answer
-
-    async def aclose(self) -> None:
-        """Close all connections; no exchange is in progress any more."""
-        closing = [connection.closed for connection in self._open]
-        for connection in self._open.copy():
-            connection.abort()
-        self._idle.clear()
-        if closing:
-            await asyncio.wait(closing)
-
-    def _take_idle(self, origin: Origin) -> HttpConnection | None:
-        idle = self._idle.get(origin, [])
-        while idle:
-            connection, since = idle.pop()
-            if time.monotonic() - since <= self._idle_s and connection.is_usable():
-                return connection
-            connection.abort()
-        return None
-
-    async def _connect(self, origin: Origin) -> HttpConnection:
-        loop = asyncio.get_running_loop()
-        is_tls = origin.scheme == "https"
-        if is_tls and self._tls is None:
-            self._tls = self._make_tls()
-        connection = HttpConnection(self._limits, self._open, self._staging)
-        is_connected = False
-        try:
-            async with asyncio.timeout(self._limits.connect_timeout_s):
-                await loop.create_connection(
-                    lambda: connection,
-                    origin.host,
-                    origin.port,
-                    ssl=self._tls if is_tls else None,
-                    server_hostname=origin.host if is_tls else None,
-                )
-                is_connected = True
-        except TimeoutError:
-            reason = f"no connection within {self._limits.connect_timeout_s:g} s (connect_timeout_s)"
-            raise Failed(Failure(reason, action=Action.RETRY, kind=StoreTimeoutError)) from None
-        except ssl.SSLCertVerificationError as error:
-            raise Failed(
-                Failure(
-                    f"the server's certificate is not trusted ({error.verify_message}): pass verify=, the path of its "
-                    "certificate authority"
-                )
-            ) from None
-        except (OSError, ssl.SSLError) as error:
-            raise Failed(Failure(_no_connection(origin, error), action=Action.RETRY)) from None
-        else:
-            return connection
-        finally:
-            if not is_connected:
-                # The loop closes what it had begun, but does not always tell a protocol whose connecting was cancelled.
-                connection.abort()
-                self._open.discard(connection)
-
-
-def _no_connection(origin: Origin, error: OSError) -> str:
-    reason = "TLS failed" if isinstance(error, ssl.SSLError) else "there is no connection"
-    if isinstance(error, socket.gaierror):
-        reason = "the host is not known"
-    with contextlib.suppress(AttributeError, IndexError):
-        reason = f"{reason} ({error.strerror or error.args[-1]})"
-    return f"{reason}: check that {origin.host}:{origin.port} (endpoint_url) is right and up"
