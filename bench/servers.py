@@ -75,7 +75,9 @@ class Server(ABC):
         with (self._folder / "output").open("wb") as output:
             given = {"stdout": output, "stderr": output} | streams
             # It stands for another machine: where the client wants a core, it gets it.
-            self._process = subprocess.Popen([program_of("nice"), "-n", "19", *command], cwd=self._folder, stdin=subprocess.DEVNULL, **given)
+            self._process = subprocess.Popen(
+                [program_of("nice"), "-n", "19", *command], cwd=self._folder, stdin=subprocess.DEVNULL, **given
+            )
         return self._process
 
     def _wait_for(self, port: int) -> None:

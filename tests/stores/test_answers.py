@@ -135,6 +135,13 @@ def test_the_time_of_the_server_is_found_in_the_body_or_in_the_header():
         assert explain(Head(403, headers), body).server_time == moment
 
 
+@pytest.mark.parametrize("code", ["", "AccessDenied"])
+def test_clocks_that_are_far_apart_explain_a_refusal_without_a_code_of_its_own(code):
+    body = xml(code, Message="Request has expired") if code else b""
+    failure = explain(Head(403, {"date": "Fri, 02 Jan 2006 03:04:05 GMT"}), body)
+    assert failure.action is Action.CORRECT_CLOCK
+
+
 def test_a_presigned_url_that_expired_is_signed_anew():
     failure = explain(Head(403, {}), xml("AccessDenied", Message="Request has expired"))
     assert failure.action is Action.REFRESH_CREDENTIALS

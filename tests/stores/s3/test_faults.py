@@ -346,6 +346,17 @@ async def test_nothing_stays_open_after_closing(server, transport):
     await server.until(lambda: server.connections_open == 0)
 
 
+async def test_a_cancelled_close_closes_all_the_same(server, transport):
+    store = store_on(server, transport)
+    await read_all(store)
+    closing = asyncio.ensure_future(store.aclose())
+    await asyncio.sleep(0)
+    closing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await closing
+    await server.until(lambda: server.connections_open == 0)
+
+
 # Time
 
 

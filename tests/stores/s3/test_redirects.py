@@ -6,7 +6,8 @@ import pytest
 
 from asyncshard.stores.answers import Head
 from asyncshard.stores.failures import Failed
-from asyncshard.stores.s3.transports import redirected
+from asyncshard.stores.http_pool import Origin
+from asyncshard.stores.s3.transports import host_of, redirected
 
 SIGNED = urlsplit(
     "https://bucket.s3.amazonaws.com/key?X-Amz-Credential=ID&X-Amz-Signature=SIG&X-Amz-Security-Token=T%2F"
@@ -42,7 +43,34 @@ def test_a_chain_is_compared_with_what_we_signed():
     assert follow(f"https://evil.example/next?{SIGNED.query}", there) == "https://evil.example/next"
 
 
-@pytest.mark.parametrize("location", [None, "", "http://bucket.s3.amazonaws.com/key", "ftp://host/key"])
+@pytest.mark.parametrize(
+    "location",
+    [
+        None,
+        "",
+        "http://bucket.s3.amazonaws.com/key",
+        "ftp://host/key",
+        "https://host:port/key",
+        "https://host:99999/key",
+        "https://[::1/key",
+        "https://host/a key",
+        "https://host/\xe9",
+        "https://host/key\r\nX: y",
+    ],
+)
 def test_a_redirect_out_of_tls_or_to_nowhere_is_refused(location):
     with pytest.raises(Failed):
         follow(location)
+
+
+@pytest.mark.parametrize(
+    ("origin", "host"),
+    [
+        (Origin("https", "minio.internal", 443), "minio.internal"),
+        (Origin("http", "minio.internal", 80), "minio.internal"),
+        (Origin("http", "minio.internal", 443), "minio.internal:443"),
+        (Origin("https", "::1", 9000), "[::1]:9000"),
+    ],
+)
+def test_the_host_is_the_one_that_was_signed(origin, host):
+    assert host_of(origin) == host
