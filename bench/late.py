@@ -17,7 +17,7 @@ async def serve(latency_s: float, files: list[tuple[str, Path]]) -> None:
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, ended.set)
     async with testing.S3Server(latency_s=latency_s) as server:
         for key, path in files:
-            server.put(key, path.read_bytes(), bucket=BUCKET)
+            server.put(bucket=BUCKET, key=key, data=path.read_bytes())
         print(server.endpoint_url, flush=True)
         await ended.wait()
 

@@ -30,6 +30,7 @@ from bench.endpoint import ACCESS_KEY, BUCKET, LATENCY_S, SECRET_KEY, Endpoint, 
 
 _READY_S = 60.0
 _STOP_S = 2.0
+_ATTEMPTS = 40
 _PART_BYTES = 64 << 20
 
 
@@ -141,16 +142,17 @@ _IDENTITIES = {
 async def _upload(endpoint: Endpoint, data: Dataset) -> None:
     """Store what is not stored yet, in parts; a server that has just started may need some attempts."""
     async with client_of(endpoint) as client:
-        for attempt in range(20):
+        for attempt in range(_ATTEMPTS):
             try:
                 if BUCKET not in [bucket["Name"] for bucket in (await client.list_buckets())["Buckets"]]:
                     await client.create_bucket(Bucket=BUCKET)
                 for key, path in data.objects():
                     await _upload_file(client, key, path, path.stat().st_size)
+                    await _read_here_and_there(client, key, path.stat().st_size)
                 return
             except Exception as error:
-                if attempt == 19:
-                    raise Absent(f"the files cannot be uploaded: {error}") from None
+                if attempt == _ATTEMPTS - 1:
+                    raise Absent(f"the files cannot be put there, or read: {error}") from None
                 await asyncio.sleep(0.5)
 
 
@@ -167,6 +169,14 @@ async def _upload_file(client: Any, key: str, path: Path, size: int) -> None:
             answer = await client.upload_part(**upload, PartNumber=number, Body=piece)
             parts.append({"PartNumber": number, "ETag": answer["ETag"]})
     await client.complete_multipart_upload(**upload, MultipartUpload={"Parts": parts})
+
+
+async def _read_here_and_there(client: Any, key: str, size: int) -> None:
+    """Fail where it lists an object, and has not found yet what holds it."""
+    for start in range(0, size, _PART_BYTES):
+        answer = await client.get_object(Bucket=BUCKET, Key=key, Range=f"bytes={start}-{start}")
+        async with answer["Body"] as body:
+            await body.read()
 
 
 class Nginx(Server):

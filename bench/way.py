@@ -27,7 +27,7 @@ from bench.ways import WAYS
 from bench.ways.base import Case, Run, Way
 
 IDLE_S = 1.0
-BUSY_S = 2.0
+BUSY_S = {"full": 2.0, "quick": 0.5}
 """How long the loop is watched: percentiles of one short load would be those of 200 ticks."""
 COLD_SHARE = 0.01
 """Share of the files that may still be cached for a load to count as cold."""
@@ -72,7 +72,7 @@ async def _measure(case: Case, run: Run, *, is_lag: bool) -> dict[str, Any]:
             await case.open(stack)
         gc.collect()
         gc.freeze()  # pauses of the application's own garbage are not what is measured
-        return await (_watch(run) if is_lag else _time(run))
+        return await (_watch(run, BUSY_S[case.data.scale.name]) if is_lag else _time(run))
 
 
 async def _time(run: Run) -> dict[str, Any]:
@@ -91,14 +91,14 @@ async def _time(run: Run) -> dict[str, Any]:
     }
 
 
-async def _watch(run: Run) -> dict[str, Any]:
+async def _watch(run: Run, busy_s: float) -> dict[str, Any]:
     """Run for a while beside a ticker; what would block the loop runs in a thread, as an application would have it."""
     async with Ticker() as idle:
         await asyncio.sleep(IDLE_S)
     loads = 0
     async with Ticker() as busy:
         began = time.perf_counter()
-        while (elapsed := time.perf_counter() - began) < BUSY_S:
+        while (elapsed := time.perf_counter() - began) < busy_s:
             await (_result(run()) if inspect.iscoroutinefunction(run) else asyncio.to_thread(run))
             loads += 1
     return {"seconds": elapsed / loads, "loads": loads, "idle": idle.milliseconds(), "busy": busy.milliseconds()}
