@@ -137,7 +137,7 @@ class HttpConnection(asyncio.BufferedProtocol):
         result = self._result = self._loop.create_future()
         self._last_byte = self._window_began = self._loop.time()
         self._window_bytes = 0
-        self._watch = self._loop.call_later(self._next_look(), self._look)
+        self._look_later()
         try:
             if self._transport.is_closing():
                 self._fail(self._lost())
@@ -146,7 +146,8 @@ class HttpConnection(asyncio.BufferedProtocol):
             await result
         finally:
             self._scatter = self._receive = self._parser = self._result = None
-            self._watch.cancel()
+            if self._watch is not None:
+                self._watch.cancel()
             if not result.done() or result.cancelled() or result.exception() is not None:
                 self.abort()
         assert self._head is not None
@@ -212,6 +213,7 @@ class HttpConnection(asyncio.BufferedProtocol):
             assert self._receive is not None
             self._scatter = self._receive(self._head)
             self._window_began, self._window_bytes = self._loop.time(), 0
+            self._look_later()
             if self._scatter is not None and "transfer-encoding" not in fields and "content-length" in fields:
                 self._go_direct(parser, event)
         elif isinstance(event, h11.Data):
@@ -266,14 +268,20 @@ class HttpConnection(asyncio.BufferedProtocol):
 
     # Time
 
-    def _next_look(self) -> float:
+    def _look_later(self) -> None:
+        """Look after the answer when it may be late."""
         due = self._last_byte + self._limits.read_timeout_s
         if self._head is not None:
             due = min(due, self._window_began + self._limits.slow_window_s)
-        return max(due - self._loop.time(), 0.0)
+        if self._watch is not None:
+            self._watch.cancel()
+        # At least the clock's grain later, or it could come to the same moment again.
+        self._watch = self._loop.call_later(max(due - self._loop.time(), 0.001), self._look)
 
     def _look(self) -> None:
         now = self._loop.time()
+        if self._result is None or self._result.done():
+            return
         if now - self._last_byte >= self._limits.read_timeout_s:
             self._time_out(f"no byte came for {self._limits.read_timeout_s:g} s (read_timeout_s)")
             return
@@ -282,12 +290,7 @@ class HttpConnection(asyncio.BufferedProtocol):
                 self._time_out(f"only {self._window_bytes:,} bytes came in {self._limits.slow_window_s:g} s")
                 return
             self._window_began, self._window_bytes = now, 0
-        if self._result is not None and not self._result.done():
-            # At least the clock's grain later, or it could come to the same moment again.
-            delay = max(self._next_look(), 0.001)
-            if self._head is None:
-                delay = min(delay, self._limits.slow_window_s)
-            self._watch = self._loop.call_later(delay, self._look)
+        self._look_later()
 
     def _time_out(self, reason: str) -> None:
         self._fail(Failed(Failure(reason, action=Action.RETRY, kind=StoreTimeoutError)))
@@ -354,6 +357,7 @@ class HttpPool:
         if is_tls and self._tls is None:
             self._tls = self._make_tls()
         connection = HttpConnection(self._limits, self._open, self._staging)
+        is_connected = False
         try:
             async with asyncio.timeout(self._limits.connect_timeout_s):
                 await loop.create_connection(
@@ -363,6 +367,7 @@ class HttpPool:
                     ssl=self._tls if is_tls else None,
                     server_hostname=origin.host if is_tls else None,
                 )
+                is_connected = True
         except TimeoutError:
             reason = f"no connection within {self._limits.connect_timeout_s:g} s (connect_timeout_s)"
             raise Failed(Failure(reason, action=Action.RETRY, kind=StoreTimeoutError)) from None
@@ -375,10 +380,13 @@ class HttpPool:
             ) from None
         except (OSError, ssl.SSLError) as error:
             raise Failed(Failure(_no_connection(origin, error), action=Action.RETRY)) from None
-        except BaseException:
-            connection.abort()
-            raise
-        return connection
+        else:
+            return connection
+        finally:
+            if not is_connected:
+                # The loop closes what it had begun, but does not always tell a protocol whose connecting was cancelled.
+                connection.abort()
+                self._open.discard(connection)
 
 
 def _no_connection(origin: Origin, error: OSError) -> str:

@@ -297,7 +297,7 @@ _OF_BOTOCORE: tuple[tuple[tuple[type[Exception], ...], Failure], ...] = (
         Failure("the body ended early", action=Action.RETRY, kind=TruncatedError),
     ),
     (
-        (botocore.exceptions.HTTPClientError,),
+        (botocore.exceptions.HTTPClientError, botocore.exceptions.ConnectionError),
         Failure("the connection failed: check endpoint_url, and that the server is up", action=Action.RETRY),
     ),
 )

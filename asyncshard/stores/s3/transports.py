@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from urllib.parse import SplitResult, parse_qsl, urlencode, urljoin, urlsplit
 
 from asyncshard.errors import StoreTimeoutError, TruncatedError
-from asyncshard.stores.answers import Head
+from asyncshard.stores.answers import MAX_ERROR_BYTES, Head
 from asyncshard.stores.failures import Action, Failed, Failure
 from asyncshard.stores.http import Answer, HttpPool, Limits, Origin, Receive
 from asyncshard.stores.s3.client import S3Client
@@ -107,7 +107,8 @@ class BotoTransport(Transport):
         clock = asyncio.get_running_loop().time
         async with self._client.get(key, headers) as (head, body):
             scatter = receive(head)
-            assert scatter is not None  # botocore raises what is no success
+            if scatter is None:  # an error inside a success: botocore raises all others
+                return Answer(head, await body.read(MAX_ERROR_BYTES))
             began, window = clock(), 0
             while piece := await body.read(_PIECE):
                 if len(piece) > scatter.nbytes - scatter.filled:
