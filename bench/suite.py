@@ -17,6 +17,7 @@ from bench.servers import Absent, Servers
 ROOM_BUDGET_MB = 320
 """Room for the rank's largest tensor, 251 MiB."""
 SMALL_BUDGET_MB = 64
+_CASE_S = 600
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +214,10 @@ def run_case(case: Measured, data: Dataset, servers: Servers) -> dict[str, Any]:
 def _run_way(case: Measured, data: Dataset, *more: str) -> dict[str, Any]:
     place = ("--path", str(data.folder), "--scale", data.scale.name, *more)
     command = [sys.executable, "-m", "bench.way", case.way, *place, *case.options]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_CASE_S)
+    except subprocess.TimeoutExpired:
+        return {"absent": f"failed: it hung, and was ended after {_CASE_S} s"}
     lines = done.stdout.splitlines()
     if done.returncode or not lines:
         reason = (done.stderr.splitlines() or ["no output"])[-1]
