@@ -33,7 +33,8 @@ test: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/mypy examples/demo.py examples/serve.py
-	$(BIN)/python -m mypy.stubtest asyncshard._core --allowlist tests/stubtest-allowlist.txt --ignore-unused-allowlist
+	$(BIN)/python -m mypy.stubtest asyncshard._core --allowlist tests/stubtest-allowlist.txt --ignore-unused-allowlist \
+	    --mypy-config-file pyproject.toml
 	$(BIN)/pytest
 
 bench: $(VENV)/.bench
