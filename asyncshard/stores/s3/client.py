@@ -11,7 +11,7 @@ import contextlib
 import functools
 import os
 import ssl
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from datetime import UTC, datetime
 from time import time
 from typing import Any, NamedTuple
@@ -64,7 +64,8 @@ class S3Client:
         self._bucket = bucket
         self._connections = connections
         self._client: Any = None
-        self._stack = contextlib.AsyncExitStack()
+        self._clients = contextlib.AsyncExitStack()
+        """All that were made: requests in flight may still use one that has been replaced."""
         self._region: str | None = options.region_name
         self._clock_offset_s = 0.0
         """How far the server's clock is ahead of ours, once it has complained."""
@@ -75,7 +76,7 @@ class S3Client:
         self._ca_bundle: bool | str = True
 
     @property
-    def region(self) -> str | None:
+    def region(self) -> str:
         """The region that requests are signed for."""
         return str(self._client.meta.region_name)
 
@@ -86,9 +87,8 @@ class S3Client:
                 await self._make()
 
     async def aclose(self) -> None:
-        """Close its connections."""
-        self._client = None
-        await self._stack.aclose()
+        """Close all connections."""
+        await self._clients.aclose()
 
     async def remedy(self, failure: Failure, generation: int) -> None:
         """Do what the failure of a request that was signed in `generation` calls for; once for all that failed so."""
@@ -100,7 +100,6 @@ class S3Client:
             if failure.action is Action.CHANGE_REGION:
                 self._region = failure.region
             # A new session looks for credentials anew: in files that were rewritten, at services that issue them.
-            await self.aclose()
             await self._make()
             self._urls.clear()
             self.generation += 1
@@ -114,7 +113,6 @@ class S3Client:
             endpoint = self._client.meta.endpoint_url
             if options.style_for(endpoint) != options.style_for(options.endpoint_url):
                 # The endpoint of AWS's configuration cannot have the bucket in its name.
-                await self.aclose()
                 await self._make_client(session, options.style_for(endpoint))
             if options.verify is None or options.verify is True:
                 self._ca_bundle = session.get_config_variable("ca_bundle") or True
@@ -136,8 +134,7 @@ class S3Client:
             retries={"mode": "standard", "total_max_attempts": 1},
             response_checksum_validation="when_required",
         )
-        self._stack = contextlib.AsyncExitStack()
-        self._client = await self._stack.enter_async_context(
+        self._client = await self._clients.enter_async_context(
             session.create_client(
                 "s3",
                 region_name=self._region,
@@ -257,7 +254,7 @@ def _head(answer: Any) -> Head:
 
 
 @contextlib.contextmanager
-def _translated() -> Any:
+def _translated() -> Iterator[None]:
     """Turn what botocore raises into `Failed`; without its own text where that may hold a URL."""
     try:
         yield

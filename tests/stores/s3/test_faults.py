@@ -419,6 +419,14 @@ async def test_expired_credentials_are_looked_for_anew_once_for_all(server, tran
         assert store.retries == 1
 
 
+async def test_credentials_are_changed_under_requests_in_flight(server, transport):
+    server.faults.append(S3Fault(status=403, code="ExpiredToken", times=4, skip=4, when=later))
+    async with store_on(server, transport, max_workers=8) as store:
+        await asyncio.gather(*(read_all(store, at, at + 4000) for at in range(0, 200_000, 4000)))
+        assert store.retries == 4
+        assert store._reader._client.generation <= 4
+
+
 async def test_credentials_that_stay_expired_are_an_error(server, transport):
     server.faults.append(S3Fault(status=403, code="ExpiredToken", times=None, when=later))
     async with store_on(server, transport) as store:
@@ -470,7 +478,6 @@ async def test_the_corrected_signature_is_one_that_a_server_takes(seaweed, prefi
         client._clock_offset_s = 1.0
 
         async def renew():
-            await client.aclose()
             await client._make()
             client._urls.clear()
 
