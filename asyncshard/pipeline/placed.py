@@ -79,10 +79,10 @@ class PlacedTransfer(Transfer):
                     max_gap=self.pacing.max_gap_bytes,
                 )
             )
-            if self.pacing.max_gap_bytes and not wanted.all():
-                self._unwanted = memoryview(bytearray(self.pacing.max_gap_bytes))
             self.tensors_total += int(wanted.sum())
             self.bytes_total += int((table.stops - table.starts)[wanted].sum())
+        if self.pacing.max_gap_bytes and not all(shard.is_wanted().all() for shard in self._destinations):
+            self._unwanted = memoryview(bytearray(self.pacing.max_gap_bytes))
         self.items = items
         self._parts_left.update((item.shard, item.first) for item in items if item.last - item.first == 1)
 

@@ -21,8 +21,8 @@ class Action(Enum):
     CHANGE_REGION = auto()
 
 
-ONCE = frozenset({Action.REFRESH_CREDENTIALS, Action.CORRECT_CLOCK, Action.CHANGE_REGION})
-"""Actions that are not tried twice for one request."""
+REMEDIES = frozenset({Action.REFRESH_CREDENTIALS, Action.CORRECT_CLOCK, Action.CHANGE_REGION})
+"""They change how requests are signed, and are not tried twice for one request."""
 
 
 @dataclass(frozen=True, slots=True)

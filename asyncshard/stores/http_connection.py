@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import h11
 
-from asyncshard.errors import StoreTimeoutError, TruncatedError
+from asyncshard.errors import StoreError, StoreTimeoutError, TruncatedError
 from asyncshard.stores.answers import MAX_ERROR_BYTES, Head
 from asyncshard.stores.failures import Action, Failed, Failure
 from asyncshard.stores.scatter import Scatter
@@ -216,7 +216,7 @@ class HttpConnection(asyncio.BufferedProtocol):
         elif isinstance(event, h11.EndOfMessage):
             self._is_spoiled |= parser.their_state is not h11.DONE or bool(parser.trailing_data[0])
             if self._scatter is not None and self._scatter.filled < self._scatter.nbytes:
-                raise Failed(_cut("the body ended early", is_body=True).failure)
+                raise _cut("the body ended early", is_body=True)
             self._end()
 
     def _go_direct(self, parser: h11.Connection, head: h11.Response) -> None:
@@ -284,6 +284,4 @@ class HttpConnection(asyncio.BufferedProtocol):
 
 
 def _cut(reason: str, *, is_body: bool) -> Failed:
-    if is_body:
-        return Failed(Failure(reason, action=Action.RETRY, kind=TruncatedError))
-    return Failed(Failure(reason, action=Action.RETRY))
+    return Failed(Failure(reason, action=Action.RETRY, kind=TruncatedError if is_body else StoreError))

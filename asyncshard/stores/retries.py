@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from asyncshard.stores.failures import ONCE, Action, Failure
+from asyncshard.stores.failures import REMEDIES, Action, Failure
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class Retries:
         """
         if failure.action is Action.GIVE_UP or failure.action in self._tried:
             return None
-        if failure.action in ONCE:
+        if failure.action in REMEDIES:
             self._tried.add(failure.action)
             return 0.0
         if failure.action is Action.RETRY_AT_ONCE:

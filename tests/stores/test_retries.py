@@ -2,7 +2,7 @@
 
 import pytest
 
-from asyncshard.stores.failures import ONCE, Action, Failure
+from asyncshard.stores.failures import REMEDIES, Action, Failure
 from asyncshard.stores.retries import Retries, RetryPolicy
 
 POLICY = RetryPolicy(max_attempts=4, deadline_s=60, first_pause_s=1, longest_pause_s=5)
@@ -45,7 +45,7 @@ def test_an_idle_connection_that_was_closed_costs_no_attempt():
     assert retries.pause_after(RETRY, has_progressed=False) is not None
 
 
-@pytest.mark.parametrize("action", sorted(ONCE, key=lambda action: action.value))
+@pytest.mark.parametrize("action", sorted(REMEDIES, key=lambda action: action.value))
 def test_remedies_are_tried_once_each(action):
     retries = Retries(POLICY)
     failure = Failure("expired", action=action)

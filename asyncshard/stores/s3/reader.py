@@ -9,7 +9,7 @@ from typing import NamedTuple, TypeVar
 
 from asyncshard.errors import ChecksumError, StoreError, StoreTimeoutError
 from asyncshard.stores.answers import Asked, Head, Pin, accept, explain, is_error
-from asyncshard.stores.failures import Action, Failed, Failure
+from asyncshard.stores.failures import REMEDIES, Action, Failed, Failure
 from asyncshard.stores.http_connection import Receive
 from asyncshard.stores.retries import Retries, RetryPolicy
 from asyncshard.stores.s3.client import S3Client
@@ -28,7 +28,6 @@ _MISMATCH = Failure(
     "what was read, and read again, does not match the checksum that the server has of the object: upload it anew",
     kind=ChecksumError,
 )
-_REMEDIES = (Action.REFRESH_CREDENTIALS, Action.CORRECT_CLOCK, Action.CHANGE_REGION)
 
 
 class Target(NamedTuple):
@@ -230,7 +229,7 @@ class S3Reader:
                     if pause is None or clock() + pause > deadline:
                         raise target.error(last, attempts)
                     self.retries += 1
-                    if last.action in _REMEDIES:
+                    if last.action in REMEDIES:
                         await self._remedy(target, last, generation, attempts)
                     await asyncio.sleep(pause)
         except TimeoutError:
