@@ -68,7 +68,7 @@ def placed_tensors(
     is_alone: NDArray[np.bool_],
     limit: int,
     max_tensors: int,
-    max_gap: int = 0,
+    max_gap: int,
 ) -> Iterator[ReadItem]:
     """Yield items for the wanted tensors; one above `limit` bytes is split into parts of at most that.
 

@@ -33,7 +33,9 @@ def test_placed_tensors_covers_each_wanted_byte_once_in_order_within_the_limits(
     starts, stops = ranges(sizes, begin)
     flags = st.lists(st.booleans(), min_size=len(sizes), max_size=len(sizes))
     wanted, alone = (np.array(data.draw(flags), np.bool_) for _ in range(2))
-    items = list(placed_tensors(1, starts, stops, is_wanted=wanted, is_alone=alone, limit=limit, max_tensors=most))
+    items = list(
+        placed_tensors(1, starts, stops, is_wanted=wanted, is_alone=alone, limit=limit, max_tensors=most, max_gap=0)
+    )
     covered = [(item.start, item.stop) for item in items if item.nbytes]
     assert all(one[1] <= other[0] for one, other in itertools.pairwise(covered))
     reads = np.concatenate([np.arange(*part) for part in covered] or [np.zeros(0, int)])
@@ -61,14 +63,17 @@ def test_placed_tensors_covers_each_wanted_byte_once_in_order_within_the_limits(
 def test_a_large_tensor_is_split_into_parts_of_whole_grains():
     starts, stops = ranges([1000], 8)
     flags = {"is_wanted": np.ones(1, np.bool_), "is_alone": np.zeros(1, np.bool_)}
-    items = list(placed_tensors(0, starts, stops, limit=300, max_tensors=9, **flags))
+    items = list(placed_tensors(0, starts, stops, limit=300, max_tensors=9, max_gap=0, **flags))
     assert items == [ReadItem(0, 8 + at, min(8 + at + 256, 1008), 0, 1) for at in range(0, 1000, 256)]
 
 
 def test_no_tensors_make_no_items():
     none, flags = np.zeros(0, np.int64), np.zeros(0, np.bool_)
     assert list(whole_tensors(0, none, none, limit=1, max_tensors=1)) == []
-    assert list(placed_tensors(0, none, none, is_wanted=flags, is_alone=flags, limit=GRAIN, max_tensors=1)) == []
+    assert (
+        list(placed_tensors(0, none, none, is_wanted=flags, is_alone=flags, limit=GRAIN, max_tensors=1, max_gap=0))
+        == []
+    )
 
 
 @given(SIZES, st.integers(0, 1000), st.integers(GRAIN, 500), st.integers(1, 6), st.integers(1, 400), st.data())
@@ -95,7 +100,7 @@ def test_gaps_are_read_with_what_is_wanted_where_they_are_small(sizes, begin, li
     assert touched == sorted(touched)
     covered = [(item.start, item.stop) for item in items if item.nbytes]
     assert all(one[1] <= other[0] for one, other in itertools.pairwise(covered))
-    without = list(placed_tensors(1, starts, stops, **given_flags))
+    without = list(placed_tensors(1, starts, stops, **given_flags, max_gap=0))
     assert len(items) <= len(without)
 
 
