@@ -297,7 +297,13 @@ class IncrementalShardLoader(Loader):
         charge = sum(charge_of(size) for size in sizes if size)
         if charge + file.account.header_bytes > self.budget.nbytes:
             raise _too_large(file, charge, self.budget)
-        leases = iter(await file.account.allocate_all([size for size in sizes if size]))
+        path = file.shard.path
+        leases = iter(
+            await file.account.allocate_all(
+                [size for size in sizes if size],
+                on_wait=lambda: self._cache.require_room(file.account.header_bytes + charge, path),
+            )
+        )
         placed = [(item, next(leases) if size else None) for item, size in zip(items, sizes, strict=True)]
         pending = iter(placed)
 

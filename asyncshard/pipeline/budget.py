@@ -266,11 +266,17 @@ class MemoryBudget:
         self._returns.discards = not self._accounts
 
     async def _reserve(
-        self, account: Account, nbytes: int, *, is_floor: bool, on_wait: Callable[[], object] | None = None
+        self,
+        account: Account,
+        nbytes: int,
+        *,
+        is_floor: bool,
+        is_urgent: bool,
+        on_wait: Callable[[], object] | None,
     ) -> None:
         """Wait for a grant. Cancelling passes a grant that came at the same time on to the next."""
         loop = asyncio.get_running_loop()
-        waiter = _Waiter(account, nbytes, is_floor, loop, loop.create_future(), is_urgent=on_wait is None)
+        waiter = _Waiter(account, nbytes, is_floor, loop, loop.create_future(), is_urgent)
         with self._lock:
             self._settle()
             self._waiters.append(waiter)
@@ -342,7 +348,7 @@ class Account:
 
     async def set_floor(self, nbytes: int) -> None:
         """Wait until `nbytes` are set aside for this stream."""
-        await self._timed(nbytes, is_floor=True)
+        await self._timed(nbytes, is_floor=True, is_urgent=True)
 
     async def allocate(self, nbytes: int, on_wait: Callable[[], object] | None = None) -> Lease:
         """Wait until `nbytes`, rounded up to pages, may be used; return the memory.
@@ -353,10 +359,13 @@ class Account:
         await self._timed(charge, is_floor=False, on_wait=on_wait)
         return self._take(nbytes, charge)
 
-    async def allocate_all(self, sizes: Sequence[int]) -> list[Lease]:
-        """Wait until buffers of all these sizes may be used together; return them."""
+    async def allocate_all(self, sizes: Sequence[int], on_wait: Callable[[], object]) -> list[Lease]:
+        """Wait until buffers of all these sizes may be used together; return them.
+
+        `on_wait` is called once if it has to wait, when all that is cached has given way; it may raise.
+        """
         charges = list(map(charge_of, sizes))
-        await self._timed(sum(charges), is_floor=False)
+        await self._timed(sum(charges), is_floor=False, is_urgent=True, on_wait=on_wait)
         leases: list[Lease] = []
         try:
             for nbytes, charge in zip(sizes, charges, strict=True):
@@ -367,11 +376,13 @@ class Account:
             raise
         return leases
 
-    async def _timed(self, nbytes: int, *, is_floor: bool, on_wait: Callable[[], object] | None = None) -> None:
+    async def _timed(
+        self, nbytes: int, *, is_floor: bool, is_urgent: bool = False, on_wait: Callable[[], object] | None = None
+    ) -> None:
         began = time.perf_counter()
         self.is_waiting = True
         try:
-            await self.budget._reserve(self, nbytes, is_floor=is_floor, on_wait=on_wait)
+            await self.budget._reserve(self, nbytes, is_floor=is_floor, is_urgent=is_urgent, on_wait=on_wait)
         finally:
             self.is_waiting = False
             self.wait_s += time.perf_counter() - began

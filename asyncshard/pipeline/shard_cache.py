@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from asyncshard.errors import BudgetError
 from asyncshard.pipeline.budget import Account, MemoryBudget
 from asyncshard.pipeline.checkpoint import Shard
 from asyncshard.pipeline.shard_tensors import ShardTensors
@@ -66,7 +67,7 @@ class ShardCache:
     max_shards : int or None
         How many files may have tensors in memory.
     is_strict : bool
-        Whether tensors in use never leave the budget: a read that they block then waits for them.
+        Whether tensors in use never leave the budget: what they block is an error (`require_room`).
     """
 
     def __init__(self, budget: MemoryBudget, max_shards: int | None, *, is_strict: bool) -> None:
@@ -184,6 +185,20 @@ class ShardCache:
             if not account.bytes_alive():
                 self._evicted.remove(account)
                 self.discard(account)
+
+    def require_room(self, nbytes: int, path: str) -> None:
+        """Raise BudgetError for a request that waits and that tensors in use will never let through."""
+        with self._lock:
+            in_use = sum(account.used for account in self._evicted if account in self._open_accounts)
+        if self._is_strict and in_use and in_use + nbytes > self.budget.nbytes:
+            raise BudgetError(
+                f"{path}: tensors of evicted shards that are still in use take {in_use:,} bytes; this read needs "
+                f"{nbytes:,} and the memory budget is {self.budget.nbytes:,} bytes: let go of them earlier, raise "
+                "memory_budget_mb, or pass strict_budget=False",
+                path=path,
+                needed_bytes=nbytes,
+                budget_bytes=self.budget.nbytes,
+            )
 
     def evict(self, key: str) -> bool:
         """Drop a file; whether it was there."""

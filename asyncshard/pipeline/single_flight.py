@@ -50,9 +50,11 @@ class SingleFlight:
                 flight.task.cancel()
                 await finish(asyncio.gather(flight.task, return_exceptions=True))
             raise
+        else:
+            return cast(T, flight.task.result())
         finally:
             flight.waiters -= 1
-        return cast(T, flight.task.result())
+            del flight  # whoever keeps the exception keeps this frame, and must not keep the call's buffers with it
 
     def _forget(self, key: Hashable, task: asyncio.Task[Any]) -> None:
         flight = self._flights.get(key)
