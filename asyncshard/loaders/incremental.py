@@ -206,10 +206,12 @@ class IncrementalShardLoader(Loader):
                     result = callback(name, tensor)
                     if inspect.isawaitable(result):
                         await result
+                    del result
                 except Exception as error:
                     url = path.url if isinstance(path, Store) else os.fspath(path)
                     error.add_note(f"raised by the callback for tensor {name!r} of {url}")
                     raise
+                del tensor  # or it would count as held while the next one is read
 
     def statistics(self) -> CacheStatistics:
         """Return what the cache has done so far, and what it holds."""
