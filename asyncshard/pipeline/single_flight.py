@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Coroutine, Hashable
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -48,7 +49,8 @@ class SingleFlight:
             if flight.waiters == 1:
                 self._forget((loop, key), flight.task)  # who asks from now on begins a new call
                 flight.task.cancel()
-                await finish(asyncio.gather(flight.task, return_exceptions=True))
+                with contextlib.suppress(BaseException):  # this task's own cancellation is what its caller hears of
+                    await finish(flight.task)
             raise
         else:
             return cast(T, flight.task.result())
