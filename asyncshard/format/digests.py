@@ -1,8 +1,8 @@
 """Digests of single tensors, in a header's own ``__metadata__``.
 
 The value of the key `DIGESTS_KEY` is 32 lower-case hexadecimal digits for each tensor of the file, empty ones too: the
-XXH3 hash of 128 bits of its bytes, big-endian, in the order of the header's table (by file offset). Nothing separates them.
-A program that changes tensors and keeps the metadata must drop the key.
+XXH3 hash of 128 bits of its bytes, big-endian, in the order of the header's table (by file offset). Nothing separates
+them. A program that changes tensors and keeps the metadata must drop the key.
 """
 
 from __future__ import annotations

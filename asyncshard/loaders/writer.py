@@ -213,7 +213,7 @@ def _write_digests(path: str, arrays: Mapping[str, NDArray[Any]], digest: Digest
         place = head.index(key + _NO_DIGEST.encode() * len(header) + b'"') + len(key)
         file.seek(place)
         for name in header:
-            file.write(digest(arrays[name].reshape(-1).view(np.uint8)).hex().encode())
+            file.write(digest(arrays[name].reshape(-1).view(np.uint8).data).hex().encode())
 
 
 def _os_error(error: Exception) -> OSError:

@@ -15,7 +15,7 @@ _STEP = 1 << 20
 
 
 def load_digest() -> Digest:
-    """Return the function from a buffer to its digest of 16 bytes. It is slow for large buffers: call it in a thread.
+    """Return the function from a buffer of bytes to its digest of 16. Slow for large buffers: call it in a thread.
 
     Raises
     ------
@@ -30,9 +30,9 @@ def load_digest() -> Digest:
 
     def digest(buffer: Buffer) -> bytes:
         state = make()
-        with memoryview(buffer).cast("B") as octets:
-            for start in range(0, len(octets), _STEP):
-                state.update(octets[start : start + _STEP])
+        with memoryview(buffer) as whole:
+            for start in range(0, whole.nbytes, _STEP):
+                state.update(whole[start : start + _STEP])
         result: bytes = state.digest()
         return result
 
