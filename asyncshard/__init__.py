@@ -14,6 +14,8 @@ from asyncshard.pipeline.budget import MemoryBudget
 from asyncshard.pipeline.destinations import Sink
 from asyncshard.pipeline.statistics import Statistics
 from asyncshard.pipeline.stream import Stream
+from asyncshard.pipeline.update import Update
+from asyncshard.pipeline.version import CheckpointVersion
 from asyncshard.plan.assignment import compute_shard_assignment
 from asyncshard.plan.sharding import ShardedTensor, validate_shard_shapes
 from asyncshard.plan.subtensors import SubtensorFilter
@@ -21,6 +23,7 @@ from asyncshard.plan.subtensors import SubtensorFilter
 __all__ = [
     "AsyncShardError",
     "AsyncShardLoader",
+    "CheckpointVersion",
     "Header",
     "MemoryBudget",
     "ShardPattern",
@@ -31,6 +34,7 @@ __all__ = [
     "Stream",
     "SubtensorFilter",
     "TensorInfo",
+    "Update",
     "__version__",
     "compute_shard_assignment",
     "errors",

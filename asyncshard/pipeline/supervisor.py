@@ -208,7 +208,8 @@ class Supervisor:
             self._opened.set_result(None)
             await self._asked.wait()
             largest = max(map(transfer.buffer_bytes, transfer.items), default=0)
-            await self.account.set_floor(charge_of(largest) if largest else 0)
+            if largest:
+                await self.account.set_floor(charge_of(largest))
             while not self._is_fed(transfer) and not self._has_failed:
                 await self._read_round(transfer)
             while self._slots:
