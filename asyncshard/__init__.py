@@ -16,6 +16,8 @@ from asyncshard.pipeline.destinations import Sink
 from asyncshard.pipeline.shard_cache import CacheStatistics
 from asyncshard.pipeline.statistics import Statistics
 from asyncshard.pipeline.stream import Stream
+from asyncshard.pipeline.update import Update
+from asyncshard.pipeline.version import CheckpointVersion
 from asyncshard.plan.assignment import compute_shard_assignment
 from asyncshard.plan.sharding import ShardedTensor, validate_shard_shapes
 from asyncshard.plan.subtensors import SubtensorFilter
@@ -24,6 +26,7 @@ __all__ = [
     "AsyncShardError",
     "AsyncShardLoader",
     "CacheStatistics",
+    "CheckpointVersion",
     "Header",
     "IncrementalShardLoader",
     "MemoryBudget",
@@ -35,6 +38,7 @@ __all__ = [
     "Stream",
     "SubtensorFilter",
     "TensorInfo",
+    "Update",
     "__version__",
     "compute_shard_assignment",
     "errors",

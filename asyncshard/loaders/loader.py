@@ -19,10 +19,13 @@ from asyncshard.pipeline.destinations import Placement, new_destinations
 from asyncshard.pipeline.free_memory import default_budget_mb
 from asyncshard.pipeline.matching import match_destinations
 from asyncshard.pipeline.placed import PlacedTransfer
+from asyncshard.pipeline.refresh import Refresh
 from asyncshard.pipeline.staged import StagedTransfer
 from asyncshard.pipeline.stream import Stream
 from asyncshard.pipeline.supervisor import Supervisor
 from asyncshard.pipeline.transfer import Pacing, Transfer
+from asyncshard.pipeline.update import Update
+from asyncshard.pipeline.version import CheckpointVersion
 from asyncshard.stores import Store, file_from_url, from_url
 from asyncshard.stores.threads import DaemonThreads, finish
 
@@ -43,6 +46,8 @@ class Request:
     """Whether every tensor gets a new array instead."""
     strict: bool = True
     cast: bool = False
+    refresh: Refresh | None = None
+    """Reads only what has changed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +60,8 @@ class LoadReport:
     """In the checkpoint, not asked for, and not read."""
     narrowed: tuple[str, ...]
     """Destinations larger than their tensor, which filled their first corner."""
+    version: CheckpointVersion | None = None
+    """What the checkpoint was, to be compared with later; None if the load failed, or waits to be applied."""
 
 
 class Loader:
@@ -105,17 +112,80 @@ class Loader:
     async def _load_new(self, path: ModelPath) -> dict[str, Any]:
         """Load into new arrays."""
         async with self._stream(Request(path, is_new=True)) as stream:
-            return {name: tensor async for name, tensor in stream}
+            weights = {name: tensor async for name, tensor in stream}
+            self.last_report = LoadReport((), (), (), stream.version)
+            return weights
+
+    async def prepare_refresh(
+        self,
+        path: ModelPath,
+        state_dict: Mapping[str, Any],
+        since: CheckpointVersion | None = None,
+        *,
+        stage: bool = True,
+        strict: bool = True,
+        cast: bool = False,
+    ) -> Update:
+        """Read what differs between the weights that are loaded and a checkpoint, and touch nothing live.
+
+        Tensors with digests (`save_sharded_state` writes them, with ``digests=True``) are compared one by one, and what
+        is read is checked against them; without digests a shard is read whole unless its ETag and size, or its times
+        and size, are the same. What is read waits in memory of the budget, all of it at once, until it is applied or
+        closed; this waits for that memory where others have it. An error or a cancel leaves the live weights as they
+        were.
+
+        Parameters
+        ----------
+        path : str, path or Store
+            A local path or URL, of the same checkpoint or another one.
+        state_dict : mapping of str to array, tensor or Sink
+            What was loaded, as for `ShardedStateLoader.load_weights`.
+        since : CheckpointVersion, optional
+            What it holds: `Update.version` of the last update applied, ``last_report.version`` or `Stream.version` of a
+            load. Without it everything is read.
+        stage : bool
+            False reads straight into `state_dict`, without memory of the budget, for who has paused anyway. An error or
+            a cancel then leaves it partly written, and says so (``filled``, ``torn``); a strided destination, one of
+            another dtype, and a sink are not checked against digests.
+        strict, cast : bool
+            As for `ShardedStateLoader.load_weights`.
+
+        Returns
+        -------
+        Update
+            To be applied, iterated over, or closed.
+
+        Raises
+        ------
+        BudgetError
+            What has changed exceeds the budget.
+        ChecksumError
+            A tensor does not match its digest.
+        ImportError
+            There are digests, and the extra ``cache`` is not installed.
+        NamesError, DestinationError, CheckpointError, FormatError, StoreError
+        """
+        if not isinstance(since, CheckpointVersion | None):
+            raise TypeError(f"since must be a CheckpointVersion (see CheckpointVersion.parse), not {since!r}")
+        refresh = Refresh(since, self._budget, is_staged=stage, cast=cast)
+        try:
+            await self._fill(Request(path, into=state_dict, strict=strict, cast=cast, refresh=refresh))
+        except BaseException:
+            await refresh.abandon()
+            raise
+        return refresh.finish()
 
     async def _fill(self, request: Request) -> None:
         """Run a stream into destinations to its end."""
         stream = self._stream(request)
+        version: CheckpointVersion | None = None
         try:
             await stream.drain()
+            version = stream.version if request.refresh is None or not request.refresh.is_staged else None
         finally:
             if stream.is_open:
                 transfer = stream.statistics()
-                self.last_report = LoadReport(transfer.missing, transfer.unexpected, stream.narrowed)
+                self.last_report = LoadReport(transfer.missing, transfer.unexpected, stream.narrowed, version)
 
     @asynccontextmanager
     async def _open(self, request: Request, account: Account, threads: DaemonThreads) -> AsyncIterator[Transfer]:
@@ -142,9 +212,13 @@ class Loader:
         pacing = self._pacing(store)
         library = await threads.run(self._options.library, request.into)
         if request.into is None and not request.is_new:
-            staged = self._staged_transfer(checkpoint, store, pacing, library, threads)
-            await threads.run(lambda: staged.plan(self._budget, is_strict=self._options.strict_budget))
-            return staged
+
+            def stage() -> Transfer:
+                staged = self._staged_transfer(checkpoint, store, pacing, library, threads)
+                staged.plan(self._budget, is_strict=self._options.strict_budget)
+                return staged
+
+            return await threads.run(stage)
         if request.into is None:
             placement = await new_destinations(checkpoint, library)
         else:
@@ -152,9 +226,15 @@ class Loader:
                 checkpoint, request.into, library, threads, strict=request.strict, cast=request.cast, path=store.url
             )
             _warn(store.url, placement)
-        placed = PlacedTransfer(checkpoint, store, pacing, placement, threads)
-        await threads.run(placed.plan, self._budget)
-        return placed
+        if request.refresh is not None:
+            return await request.refresh.plan(checkpoint, store, pacing, placement, library, threads)
+
+        def place() -> Transfer:
+            placed = PlacedTransfer(checkpoint, store, pacing, placement, threads)
+            placed.plan(self._budget)
+            return placed
+
+        return await threads.run(place)
 
 
 def inherited(base_loader: Loader | None, given: Mapping[str, Any]) -> tuple[Selection, Options, MemoryBudget | None]:

@@ -14,8 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from asyncshard.errors import DestinationError
+from asyncshard.format.digests import DIGESTS_KEY, DIGITS
 from asyncshard.format.dtypes import Dtype, from_numpy
+from asyncshard.format.header import PREFIX_BYTES, header_size, parse_header
 from asyncshard.format.pattern import ShardPattern
+from asyncshard.pipeline.hashing import Digest, load_digest
 from asyncshard.plan.subtensors import SubtensorFilter
 from asyncshard.stores.files import translated
 from asyncshard.stores.threads import DaemonThreads
@@ -33,6 +36,7 @@ _SPEC_NAMES = {
 }
 """What safetensors calls the types on writing, where that is not the kind and its bits, as in ``float32``."""
 _KINDS = {"F": "float", "I": "int", "U": "uint"}
+_NO_DIGEST = "0" * DIGITS
 
 
 class _Tensor(NamedTuple):
@@ -57,6 +61,7 @@ async def save_sharded_state(
     max_shard_size: int | None = None,
     pp_rank: int = 0,
     metadata: Mapping[str, str] | None = None,
+    digests: bool = False,
 ) -> list[str]:
     """Write one rank's shards, off the event loop.
 
@@ -80,6 +85,9 @@ async def save_sharded_state(
         For patterns that have one.
     metadata : mapping of str to str, optional
         Written into each part.
+    digests : bool
+        Write a digest of each tensor (xxh3-128) into the metadata of its part, so that `prepare_refresh` reads only the
+        tensors that differ. It needs the extra ``cache``.
 
     Returns
     -------
@@ -89,7 +97,10 @@ async def save_sharded_state(
     Raises
     ------
     ValueError
-        A number out of range, or a tensor that the format cannot hold: its dtype, layout, device or name.
+        A number out of range, or a tensor that the format cannot hold: its dtype, layout, device or name; or, with
+        `digests`, their key among the metadata.
+    ImportError
+        `digests` needs a package that is not installed.
     AccessDeniedError, StoreError
     """
     if isinstance(max_shard_size, bool) or not isinstance(max_shard_size, int | None):
@@ -97,7 +108,10 @@ async def save_sharded_state(
     if max_shard_size is not None and max_shard_size < 1:
         raise ValueError(f"max_shard_size must be 1 or more, not {max_shard_size}")
     names = pattern if isinstance(pattern, ShardPattern) else ShardPattern(*([] if pattern is None else [pattern]))
-    save = _Save(os.fspath(directory), names, rank, pp_rank, dict(metadata or {}))
+    if digests and DIGESTS_KEY in (metadata or {}):
+        raise ValueError(f"metadata must not hold {DIGESTS_KEY!r}, which digests=True writes")
+    digest = load_digest() if digests else None
+    save = _Save(os.fspath(directory), names, rank, pp_rank, dict(metadata or {}), digest)
     names.format_for_rank(rank, 0, pp_rank)  # checks the numbers before anything is written
     threads = DaemonThreads(1, "asyncshard-write")
     try:
@@ -115,13 +129,20 @@ class _Save:
     """The files of one save."""
 
     def __init__(
-        self, directory: str, pattern: ShardPattern, rank: int, pp_rank: int, metadata: dict[str, str]
+        self,
+        directory: str,
+        pattern: ShardPattern,
+        rank: int,
+        pp_rank: int,
+        metadata: dict[str, str],
+        digest: Digest | None,
     ) -> None:
         self._directory = directory
         self._pattern = pattern
         self._rank = rank
         self._pp_rank = pp_rank
         self._metadata = metadata
+        self._digest = digest
         self._temporary: dict[str, str] = {}
         """Where each finished or begun file is until it gets its name."""
 
@@ -147,10 +168,17 @@ class _Save:
         }
         with translated(temporary):
             try:
-                serialize_file(specs, temporary, metadata=self._metadata or None)
+                serialize_file(specs, temporary, metadata=self._metadata_of(len(arrays)) or None)
             except SafetensorError as error:
                 raise _os_error(error) from error
+            if self._digest is not None:
+                by_name = {tensor.name: array for tensor, array in zip(tensors, arrays, strict=True)}
+                _write_digests(temporary, by_name, self._digest)
             _flush(temporary)
+
+    def _metadata_of(self, count: int) -> dict[str, str]:
+        """Return the metadata of a part; digests are not known before the order of its tensors is."""
+        return self._metadata | ({DIGESTS_KEY: _NO_DIGEST * count} if self._digest is not None else {})
 
     def commit(self) -> list[str]:
         """Give the files their names, then remove this rank's other parts."""
@@ -171,6 +199,21 @@ class _Save:
         for temporary in self._temporary.values():
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
+
+
+def _write_digests(path: str, arrays: Mapping[str, NDArray[Any]], digest: Digest) -> None:
+    """Put the tensors' digests in the place that the header keeps for them, in the order that the header has."""
+    size = os.path.getsize(path)
+    with open(path, "r+b") as file:
+        head = file.read(PREFIX_BYTES)
+        head += file.read(header_size(head, size, path=path) - PREFIX_BYTES)
+        header = parse_header(head, size, path=path)
+        key = f'"{DIGESTS_KEY}":"'.encode()
+        # A quote within any other string of the JSON has a backslash before it: this is the key.
+        place = head.index(key + _NO_DIGEST.encode() * len(header) + b'"') + len(key)
+        file.seek(place)
+        for name in header:
+            file.write(digest(arrays[name].reshape(-1).view(np.uint8).data).hex().encode())
 
 
 def _os_error(error: Exception) -> OSError:

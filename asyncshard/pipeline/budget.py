@@ -25,6 +25,7 @@ from typing import Any, Protocol
 from asyncshard._core import Lease, ReturnList
 from asyncshard.errors import BudgetError
 from asyncshard.pipeline.arena import Arena, Extent, round_up
+from asyncshard.stores.threads import DaemonThreads, finish
 
 MIB = 1 << 20
 
@@ -359,6 +360,17 @@ class Account:
         await self._timed(charge, is_floor=False, on_wait=on_wait)
         return self._take(nbytes, charge)
 
+    async def allocate_alone(self, nbytes: int) -> Lease:
+        """Wait until `nbytes` may be used, as an account's only buffer; return the memory.
+
+        It waits as a stream does for its floor, so that the headers of others cannot keep it out.
+        """
+        charge = charge_of(nbytes)
+        await self.set_floor(charge)
+        lease = await self.allocate(nbytes)
+        self.floor = 0  # so that the memory's end is enough to give it back
+        return lease
+
     async def allocate_all(self, sizes: Sequence[int], on_wait: Callable[[], object]) -> list[Lease]:
         """Wait until buffers of all these sizes may be used together; return them.
 
@@ -452,6 +464,15 @@ class Account:
             self.budget._settle()
             self.budget._close(self)
             self.budget._grant()
+
+    async def aclose(self) -> None:
+        """End the count, and give unused pages back to the system, in a thread; to the end, even when cancelled."""
+        self.close()
+        threads = DaemonThreads(1, "asyncshard-work")
+        try:
+            await finish(asyncio.wrap_future(threads.submit(self.budget.trim)))
+        finally:
+            await threads.aclose()
 
 
 def charge_of(nbytes: int) -> int:

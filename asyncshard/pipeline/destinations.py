@@ -114,6 +114,13 @@ class ShardDestinations:
         mask[list(self.staged)] = True
         return mask
 
+    def keep(self, mask: NDArray[np.bool_]) -> None:
+        """Let go of the destinations where `mask` is false, as if nobody wanted these tensors."""
+        for index in np.flatnonzero(~mask).tolist():
+            self.given[index] = None
+            self.addresses[index] = 0
+            self.staged.pop(index, None)
+
     def memory(self, index: int, start: int, nbytes: int) -> memoryview:
         """Return the bytes [start, start + nbytes) of a contiguous destination."""
         return memoryview(Span(self.addresses[index] + start, nbytes, self.given[index]))

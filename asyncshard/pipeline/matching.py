@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -102,26 +102,13 @@ class _Matching:
         if is_sink(given):
             destinations.add(given, staged=given)
             return
-        raw = self._library.memory_of(name, given)
-        memory: NDArray[Any] = raw.array
-        if memory.shape != shape:
-            memory = _narrow(name, memory, shape)
+        memory, strided, is_narrowed = fit(self._library, name, dtype, shape, given, cast=self._cast)
+        if is_narrowed:
             self._narrowed.append(name)
-        is_cast = _is_cast(name, dtype, raw, self._cast)
-        if not memory.flags.c_contiguous:
-            _require_no_self_overlap(name, memory)
         low, high = _span(memory)
         if memory.size:
             self._covered.add(name, low, high, memory)
-        if is_cast:
-            assert raw.dtype is not None
-            assert raw.dtype.numpy is not None
-            assert dtype.numpy is not None
-            destinations.add(given, staged=StridedTarget(memory.view(raw.dtype.numpy), dtype.numpy))
-        elif memory.flags.c_contiguous:
-            destinations.add(given, low)
-        else:
-            destinations.add(given, staged=StridedTarget(memory, memory.dtype))
+        destinations.add(given, low if strided is None else 0, strided)
 
     def finish(self) -> None:
         """Check what needs all of them. Slow for many: not for the event loop."""
@@ -142,6 +129,40 @@ class _Matching:
         except DestinationError:
             return False
         return memory.size == 0 or self._covered.has_inside(*_span(memory))
+
+
+class Fit(NamedTuple):
+    """How a tensor fits its destination."""
+
+    memory: NDArray[Any]
+    """The elements that it fills, as unsigned integers; it keeps the memory alive."""
+    strided: StridedTarget | None
+    """How they are copied in; None where the memory takes the file's bytes as they are."""
+    is_narrowed: bool
+    """Whether the destination is larger."""
+
+
+def fit(library: ArrayLibrary, name: str, dtype: Dtype, shape: tuple[int, ...], given: Any, *, cast: bool) -> Fit:
+    """Find the memory of an array that a tensor of this dtype, and of this shape in the library, fills.
+
+    Raises
+    ------
+    DestinationError
+    """
+    raw = library.memory_of(name, given)
+    memory: NDArray[Any] = raw.array
+    is_narrowed = memory.shape != shape
+    if is_narrowed:
+        memory = _narrow(name, memory, shape)
+    is_cast = _is_cast(name, dtype, raw, cast)
+    if not memory.flags.c_contiguous:
+        _require_no_self_overlap(name, memory)
+    if is_cast:
+        assert raw.dtype is not None
+        assert raw.dtype.numpy is not None
+        assert dtype.numpy is not None
+        return Fit(memory, StridedTarget(memory.view(raw.dtype.numpy), dtype.numpy), is_narrowed)
+    return Fit(memory, None if memory.flags.c_contiguous else StridedTarget(memory, memory.dtype), is_narrowed)
 
 
 def is_sink(given: Any) -> bool:

@@ -15,6 +15,7 @@ from asyncshard.pipeline.pace import Pace
 from asyncshard.pipeline.statistics import Counters, Statistics
 from asyncshard.pipeline.supervisor import Supervisor
 from asyncshard.pipeline.transfer import Transfer
+from asyncshard.pipeline.version import CheckpointVersion
 
 
 class Stream:
@@ -107,6 +108,11 @@ class Stream:
     def info(self) -> Mapping[str, TensorInfo]:
         """Facts of each tensor by name: dtype and shape as in the file, and its byte range there."""
         return CheckpointInfo(self._transfer().checkpoint)
+
+    @property
+    def version(self) -> CheckpointVersion:
+        """What the checkpoint was when the stream was opened: that of the weights once it has come to its end."""
+        return self._transfer().version
 
     def statistics(self) -> Statistics:
         """Return what has been done so far; at any time, zeros before the stream is open."""

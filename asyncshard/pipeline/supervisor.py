@@ -242,7 +242,8 @@ class Supervisor:
             self._opened.set_result(None)
             await self._asked.wait()
             largest = max(map(transfer.buffer_bytes, transfer.items), default=0)
-            await self.account.set_floor(charge_of(largest) if largest else 0)
+            if largest:
+                await self.account.set_floor(charge_of(largest))
             # Until all is read and taken: what was read may be given back, and has to be read again then.
             while self._slots or not (self._is_fed(transfer) or self._has_failed):
                 if self._is_fed(transfer) or self._has_failed:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from asyncshard._core import Lease
 from asyncshard.pipeline.checkpoint import Checkpoint
+from asyncshard.pipeline.version import CheckpointVersion
 from asyncshard.plan.items import ReadItem
 from asyncshard.stores.base import Store
 from asyncshard.stores.threads import finish
@@ -26,7 +27,7 @@ class Pacing(NamedTuple):
 
 
 class Transfer(ABC):
-    """A plan of read items, how each is read, and what it delivers."""
+    """A plan of read items, how each is read, and what it delivers. It looks at metadata: make it in a thread."""
 
     is_in_place: bool
     """Whether reads write into the caller's own memory: cancelled ones must end before the caller goes on."""
@@ -41,6 +42,7 @@ class Transfer(ABC):
         self.missing: tuple[str, ...] = ()
         self.unexpected: tuple[str, ...] = ()
         self.narrowed: tuple[str, ...] = ()
+        self.version = CheckpointVersion.of(checkpoint, store)
 
     @property
     def retries(self) -> int:

@@ -68,6 +68,14 @@ class Store(ABC):
         """Return the full path or URL of an object, for messages and for the user."""
         return f"{self.url.rstrip('/')}/{name}"
 
+    def fingerprint(self, meta: ObjectMeta) -> str | None:
+        """Return text that changes when the object of this name does, also from one process to another.
+
+        One that begins with `ETAG` and is an MD5 tells the same content under other names too. None where the store
+        knows nothing of the kind: then the object counts as changed.
+        """
+        return None
+
     @abstractmethod
     async def list(self) -> Listing:
         """List the root.
@@ -126,4 +134,6 @@ def require_small(nbytes: int, max_bytes: int | None, path: str) -> None:
         )
 
 
+ETAG = "etag:"
+"""How a fingerprint begins that is an ETag and a size, as in ``etag:"9e107d9d372bb6826bd81d3542a419d6" 1024``."""
 _SMALL = 64 << 10

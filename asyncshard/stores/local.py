@@ -61,6 +61,12 @@ class LocalStore(Store):
     def path_of(self, name: str) -> str:
         return os.path.join(self._root, name)
 
+    def fingerprint(self, meta: ObjectMeta) -> str | None:
+        # Without device and inode, which a file system over a network numbers anew at each mount. With the time of
+        # the inode's change, since tools that copy files give them any other time they like.
+        version: files.FileVersion = meta.version
+        return f"file:{version.modified_ns} {version.changed_ns} {version.size}"
+
     async def aclose(self) -> None:
         if self._is_closed:
             return

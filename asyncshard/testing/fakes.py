@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from asyncshard.errors import ObjectChangedError, ObjectNotFoundError, TruncatedError
-from asyncshard.stores.base import Listing, ObjectMeta, Store
+from asyncshard.stores.base import ETAG, Listing, ObjectMeta, Store
 from asyncshard.stores.threads import finish
 
 
@@ -18,6 +19,12 @@ class MemoryStore(Store):
         self.url = url
         self._files = {name: (0, bytes(data)) for name, data in files.items()}
         self._writes = 0
+
+    def fingerprint(self, meta: ObjectMeta) -> str | None:
+        version, data = self._find(meta.name)
+        if version != meta.version:
+            return None
+        return f'{ETAG}"{hashlib.md5(data, usedforsecurity=False).hexdigest()}" {meta.size}'
 
     def replace(self, name: str, data: bytes) -> None:
         """Put another object in the place of one, or a new one."""
@@ -72,6 +79,9 @@ class WrapperStore(Store):
 
     def path_of(self, name: str) -> str:
         return self.store.path_of(name)
+
+    def fingerprint(self, meta: ObjectMeta) -> str | None:
+        return self.store.fingerprint(meta)
 
     async def list(self) -> Listing:
         return await self.store.list()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from asyncshard.errors import ObjectNotFoundError, TruncatedError
 from asyncshard.stores.answers import Pin
-from asyncshard.stores.base import Listing, ObjectMeta, Store
+from asyncshard.stores.base import ETAG, Listing, ObjectMeta, Store
 from asyncshard.stores.loop_thread import LoopThread
 from asyncshard.stores.s3.options import S3Options
 from asyncshard.stores.scatter import Scatter
@@ -93,6 +93,10 @@ class S3Store(Store):
 
     def path_of(self, name: str) -> str:
         return f"s3://{self._bucket}/{self._prefix}{name}"
+
+    def fingerprint(self, meta: ObjectMeta) -> str | None:
+        pin: Pin = meta.version
+        return f"{ETAG}{pin.etag} {pin.size}"
 
     async def aclose(self) -> None:
         if not self._is_closed:

@@ -1,0 +1,67 @@
+"""Digests of single tensors, in a header's own ``__metadata__``.
+
+The value of the key `DIGESTS_KEY` is 32 lower-case hexadecimal digits for each tensor of the file, empty ones too: the
+XXH3 hash of 128 bits of its bytes, big-endian, in the order of the header's table (by file offset). Nothing separates
+them. A program that changes tensors and keeps the metadata must drop the key.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from asyncshard.errors import FormatError
+from asyncshard.format.header import Header
+
+DIGESTS_KEY = "asyncshard.xxh3_128"
+DIGEST_BYTES = 16
+DIGITS = 2 * DIGEST_BYTES
+_BLOCK = 1 << 18
+"""Digits decoded at once: NumPy holds the GIL for half a millisecond."""
+_NO_DIGIT = 16
+_VALUES = np.full(256, _NO_DIGIT, np.uint8)
+_VALUES[np.frombuffer(b"0123456789abcdef", np.uint8)] = np.arange(16)
+
+
+def has_digests(header: Header) -> bool:
+    """Return whether a header has the key, whatever its value."""
+    return DIGESTS_KEY in header.metadata
+
+
+def digests_of(header: Header, *, path: str | None = None) -> NDArray[np.uint8] | None:
+    """Return the digest of each tensor as a row of 16 bytes, in file order; None where the header has none.
+
+    Slow for many tensors, and pure: call it in a thread.
+
+    Raises
+    ------
+    FormatError
+        The value is too long, too short, or not of hexadecimal digits in lower case.
+    """
+    text = header.metadata.get(DIGESTS_KEY)
+    if text is None:
+        return None
+    if len(text) != DIGITS * len(header):
+        raise _error(
+            f"it has {len(text):,} characters, and {len(header):,} tensors need {DIGITS * len(header):,}", path
+        )
+    if not text.isascii():
+        raise _error("it holds characters outside of ASCII", path)
+    digits = np.frombuffer(text.encode("ascii"), np.uint8)
+    digests = np.empty(len(digits) // 2, np.uint8)
+    for start in range(0, len(digits), _BLOCK):
+        values = _VALUES[digits[start : start + _BLOCK]]
+        if values.max() >= _NO_DIGIT:
+            at = start + int(np.argmax(values))
+            raise _error(f"its character {at:,}, {text[at]!r}, is no hexadecimal digit in lower case", path)
+        digests[start // 2 : (start + _BLOCK) // 2] = values[::2] << 4 | values[1::2]
+    return digests.reshape(len(header), DIGEST_BYTES)
+
+
+def _error(problem: str, path: str | None) -> FormatError:
+    where = "" if path is None else f"{path}: "
+    return FormatError(
+        f"{where}the metadata {DIGESTS_KEY!r} does not hold the tensors' digests: {problem}; write the file again, or "
+        "without that key",
+        path=path,
+    )

@@ -1,0 +1,219 @@
+"""What a refresh reads: tensors that differ from a version, into memory of the budget or into their destinations."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from asyncshard._core import Lease
+from asyncshard.errors import BudgetError, ChecksumError
+from asyncshard.format.digests import digests_of
+from asyncshard.pipeline.arrays import ArrayLibrary
+from asyncshard.pipeline.budget import Account, MemoryBudget, charge_of
+from asyncshard.pipeline.checkpoint import Checkpoint
+from asyncshard.pipeline.contents import Contents
+from asyncshard.pipeline.destinations import Placement, ShardDestinations
+from asyncshard.pipeline.hashing import Digest, load_digest
+from asyncshard.pipeline.placed import PlacedTransfer
+from asyncshard.pipeline.transfer import Pacing
+from asyncshard.pipeline.update import Update
+from asyncshard.pipeline.version import CheckpointVersion
+from asyncshard.plan.items import ReadItem
+from asyncshard.stores.base import Store
+from asyncshard.stores.threads import DaemonThreads
+
+_SPACING = 64
+"""Staged tensors begin at multiples of this, a cache line."""
+_EMPTY: Any = object()
+"""Stands for the memory of tensors without bytes."""
+
+
+class Refresh:
+    """One `prepare_refresh`: it plans the transfer, and makes the update when that has ended.
+
+    Parameters
+    ----------
+    since : CheckpointVersion or None
+        What the destinations hold; None reads everything.
+    budget : MemoryBudget
+    is_staged : bool
+        Whether to read into memory of the budget, rather than into the destinations.
+    cast : bool
+        Whether dtypes may be converted.
+    """
+
+    def __init__(self, since: CheckpointVersion | None, budget: MemoryBudget, *, is_staged: bool, cast: bool) -> None:
+        self._since = since
+        self._budget = budget
+        self.is_staged = is_staged
+        self._cast = cast
+        self._account: Account | None = None
+        self._contents: Contents | None = None
+        self._changed: tuple[str, ...] = ()
+        self._transfer: RefreshTransfer | None = None
+
+    async def plan(
+        self,
+        checkpoint: Checkpoint,
+        store: Store,
+        pacing: Pacing,
+        placement: Placement,
+        library: ArrayLibrary,
+        threads: DaemonThreads,
+    ) -> RefreshTransfer:
+        """Compare, reserve memory for all that differs, and plan how it is read.
+
+        Raises
+        ------
+        BudgetError
+            It exceeds the budget.
+        FormatError
+            A shard's digests are malformed.
+        ImportError
+            There are digests, and the package that computes them is not installed.
+        """
+        current = await threads.run(CheckpointVersion.of, checkpoint, store)
+        await threads.run(self._drop_unchanged, checkpoint, placement, current)
+        contents = Contents(checkpoint, placement.shards, library, pacing.chunk_size, cast=self._cast)
+        self._changed = await threads.run(contents.names)
+        target = placement
+        if self.is_staged:
+            layout = await threads.run(contents.lay_out, _SPACING)
+            lease = await self._allocate(layout.nbytes, checkpoint, store)
+            target = await threads.run(_stage, placement, layout.offsets, lease)
+            contents.lease, contents.offsets = lease, layout.offsets
+        self._contents = contents
+
+        def make() -> RefreshTransfer:
+            # What lies between changed tensors is left out, however narrow: the point is to read little.
+            made = RefreshTransfer(checkpoint, store, pacing._replace(max_gap_bytes=0), target, threads)
+            made.is_staged = self.is_staged
+            made.missing, made.unexpected, made.narrowed = placement.missing, placement.unexpected, placement.narrowed
+            made.plan(self._budget)
+            return made
+
+        self._transfer = await threads.run(make)
+        return self._transfer
+
+    def _drop_unchanged(self, checkpoint: Checkpoint, placement: Placement, current: CheckpointVersion) -> None:
+        if self._since is not None:
+            for shard, changed in zip(placement.shards, self._since.changes(checkpoint, current), strict=True):
+                shard.keep(changed)
+
+    async def _allocate(self, nbytes: int, checkpoint: Checkpoint, store: Store) -> Lease | None:
+        if not nbytes:
+            return None
+        needed = charge_of(nbytes) + sum(shard.header.nbytes for shard in checkpoint.shards)
+        if needed > self._budget.nbytes:
+            raise BudgetError(
+                f"{store.url}: what has changed and the headers need {needed:,} bytes at once, more than the memory "
+                f"budget of {self._budget.nbytes:,} bytes; raise memory_budget_mb to {-(-needed >> 20)} or more, or "
+                "pass stage=False, which writes into the live weights",
+                path=store.url,
+                needed_bytes=needed,
+                budget_bytes=self._budget.nbytes,
+            )
+        self._account = self._budget.open_account()
+        return await self._account.allocate_alone(nbytes)
+
+    def finish(self) -> Update:
+        """Return the update, which owns the memory from now on. All has been read."""
+        transfer, contents, account = self._transfer, self._contents, self._account
+        assert transfer is not None
+        assert contents is not None
+        self._contents = self._account = None
+        transfer.let_go()
+        return Update(
+            transfer.version, contents, self._changed, account, transfer.bytes_total, is_staged=self.is_staged
+        )
+
+    async def abandon(self) -> None:
+        """Give the memory back, to the end even when cancelled. Nothing is being read any more."""
+        if self._contents is not None:
+            self._contents.lease = None
+        if self._transfer is not None:
+            self._transfer.let_go()
+        account, self._account = self._account, None
+        if account is not None:
+            await account.aclose()
+
+
+def _stage(placement: Placement, offsets: list[NDArray[np.int64]], lease: Lease | None) -> Placement:
+    """Return the places in a lease of the tensors that a placement wants."""
+    staged = Placement()
+    base = 0 if lease is None else lease.address
+    owner = _EMPTY if lease is None else lease
+    for shard, places in zip(placement.shards, offsets, strict=True):
+        destinations = ShardDestinations.empty()
+        destinations.given = [None if given is None else owner for given in shard.given]
+        destinations.addresses.frombytes((places + base).astype(np.uint64).tobytes())
+        staged.shards.append(destinations)
+    return staged
+
+
+class RefreshTransfer(PlacedTransfer):
+    """Read as a placed transfer does, and compare what was read with the digests in the headers.
+
+    Not so what goes to a strided destination, one of another dtype or a sink without being staged.
+    """
+
+    is_staged = False
+    """Whether it reads into memory that is not the caller's."""
+
+    def plan(self, budget: MemoryBudget) -> None:
+        super().plan(budget)
+        self._digests: list[NDArray[np.uint8] | None] = []
+        for shard, destinations in zip(self.checkpoint.shards, self._destinations, strict=True):
+            is_read = bool(destinations.is_wanted().any())
+            self._digests.append(digests_of(shard.header, path=shard.path) if is_read else None)
+        self._digest: Digest | None = None
+        if any(digests is not None for digests in self._digests):
+            self._digest = load_digest()
+        self._parts_unread = Counter((item.shard, item.first) for item in self.items if item.last - item.first == 1)
+
+    def let_go(self) -> None:
+        """Forget the destinations, so that they do not live as long as an error that refers to this."""
+        self._destinations = []
+
+    async def read(self, item: ReadItem, lease: Lease | None) -> None:
+        await super().read(item, lease)
+        if self._digests[item.shard] is None or self._staged(item) is not None:
+            return
+        if item.last - item.first == 1:
+            self._parts_unread[item.shard, item.first] -= 1
+            if self._parts_unread[item.shard, item.first]:
+                return
+        try:
+            await self._threads.run(self._verify, item)
+        except ChecksumError:
+            self._done.discard(item)
+            raise
+
+    def _verify(self, item: ReadItem) -> None:
+        """Compare the tensors that are whole with this item."""
+        shard, destinations, digests = (
+            self.checkpoint.shards[item.shard],
+            self._destinations[item.shard],
+            self._digests[item.shard],
+        )
+        assert digests is not None
+        assert self._digest is not None
+        for index in range(item.first, item.last):
+            if destinations.given[index] is None:
+                continue
+            name, _, _, start, stop = shard.header.table.row(index)
+            if self._digest(destinations.memory(index, 0, stop - start)) != digests[index].tobytes():
+                raise ChecksumError(
+                    f"{shard.path}: tensor {name!r} does not match its digest (xxh3-128) in the header: the file is "
+                    "damaged, or was changed without its metadata; write or fetch it again",
+                    path=shard.path,
+                    tensor=name,
+                    start=start,
+                    stop=stop,
+                )
+
+    def progress(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        return ((), ()) if self.is_staged else super().progress()

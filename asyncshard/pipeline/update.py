@@ -1,0 +1,193 @@
+"""What has changed in a checkpoint, read and waiting: to be iterated over, or applied to the live weights at once."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import weakref
+from collections.abc import AsyncIterator
+from types import TracebackType
+from typing import Any, Self
+
+from asyncshard.errors import StreamClosedError
+from asyncshard.pipeline.budget import Account
+from asyncshard.pipeline.contents import Contents, Copy, run_copies, share
+from asyncshard.pipeline.matching import is_sink
+from asyncshard.pipeline.pace import Pace
+from asyncshard.pipeline.version import CheckpointVersion
+from asyncshard.stores.threads import DaemonThreads, finish
+
+_COPYING_THREADS = 2
+"""As many saturate memory bandwidth on most machines."""
+
+
+class Update:
+    """The tensors of a checkpoint that differ from those loaded. Made by ``await loader.prepare_refresh(...)``.
+
+    They are read, checked, and in memory of the budget; nothing live has been touched. ``async for name, tensor in
+    update`` gives views of that memory, in plan order, as often as is asked; `apply` copies them into the state dict.
+    The memory goes back to the budget after `apply`, at the end of ``async with update``, at `aclose`, or when the
+    object is dropped; views that are still alive then count as held.
+
+    With ``stage=False`` they are in the state dict already: iterating yields ``(name, destination)``.
+    """
+
+    def __init__(
+        self,
+        version: CheckpointVersion,
+        contents: Contents,
+        changed: tuple[str, ...],
+        account: Account | None,
+        bytes_read: int,
+        *,
+        is_staged: bool,
+    ) -> None:
+        self._version = version
+        self._changed = changed
+        self._bytes_read = bytes_read
+        self._contents: Contents | None = contents
+        self._account = account
+        self._is_staged = is_staged
+        self._is_applied = False
+        self._applying: asyncio.Task[None] | None = None
+        self._finalizer: weakref.finalize[Any, Any] | None = None
+        if account is not None:
+            self._finalizer = weakref.finalize(self, _abandon, asyncio.get_running_loop(), account)
+            self._finalizer.atexit = False
+
+    @property
+    def version(self) -> CheckpointVersion:
+        """What the checkpoint was when it was read: that of the weights once the update has been applied."""
+        return self._version
+
+    @property
+    def changed(self) -> tuple[str, ...]:
+        """Names of the tensors that were read, in plan order."""
+        return self._changed
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of tensor data that were read; headers are not counted."""
+        return self._bytes_read
+
+    def __repr__(self) -> str:
+        return f"<Update of {len(self._changed)} tensors, {self._bytes_read} bytes>"
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    def __aiter__(self) -> AsyncIterator[tuple[str, Any]]:
+        return _Tensors(self)
+
+    async def apply(self) -> None:
+        """Copy everything into the state dict, in threads, and give the memory back.
+
+        It cannot be interrupted half way: when cancelled it finishes, and then raises. Sinks are written to first.
+        Tensors may have got other memory since `prepare_refresh`, of the same shape and dtype. After ``stage=False``
+        there is nothing left to do.
+
+        Raises
+        ------
+        RuntimeError
+            It has been applied before.
+        StreamClosedError
+            It has been closed.
+        DestinationError
+            A destination does not fit any more; nothing was written.
+        Exception
+            What a sink raised; ``filled`` and ``torn`` say which destinations are whole and which partly written.
+        """
+        if self._is_applied:
+            raise RuntimeError("the update has been applied; prepare another one for later changes")
+        contents = self._open_contents()
+        self._is_applied = True
+        if not self._is_staged:
+            return
+        self._applying = asyncio.ensure_future(self._apply(contents))
+        try:
+            await finish(self._applying)
+        finally:
+            self._applying = None
+
+    async def aclose(self) -> None:
+        """Give the memory back, after an `apply` that is running. From any task, any number of times."""
+        if self._applying is not None:
+            await asyncio.wait([self._applying])
+        await finish(asyncio.ensure_future(self._release()))
+
+    def _open_contents(self) -> Contents:
+        if self._contents is None:
+            raise StreamClosedError("the update has been closed; prepare another one")
+        return self._contents
+
+    async def _apply(self, contents: Contents) -> None:
+        threads = DaemonThreads(_COPYING_THREADS, "asyncshard-apply")
+        copies: list[Copy] = []
+        try:
+            copies += await threads.run(contents.copies)
+            await _write_sinks(contents)
+            shares = await threads.run(share, copies, _COPYING_THREADS)
+            await asyncio.gather(*(threads.run(run_copies, part) for part in shares))
+            del shares
+        finally:
+            copies.clear()  # an error refers to this frame, and would keep the memory alive
+            del contents
+            await threads.aclose()
+            await self._release()
+
+    async def _release(self) -> None:
+        contents, self._contents = self._contents, None
+        account, self._account = self._account, None
+        if contents is not None:
+            contents.lease = None
+        if account is None:
+            return
+        if self._finalizer is not None:
+            self._finalizer.detach()
+        await account.aclose()
+
+
+class _Tensors:
+    """The iterator of an update; it keeps no memory alive."""
+
+    def __init__(self, update: Update) -> None:
+        self._update = update
+        self._rows = update._open_contents().rows()
+        self._pace = Pace()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> tuple[str, Any]:
+        if self._pace.is_due():
+            await self._pace.give_way()
+        contents = self._update._open_contents()
+        for row in self._rows:
+            return row.name, contents.view(row) if self._update._is_staged else row.given
+        raise StopAsyncIteration
+
+
+async def _write_sinks(contents: Contents) -> None:
+    filled: list[str] = []
+    for row in contents.rows():
+        if not is_sink(row.given):
+            continue
+        try:
+            for start in range(0, row.nbytes, contents.chunk_size):
+                stop = min(start + contents.chunk_size, row.nbytes)
+                await row.given.write(start, contents.bytes_of(row, start, stop))
+        except BaseException as error:
+            error.filled, error.torn = tuple(filled), (row.name,)  # type: ignore[attr-defined]
+            raise
+        filled.append(row.name)
+
+
+def _abandon(loop: asyncio.AbstractEventLoop, account: Account) -> None:
+    """Close an account from wherever an object dies, with the budget's lock held maybe, so not here."""
+    with contextlib.suppress(RuntimeError):  # the loop has closed; the memory has gone back without this
+        loop.call_soon_threadsafe(account.close)
