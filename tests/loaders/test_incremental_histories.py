@@ -93,6 +93,7 @@ class Histories(RuleBasedStateMachine):
         self.paths = [str(self.folder / f"{number}.safetensors") for number in range(FILES)]
         self.loop = asyncio.new_event_loop()
         self.faults = {}
+        self.items = []
         self.open_file = incremental.open_file
         incremental.open_file = self.open_faulty
         for number, path in enumerate(self.paths):
@@ -138,10 +139,13 @@ class Histories(RuleBasedStateMachine):
         shard = self.run(self.loader.load_shard(self.paths[number]))
         copy = self.expect(number)
         copy.holders += 1
-        return [copy, shard["w"][1:] if is_tensor else shard]
+        self.items.append([copy, shard["w"][1:] if is_tensor else shard])
+        return self.items[-1]
 
     @rule(item=consumes(held))
     def drop(self, item):
+        if not item:
+            return
         copy, thing = item
         assert int((thing if isinstance(thing, np.ndarray) else thing["w"])[-1]) == copy.number
         item.clear()
@@ -191,18 +195,19 @@ class Histories(RuleBasedStateMachine):
         self.forget_order()
 
     def forget_order(self):
-        """After what cannot be foretold, begin anew with an empty cache; what is in use stays."""
+        """After what cannot be foretold, begin anew with an empty cache and nothing in use."""
         statistics = self.loader.statistics()
         assert statistics.reads_in_flight == 0
         self.loader.clear()
         self.run(asyncio.sleep(0))
         for copy in self.model.cached.copy():
             self.model.evict(copy)
-        # Which of them left the budget meanwhile is not foretold either.
-        used = self.loader.budget.bytes_used
-        for copy in self.model.in_use:
-            if self.model.used() > used:
-                copy.is_handed_over = True
+        # In which order they did, and so what left the budget, is not foretold: nobody holds anything from here on.
+        for item in self.items:
+            item.clear()
+        self.items.clear()
+        self.model.in_use.clear()
+        self.run(asyncio.sleep(0))
 
     @rule(number=st.integers(0, FILES - 1))
     def evict(self, number):
