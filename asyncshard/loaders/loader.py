@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from asyncshard.errors import NotRegularFileError
@@ -60,7 +60,7 @@ class LoadReport:
     """In the checkpoint, not asked for, and not read."""
     narrowed: tuple[str, ...]
     """Destinations larger than their tensor, which filled their first corner."""
-    version: CheckpointVersion | None = None
+    version: CheckpointVersion | None = field(default=None, compare=False)
     """What the checkpoint was, to be compared with later; None if the load failed, or waits to be applied."""
 
 
