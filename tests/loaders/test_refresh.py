@@ -547,6 +547,15 @@ async def test_write_through_needs_no_budget(new, new_files, live):
         await update.apply()
 
 
+async def test_an_update_that_waits_does_not_hold_up_a_load_in_place(new, new_files, live):
+    loader = make_loader(memory_budget_mb=14 * SIZE / (1 << 20))
+    state = {name: np.zeros_like(array) for name, array in new.items()}
+    async with await loader.prepare_refresh(MemoryStore(new_files), live):
+        await loader.load_weights(MemoryStore(new_files), state)
+    assert is_same(state, new)
+    assert is_clean(loader.budget)
+
+
 async def test_write_through_tells_what_is_whole_and_what_is_torn(new_files, live):
     store = FaultyStore(MemoryStore(new_files), {2: Fault(after=100, error=StoreError("broken"))})
     with pytest.raises(StoreError) as caught:
