@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from asyncshard.errors import StreamClosedError
 from asyncshard.pipeline.budget import Account
-from asyncshard.pipeline.contents import Contents, Copy, run_copies, share
+from asyncshard.pipeline.contents import Contents, Share
 from asyncshard.pipeline.matching import is_sink
 from asyncshard.pipeline.pace import Pace
 from asyncshard.pipeline.version import CheckpointVersion
@@ -118,7 +118,9 @@ class Update:
         """Give the memory back, after an `apply` that is running. From any task, any number of times."""
         if self._applying is not None:
             await asyncio.wait([self._applying])
-        await finish(asyncio.ensure_future(self._release()))
+        account = self._let_go()
+        if account is not None:
+            await account.aclose()
 
     def _open_contents(self) -> Contents:
         if self._contents is None:
@@ -127,29 +129,31 @@ class Update:
 
     async def _apply(self, contents: Contents) -> None:
         threads = DaemonThreads(_COPYING_THREADS, "asyncshard-apply")
-        copies: list[Copy] = []
+        shares = [Share() for _ in range(_COPYING_THREADS)]
         try:
-            copies += await threads.run(contents.copies)
+            await threads.run(contents.share, shares)
             await _write_sinks(contents)
-            shares = await threads.run(share, copies, _COPYING_THREADS)
-            await asyncio.gather(*(threads.run(run_copies, part) for part in shares))
-            del shares
+            await asyncio.gather(*(threads.run(share.run) for share in shares if share.nbytes))
         finally:
-            copies.clear()  # an error refers to this frame, and would keep the memory alive
             del contents
+            for share in shares:
+                if share.nbytes:  # an error refers to this frame, and would keep the memory alive
+                    await threads.run(share.clear)
+            account = self._let_go()
+            if account is not None:
+                account.close()
+                await threads.run(account.budget.trim)
             await threads.aclose()
-            await self._release()
 
-    async def _release(self) -> None:
+    def _let_go(self) -> Account | None:
+        """Let go of the memory; return the account, which the caller closes."""
         contents, self._contents = self._contents, None
         account, self._account = self._account, None
         if contents is not None:
             contents.lease = None
-        if account is None:
-            return
         if self._finalizer is not None:
             self._finalizer.detach()
-        await account.aclose()
+        return account
 
 
 class _Tensors:
