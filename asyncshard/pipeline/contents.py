@@ -131,10 +131,10 @@ class Contents:
             self.library, self.lease, row.offset, row.dtype, row.shape, row.nbytes, name=row.name, path=row.path
         )
 
-    def share(self, shares: Sequence[Share]) -> None:
+    def share(self, shares: Sequence[Share]) -> list[Row]:
         """Append what has to be copied into arrays, large ones to the share with the fewest bytes, others to the first.
 
-        The arrays' memory is looked up anew: it may have moved since.
+        Returns the tensors that go to sinks. The arrays' memory is looked up anew: it may have moved since.
 
         Raises
         ------
@@ -142,8 +142,10 @@ class Contents:
             A destination does not fit any more.
         """
         staged = np.frombuffer(b"" if self.lease is None else memoryview(self.lease), np.uint8)
+        sinks = []
         for row in self.rows():
             if is_sink(row.given):
+                sinks.append(row)
                 continue
             shape = self.library.shape_of(row.dtype, row.shape, row.nbytes)
             memory, strided, _ = fit(self.library, row.name, row.dtype, shape, row.given, cast=self.cast)
@@ -152,6 +154,7 @@ class Contents:
                 is_large = row.nbytes >= _LARGE
                 lightest = min(shares, key=lambda share: share.nbytes) if is_large else shares[0]
                 lightest.add(strided or memory, staged[row.offset : row.offset + row.nbytes])
+        return sinks
 
     def bytes_of(self, row: Row, start: int, stop: int) -> memoryview:
         """Return staged bytes of a tensor."""

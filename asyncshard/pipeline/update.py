@@ -11,8 +11,7 @@ from typing import Any, Self
 
 from asyncshard.errors import StreamClosedError
 from asyncshard.pipeline.budget import Account
-from asyncshard.pipeline.contents import Contents, Share
-from asyncshard.pipeline.matching import is_sink
+from asyncshard.pipeline.contents import Contents, Row, Share
 from asyncshard.pipeline.pace import Pace
 from asyncshard.pipeline.version import CheckpointVersion
 from asyncshard.stores.threads import DaemonThreads, finish
@@ -131,8 +130,7 @@ class Update:
         threads = DaemonThreads(_COPYING_THREADS, "asyncshard-apply")
         shares = [Share() for _ in range(_COPYING_THREADS)]
         try:
-            await threads.run(contents.share, shares)
-            await _write_sinks(contents)
+            await _write_sinks(contents, await threads.run(contents.share, shares))
             await asyncio.gather(*(threads.run(share.run) for share in shares if share.nbytes))
         finally:
             del contents
@@ -176,11 +174,9 @@ class _Tensors:
         raise StopAsyncIteration
 
 
-async def _write_sinks(contents: Contents) -> None:
+async def _write_sinks(contents: Contents, rows: list[Row]) -> None:
     filled: list[str] = []
-    for row in contents.rows():
-        if not is_sink(row.given):
-            continue
+    for row in rows:
         try:
             for start in range(0, row.nbytes, contents.chunk_size):
                 stop = min(start + contents.chunk_size, row.nbytes)
