@@ -6,12 +6,14 @@ from asyncshard.errors import AsyncShardError
 from asyncshard.format.header import Header, TensorInfo, parse_header
 from asyncshard.format.pattern import ShardPattern
 from asyncshard.loaders import load, stream
+from asyncshard.loaders.incremental import IncrementalShardLoader
 from asyncshard.loaders.loader import read_header
 from asyncshard.loaders.sharded_state import ShardedStateLoader
 from asyncshard.loaders.streaming import AsyncShardLoader
 from asyncshard.loaders.writer import save_sharded_state
 from asyncshard.pipeline.budget import MemoryBudget
 from asyncshard.pipeline.destinations import Sink
+from asyncshard.pipeline.shard_cache import CacheStatistics
 from asyncshard.pipeline.statistics import Statistics
 from asyncshard.pipeline.stream import Stream
 from asyncshard.pipeline.update import Update
@@ -23,8 +25,10 @@ from asyncshard.plan.subtensors import SubtensorFilter
 __all__ = [
     "AsyncShardError",
     "AsyncShardLoader",
+    "CacheStatistics",
     "CheckpointVersion",
     "Header",
+    "IncrementalShardLoader",
     "MemoryBudget",
     "ShardPattern",
     "ShardedStateLoader",

@@ -17,6 +17,7 @@ from bench.servers import Absent, Servers
 ROOM_BUDGET_MB = 320
 """Room for the rank's largest tensor, 251 MiB."""
 SMALL_BUDGET_MB = 64
+CACHE_BUDGET_MB = 256
 _CASE_S = 600
 
 
@@ -165,6 +166,10 @@ GROUPS: dict[str, list[Measured]] = {
         ),
     ),
     "s3": _s3(),
+    "cache": [
+        Measured("cache/hit", "incremental-hit"),
+        Measured("cache/incremental", "incremental-load", ("--budget-mb", str(CACHE_BUDGET_MB))),
+    ],
 }
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from bench.checkpoint import FULL, Scale
 from bench.endpoint import IN_FLIGHT, LATENCY_S
 from bench.suite import (
+    CACHE_BUDGET_MB,
     LAG_OF_LIBRARY,
     ROOM_BUDGET_MB,
     S3_PEERS,
@@ -102,6 +103,14 @@ def _promises(scale: Scale) -> Iterator[tuple[str, str, _Evaluate]]:
             _most(f"kernels/stream-small-{library}", "microseconds_per_tensor", most, "µs"),
         )
     yield from _s3_promises()
+    yield from _cache_promises()
+
+
+def _cache_promises() -> Iterator[tuple[str, str, _Evaluate]]:
+    what = "`load_shard` of a shard in memory, over a look-up in a dict and an `await`"
+    yield what, "≤ 5 µs", _most("cache/hit", "over_floor_us", 5, "µs")
+    what = f"extra peak RSS of `load_weights_incremental` with a budget of {CACHE_BUDGET_MB} MiB"
+    yield what, f"≤ {CACHE_BUDGET_MB + 16} MiB", _memory("cache/incremental", CACHE_BUDGET_MB)
 
 
 def _s3_promises() -> Iterator[tuple[str, str, _Evaluate]]:

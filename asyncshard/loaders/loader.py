@@ -14,7 +14,7 @@ from asyncshard.errors import NotRegularFileError
 from asyncshard.format.header import Header
 from asyncshard.loaders.options import Options
 from asyncshard.pipeline.budget import Account, MemoryBudget
-from asyncshard.pipeline.checkpoint import Checkpoint, Selection, find_shards, open_checkpoint, read_header_of
+from asyncshard.pipeline.checkpoint import Checkpoint, Selection, find_contents, open_checkpoint, read_header_of
 from asyncshard.pipeline.destinations import Placement, new_destinations
 from asyncshard.pipeline.free_memory import default_budget_mb
 from asyncshard.pipeline.matching import match_destinations
@@ -26,7 +26,7 @@ from asyncshard.pipeline.supervisor import Supervisor
 from asyncshard.pipeline.transfer import Pacing, Transfer
 from asyncshard.pipeline.update import Update
 from asyncshard.pipeline.version import CheckpointVersion
-from asyncshard.stores import Store, from_url
+from asyncshard.stores import Store, file_from_url, from_url
 from asyncshard.stores.threads import DaemonThreads, finish
 
 logger = logging.getLogger("asyncshard")
@@ -198,17 +198,23 @@ class Loader:
             if store is not request.path:
                 await finish(asyncio.ensure_future(store.aclose()))
 
-    async def _plan(self, request: Request, store: Store, checkpoint: Checkpoint, threads: DaemonThreads) -> Transfer:
-        pacing = Pacing(
+    def _pacing(self, store: Store) -> Pacing:
+        return Pacing(
             self._options.chunk_size or store.chunk_size,
             self._options.prefetch_count or store.prefetch_count,
             store.max_gap_bytes,
         )
+
+    def _staged_transfer(self, *args: Any) -> StagedTransfer:
+        return StagedTransfer(*args)
+
+    async def _plan(self, request: Request, store: Store, checkpoint: Checkpoint, threads: DaemonThreads) -> Transfer:
+        pacing = self._pacing(store)
         library = await threads.run(self._options.library, request.into)
         if request.into is None and not request.is_new:
 
             def stage() -> Transfer:
-                staged = StagedTransfer(checkpoint, store, pacing, library, threads)
+                staged = self._staged_transfer(checkpoint, store, pacing, library, threads)
                 staged.plan(self._budget, is_strict=self._options.strict_budget)
                 return staged
 
@@ -231,6 +237,28 @@ class Loader:
         return await threads.run(place)
 
 
+def inherited(base_loader: Loader | None, given: Mapping[str, Any]) -> tuple[Selection, Options, MemoryBudget | None]:
+    """Return what a loader built on another has: its files, its options where none are given, and its budget.
+
+    Raises
+    ------
+    TypeError
+        `base_loader` is no loader, or an option does not exist.
+    ValueError
+        An option is out of range.
+    """
+    if base_loader is not None and not isinstance(base_loader, Loader):
+        raise TypeError(f"base_loader must be one of asyncshard's loaders, not {base_loader!r}")
+    options = (Options() if base_loader is None else base_loader.options).override(given)
+    selection = Selection() if base_loader is None else base_loader.selection
+    has_own_budget = given.get("memory_budget_mb") is not None or given.get("budget") is not None
+    return (
+        selection._replace(max_header_bytes=options.max_header_bytes, max_tensors=options.max_tensors),
+        options,
+        None if base_loader is None or has_own_budget else base_loader.budget,
+    )
+
+
 def open_store(path: ModelPath, options: Options) -> Store:
     """Return the store for a path, or the one that was given."""
     if isinstance(path, Store):
@@ -238,12 +266,20 @@ def open_store(path: ModelPath, options: Options) -> Store:
     return from_url(path, max_workers=options.max_workers, page_cache=options.page_cache, **options.storage_options)
 
 
+def open_file(path: str | os.PathLike[str], options: Options) -> tuple[Store, str]:
+    """Return the store of a file's folder, and the file's name there."""
+    return file_from_url(
+        path, max_workers=options.max_workers, page_cache=options.page_cache, **options.storage_options
+    )
+
+
 async def discover(path: ModelPath, selection: Selection, options: Options) -> list[str]:
     """Return the full paths of the files to load, in delivery order."""
     store = open_store(path, options)
     threads = DaemonThreads(1, "asyncshard-work")
     try:
-        return [store.path_of(name) for name in await find_shards(store, selection, threads)]
+        contents = await find_contents(store, selection, threads)
+        return [store.path_of(name) for name in contents.files]
     finally:
         await threads.aclose()
         if store is not path:

@@ -17,10 +17,9 @@ _FRAMEWORKS = {"np": None, "pt": "asyncshard.integrations.torch"}
 _ORDERS = ("plan", "completion")
 
 
-class KeywordTuning(TypedDict, total=False):
+class CommonTuning(TypedDict, total=False):
     """The keywords that are keywords everywhere; `Options` says what each means. None is as good as not given."""
 
-    memory_budget_mb: float | None
     budget: MemoryBudget | None
     chunk_size: int | None
     framework: Literal["np", "pt"] | None
@@ -32,11 +31,21 @@ class KeywordTuning(TypedDict, total=False):
     storage_options: Mapping[str, Any] | None
 
 
-class Tuning(KeywordTuning, total=False):
-    """All tuning keywords, for type checkers."""
+class KeywordTuning(CommonTuning, total=False):
+    """With the size of the budget."""
+
+    memory_budget_mb: float | None
+
+
+class ReadTuning(CommonTuning, total=False):
+    """With how reads run."""
 
     prefetch_count: int | None
     max_workers: int | None
+
+
+class Tuning(KeywordTuning, ReadTuning, total=False):
+    """All tuning keywords, for type checkers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +81,10 @@ class Options:
     def __post_init__(self) -> None:
         for name, least in (("prefetch_count", 1), ("chunk_size", GRAIN)):
             if getattr(self, name) is not None:
-                _require_int(name, getattr(self, name), least)
+                require_int(name, getattr(self, name), least)
         for name in ("max_workers", "max_header_bytes", "max_tensors"):
             if getattr(self, name) is not None:
-                _require_int(name, getattr(self, name), 1)
+                require_int(name, getattr(self, name), 1)
         _require_one_of("framework", self.framework, tuple(_FRAMEWORKS))
         _require_one_of("page_cache", self.page_cache, ("keep", "drop"))
         _require_one_of("order", self.order, _ORDERS)
@@ -126,7 +135,8 @@ class Options:
         return cast(ArrayLibrary, importlib.import_module(module).library)
 
 
-def _require_int(name: str, value: Any, least: int) -> None:
+def require_int(name: str, value: Any, least: int) -> None:
+    """Raise TypeError or ValueError for anything but an int of `least` or more."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, not {value!r}")
     if value < least:

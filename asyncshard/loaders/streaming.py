@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Unpack
 
-from asyncshard.loaders.loader import Loader, ModelPath, Request
+from asyncshard.loaders.loader import Loader, ModelPath, Request, inherited
 from asyncshard.loaders.options import KeywordTuning
-from asyncshard.loaders.sharded_state import ShardedStateLoader
 from asyncshard.pipeline.stream import Stream
 
 
@@ -39,14 +38,8 @@ class AsyncShardLoader(Loader):
         max_workers: int | None = None,
         **tuning: Unpack[KeywordTuning],
     ) -> None:
-        base = ShardedStateLoader() if base_loader is None else base_loader
-        if not isinstance(base, Loader):
-            raise TypeError(f"base_loader must be one of asyncshard's loaders, not {base_loader!r}")
         given = {"prefetch_count": prefetch_count, "max_workers": max_workers, **tuning}
-        options = base.options.override(given)
-        has_own_budget = given.get("memory_budget_mb") is not None or given.get("budget") is not None
-        selection = base.selection._replace(max_header_bytes=options.max_header_bytes, max_tensors=options.max_tensors)
-        super().__init__(selection, options, None if has_own_budget else base.budget)
+        super().__init__(*inherited(base_loader, given))
 
     def stream(
         self, path: ModelPath, into: Mapping[str, Any] | None = None, *, strict: bool = True, cast: bool = False

@@ -7,6 +7,8 @@ that each need more than half of the budget run one after the other.
 
 A buffer is used from `Account.allocate` until its lease dies, or until it is handed over: then it has left the budget
 and counts as held by the consumer. What a stream leaves alive when it ends is handed over too.
+
+What is only cached gives way: while a request waits, `Reclaimer` objects are asked to let go of something.
 """
 
 from __future__ import annotations
@@ -15,9 +17,10 @@ import asyncio
 import itertools
 import threading
 import time
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from asyncshard._core import Lease, ReturnList
 from asyncshard.errors import BudgetError
@@ -47,6 +50,8 @@ class _Waiter:
     is_floor: bool
     loop: asyncio.AbstractEventLoop
     future: asyncio.Future[None]
+    is_urgent: bool
+    """Whether it can wait for nobody: tensors in use are handed over for it."""
     is_granted: bool = False
 
     def is_within_floor(self) -> bool:
@@ -83,6 +88,16 @@ def _set_done(future: asyncio.Future[None]) -> None:
         future.set_result(None)
 
 
+class Reclaimer(Protocol):
+    """Holds bytes of a budget that it can do without."""
+
+    def reclaim(self, *, hand_over: bool) -> bool:
+        """Let go of one thing; False where there is nothing. Called from any thread, without the budget's lock.
+
+        `hand_over` allows to let bytes that somebody uses leave the budget, once nothing else is left.
+        """
+
+
 class MemoryBudget:
     """Bound the bytes that loaders hold for data they have read, are reading or have cached.
 
@@ -109,6 +124,9 @@ class MemoryBudget:
         self._accounts: list[Account] = []
         self._waiters: list[_Waiter] = []
         self._held = 0
+        self._reclaimers: weakref.WeakSet[Reclaimer] = weakref.WeakSet()
+        self._abandoned: list[Account] = []
+        """Accounts whose owner was dropped without closing them."""
         self._returns = ReturnList()
         self._returns.wake = self._wake
         self._returns.discards = True
@@ -147,6 +165,33 @@ class MemoryBudget:
             self._settle()
             self._grant()
 
+    def add_reclaimer(self, reclaimer: Reclaimer) -> None:
+        """Ask `reclaimer` from now on, for as long as it lives, when a request waits."""
+        self._reclaimers.add(reclaimer)
+
+    def relieve(self, *, is_urgent: bool = False) -> None:
+        """Have what is cached give way for as long as a request waits, or headers exceed the budget.
+
+        Whoever makes something reclaimable calls it, since requests that wait already asked in vain.
+        """
+        while self._is_short():
+            is_urgent = is_urgent or any(waiter.is_urgent for waiter in self._waiters.copy())
+            reclaimers = list(self._reclaimers)
+            if any(reclaimer.reclaim(hand_over=False) for reclaimer in reclaimers):
+                continue
+            if not is_urgent or not any(reclaimer.reclaim(hand_over=True) for reclaimer in reclaimers):
+                return
+
+    def _is_short(self) -> bool:
+        with self._lock:
+            self._settle()
+            self._grant()
+            return bool(self._waiters) or sum(account.committed for account in self._accounts) > self.nbytes
+
+    def abandon(self, account: Account) -> None:
+        """Close an account soon, from a finaliser: it may run anywhere, so it takes no lock."""
+        self._abandoned.append(account)
+
     def trim(self) -> None:
         """Give unused pages back to the system if no stream is open. Slow: not for the event loop."""
         with self._lock:
@@ -174,6 +219,11 @@ class MemoryBudget:
     # The lock is held in all that follows.
 
     def _settle(self) -> None:
+        self._collect()
+        while self._abandoned:
+            self._close(self._abandoned.pop())
+
+    def _collect(self) -> None:
         for token in self._returns.collect():
             buffer = self._buffers.pop(token)
             account = buffer.account
@@ -189,7 +239,7 @@ class MemoryBudget:
         taken = sum(account.committed for account in self._accounts)
         if waiter.is_floor:
             # Headers alone keep nobody out: where no stream has been admitted, the first in the queue is.
-            is_alone = not any(account.is_admitted for account in self._accounts)
+            is_alone = not any(account.is_admitted or account.used for account in self._accounts)
             return is_alone or taken + waiter.nbytes <= self.nbytes
         account = waiter.account
         more = max(account.used + waiter.nbytes, account.floor) - max(account.used, account.floor)
@@ -207,12 +257,27 @@ class MemoryBudget:
                 is_blocked = True
         self._returns.is_awaited = bool(self._waiters)
 
+    def _close(self, account: Account) -> None:
+        for buffer in account.buffers.values():
+            if not buffer.is_held:
+                account._give(buffer)
+        account.floor = account.header_bytes = 0
+        account.is_admitted = False
+        self._accounts.remove(account)
+        self._returns.discards = not self._accounts
+
     async def _reserve(
-        self, account: Account, nbytes: int, *, is_floor: bool, on_wait: Callable[[], object] | None = None
+        self,
+        account: Account,
+        nbytes: int,
+        *,
+        is_floor: bool,
+        is_urgent: bool,
+        on_wait: Callable[[], object] | None,
     ) -> None:
         """Wait for a grant. Cancelling passes a grant that came at the same time on to the next."""
         loop = asyncio.get_running_loop()
-        waiter = _Waiter(account, nbytes, is_floor, loop, loop.create_future())
+        waiter = _Waiter(account, nbytes, is_floor, loop, loop.create_future(), is_urgent)
         with self._lock:
             self._settle()
             self._waiters.append(waiter)
@@ -222,7 +287,8 @@ class MemoryBudget:
             if waiter.is_granted:
                 return
         try:
-            if on_wait is not None:
+            self.relieve()
+            if on_wait is not None and not waiter.is_granted:
                 on_wait()
             await waiter.future
         except BaseException:
@@ -283,7 +349,7 @@ class Account:
 
     async def set_floor(self, nbytes: int) -> None:
         """Wait until `nbytes` are set aside for this stream."""
-        await self._timed(nbytes, is_floor=True)
+        await self._timed(nbytes, is_floor=True, is_urgent=True)
 
     async def allocate(self, nbytes: int, on_wait: Callable[[], object] | None = None) -> Lease:
         """Wait until `nbytes`, rounded up to pages, may be used; return the memory.
@@ -305,11 +371,30 @@ class Account:
         self.floor = 0  # so that the memory's end is enough to give it back
         return lease
 
-    async def _timed(self, nbytes: int, *, is_floor: bool, on_wait: Callable[[], object] | None = None) -> None:
+    async def allocate_all(self, sizes: Sequence[int], on_wait: Callable[[], object]) -> list[Lease]:
+        """Wait until buffers of all these sizes may be used together; return them.
+
+        `on_wait` is called once if it has to wait, when all that is cached has given way; it may raise.
+        """
+        charges = list(map(charge_of, sizes))
+        await self._timed(sum(charges), is_floor=False, is_urgent=True, on_wait=on_wait)
+        leases: list[Lease] = []
+        try:
+            for nbytes, charge in zip(sizes, charges, strict=True):
+                leases.append(self._take(nbytes, charge))
+        except BudgetError:
+            with self.budget._lock:
+                self.used -= sum(charges[len(leases) + 1 :])  # `_take` gave its own back
+            raise
+        return leases
+
+    async def _timed(
+        self, nbytes: int, *, is_floor: bool, is_urgent: bool = False, on_wait: Callable[[], object] | None = None
+    ) -> None:
         began = time.perf_counter()
         self.is_waiting = True
         try:
-            await self.budget._reserve(self, nbytes, is_floor=is_floor, on_wait=on_wait)
+            await self.budget._reserve(self, nbytes, is_floor=is_floor, is_urgent=is_urgent, on_wait=on_wait)
         finally:
             self.is_waiting = False
             self.wait_s += time.perf_counter() - began
@@ -355,6 +440,12 @@ class Account:
                 budget._grant()
             return not self.is_waiting
 
+    def bytes_alive(self) -> int:
+        """Return the bytes of its buffers, handed over or not, that are alive."""
+        with self.budget._lock:
+            self.budget._settle()
+            return self.used + self.held
+
     def bytes_held(self) -> int:
         """Return the bytes of its delivered tensors that left the budget and are still alive."""
         with self.budget._lock:
@@ -369,17 +460,10 @@ class Account:
 
     def close(self) -> None:
         """End the count; what the consumer still holds leaves the budget."""
-        budget = self.budget
-        with budget._lock:
-            budget._settle()
-            for buffer in self.buffers.values():
-                if not buffer.is_held:
-                    self._give(buffer)
-            self.floor = self.header_bytes = 0
-            self.is_admitted = False
-            budget._accounts.remove(self)
-            budget._returns.discards = not budget._accounts
-            budget._grant()
+        with self.budget._lock:
+            self.budget._settle()
+            self.budget._close(self)
+            self.budget._grant()
 
     async def aclose(self) -> None:
         """End the count, and give unused pages back to the system, in a thread; to the end, even when cancelled."""

@@ -91,15 +91,44 @@ class CheckpointInfo(Mapping[str, TensorInfo]):
         return f"<{self._count} tensors in {len(self._shards)} shards>"
 
 
-async def find_shards(store: Store, selection: Selection, threads: DaemonThreads) -> tuple[str, ...]:
-    """Return the names of the files to load, in delivery order.
+class Contents(NamedTuple):
+    """What a path holds, as far as names tell."""
+
+    files: tuple[str, ...]
+    """The files to load, in delivery order."""
+    weight_map: WeightMap | None
+    """Which of them each tensor is in, where an index tells; its own `files` are in another order."""
+    index_bytes: int
+    """Bytes of the index file."""
+
+
+async def find_contents(store: Store, selection: Selection, threads: DaemonThreads) -> Contents:
+    """List a path and choose the files to load.
 
     Raises
     ------
     ObjectNotFoundError, CheckpointError, FormatError
     """
-    files, _ = await _find(store, selection, threads)
-    return files
+    listing = await store.list()
+    # In a thread: a prefix may hold 100,000 objects.
+    layout = await threads.run(
+        lambda: choose_layout(
+            listing.names,
+            is_file=listing.is_file,
+            pattern=selection.pattern,
+            rank=selection.rank,
+            world_size=selection.world_size,
+            pp_rank=selection.pp_rank,
+            path=store.url,
+        )
+    )
+    if layout.kind != "index":
+        return Contents(layout.files, None, 0)
+    (index_name,) = layout.files
+    path = store.path_of(index_name)
+    data = await store.read(index_name, max_bytes=MAX_INDEX_BYTES)
+    weight_map = await threads.run(lambda: parse_index(data, path=path))
+    return Contents(tuple(index_files(weight_map.files, listing.names, path)), weight_map, len(data))
 
 
 async def open_checkpoint(store: Store, selection: Selection, threads: DaemonThreads, account: Account) -> Checkpoint:
@@ -109,7 +138,7 @@ async def open_checkpoint(store: Store, selection: Selection, threads: DaemonThr
     ------
     ObjectNotFoundError, CheckpointError, FormatError, BudgetError, StoreError
     """
-    files, weight_map = await _find(store, selection, threads)
+    files, weight_map, _ = await find_contents(store, selection, threads)
     shards = await _open_shards(store, files, selection, threads, account)
     tables = [shard.header.table for shard in shards]
     twice = await threads.run(duplicate_names, tables, _LISTED)
@@ -159,29 +188,6 @@ async def read_header_of(
     if account is not None:
         account.charge_headers(header.nbytes - int(size * _PARSE_FACTOR), path)
     return Shard(meta, path, header)
-
-
-async def _find(store: Store, selection: Selection, threads: DaemonThreads) -> tuple[tuple[str, ...], WeightMap | None]:
-    listing = await store.list()
-    # In a thread: a prefix may hold 100,000 objects.
-    layout = await threads.run(
-        lambda: choose_layout(
-            listing.names,
-            is_file=listing.is_file,
-            pattern=selection.pattern,
-            rank=selection.rank,
-            world_size=selection.world_size,
-            pp_rank=selection.pp_rank,
-            path=store.url,
-        )
-    )
-    if layout.kind != "index":
-        return layout.files, None
-    (index_name,) = layout.files
-    path = store.path_of(index_name)
-    data = await store.read(index_name, max_bytes=MAX_INDEX_BYTES)
-    weight_map = await threads.run(lambda: parse_index(data, path=path))
-    return tuple(index_files(weight_map.files, listing.names, path)), weight_map
 
 
 async def _open_shards(

@@ -47,6 +47,7 @@ class StagedTransfer(Transfer):
         self._threads = threads
         self.bytes_total = checkpoint.bytes_total
         self.tensors_total = checkpoint.tensors_total
+        self._misaligned: frozenset[ReadItem] = frozenset()
 
     def plan(self, budget: MemoryBudget, *, is_strict: bool) -> None:
         """Make the items. Slow for large checkpoints: not for the event loop.
@@ -63,6 +64,7 @@ class StagedTransfer(Transfer):
             table = shard.header.table
             items.extend(whole_tensors(number, table.starts, table.stops, limit=limit, max_tensors=_MAX_TENSORS))
         self.items = items
+        self._misaligned = frozenset(item for item in items if self._has_misaligned(item))
         for item in items:
             if item.nbytes > budget.nbytes:
                 raise self._too_large(item, budget)
@@ -107,6 +109,9 @@ class StagedTransfer(Transfer):
         return item.nbytes + (_ALIGNMENT * (item.last - item.first + 1) if self._is_misaligned(item) else 0)
 
     def _is_misaligned(self, item: ReadItem) -> bool:
+        return item in self._misaligned
+
+    def _has_misaligned(self, item: ReadItem) -> bool:
         if item.last - item.first == 1:
             return False
         table = self.checkpoint.shards[item.shard].header.table
@@ -131,6 +136,15 @@ class StagedTransfer(Transfer):
             starts = table.starts[item.first : item.last]
             lengths = table.stops[item.first : item.last] - starts
             await self._threads.run(spread, buffer, starts - item.start, self._offsets(item), lengths)
+
+    def view(self, item: ReadItem, lease: Lease | None, index: int) -> Any:
+        """Return one tensor of an item that was read: the one at `index` of its shard. It keeps the lease alive."""
+        shard = self.checkpoint.shards[item.shard]
+        name, code, shape, start, stop = shard.header.table.row(index)
+        offset = start - item.start
+        if self._is_misaligned(item):
+            offset = int(self._offsets(item)[index - item.first])
+        return make_view(self._library, lease, offset, DTYPES[code], shape, stop - start, name=name, path=shard.path)
 
     def deliver(self, item: ReadItem, lease: Lease | None) -> Iterator[tuple[str, Any, int]]:
         shard = self.checkpoint.shards[item.shard]

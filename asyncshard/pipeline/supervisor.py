@@ -71,6 +71,7 @@ class Supervisor:
         self._is_strict = is_strict
         self._is_ordered = is_ordered
         self.account = budget.open_account()
+        budget.add_reclaimer(self)
         self.counters = Counters()
         self.transfer: Transfer | None = None
         self._slots: deque[Slot] = deque()
@@ -158,6 +159,39 @@ class Supervisor:
         with contextlib.suppress(RuntimeError):
             self.loop.call_soon_threadsafe(self._cancel)
 
+    # For the budget
+
+    def reclaim(self, *, hand_over: bool) -> bool:
+        """Give back an item that was read ahead; it is read again later.
+
+        Only for somebody who can wait for nobody, and while the consumer is busy elsewhere: it may be the very one that
+        waits, as when it asks a cache for a shard from within its loop.
+        """
+        if not hand_over:
+            return False
+        try:
+            is_here = asyncio.get_running_loop() is self.loop
+        except RuntimeError:
+            is_here = False
+        if is_here:
+            return self._give_back()
+        with contextlib.suppress(RuntimeError):  # its loop has closed
+            self.loop.call_soon_threadsafe(self._give_back)
+        return False
+
+    def _give_back(self) -> bool:
+        if self.transfer is None or self._is_consumer_waiting or not self._slots:
+            return False
+        slot = self._slots[-1]
+        is_newest = self._next_item > 0 and slot.item is self.transfer.items[self._next_item - 1]
+        if not is_newest or not slot.is_done or slot.lease is None or slot is self._leaving:
+            return False
+        self._slots.pop()
+        slot.lease = None
+        self._next_item -= 1
+        self._taken.set()
+        return True
+
     def _cancel(self) -> None:
         if not self._is_closing:  # once: a second cancel would interrupt the closing
             self._is_closing = True
@@ -210,10 +244,12 @@ class Supervisor:
             largest = max(map(transfer.buffer_bytes, transfer.items), default=0)
             if largest:
                 await self.account.set_floor(charge_of(largest))
-            while not self._is_fed(transfer) and not self._has_failed:
-                await self._read_round(transfer)
-            while self._slots:
-                await self._until_taken()
+            # Until all is read and taken: what was read may be given back, and has to be read again then.
+            while self._slots or not (self._is_fed(transfer) or self._has_failed):
+                if self._is_fed(transfer) or self._has_failed:
+                    await self._until_taken()
+                else:
+                    await self._read_round(transfer)
 
     async def _clean_up(self) -> None:
         self._slots.clear()
@@ -253,12 +289,16 @@ class Supervisor:
             if self._is_far_enough(transfer.pacing.prefetch_count):
                 await self._until_taken()
                 continue
-            item = transfer.items[self._next_item]
+            number = self._next_item
+            item = transfer.items[number]
             try:
-                lease = await self._reserve(transfer.buffer_bytes(item))
+                lease = await self._reserve(transfer.prepare(item))
             except BudgetError as error:
                 self._fail(error)
                 return
+            if number != self._next_item:  # earlier ones were given back meanwhile
+                del lease
+                continue
             slot = Slot(item, lease)
             del lease
             self._slots.append(slot)
@@ -295,6 +335,7 @@ class Supervisor:
         """
         if not self.account.is_waiting or not self._needed_bytes or not self._is_consumer_waiting or self._slots:
             return
+        self._budget.relieve(is_urgent=True)
         if not self.account.hand_over(newest_only=self._is_strict):
             budget = self._budget
             self._fail(
@@ -332,3 +373,4 @@ class Supervisor:
             slot.lease = None
         slot.is_done = True
         self._changed.set()
+        self._budget.relieve()

@@ -63,6 +63,10 @@ class Transfer(ABC):
     def buffer_bytes(self, item: ReadItem) -> int:
         """Return how large a buffer an item needs, in bytes; 0 for none."""
 
+    def prepare(self, item: ReadItem) -> int:
+        """Return how large a buffer an item needs that is to be read now, never more than `buffer_bytes`."""
+        return self.buffer_bytes(item)
+
     @abstractmethod
     async def read(self, item: ReadItem, lease: Lease | None) -> None:
         """Read an item; nothing writes after it has returned or raised. It may be called again after a cancel."""

@@ -12,7 +12,7 @@ from urllib.parse import unquote, urlsplit
 from asyncshard.stores.base import Listing, ObjectMeta, Store
 from asyncshard.stores.local import LocalStore
 
-__all__ = ["Listing", "LocalStore", "ObjectMeta", "Store", "from_url"]
+__all__ = ["Listing", "LocalStore", "ObjectMeta", "Store", "file_from_url", "from_url", "name_of_file"]
 
 
 def from_url(
@@ -62,6 +62,34 @@ def from_url(
         raise ValueError(f"{path}: no store serves {scheme}://; a local path, file:// or s3:// URL is needed")
     _require_known(LocalStore, storage_options)
     return LocalStore(path, max_workers=max_workers, page_cache=page_cache, **storage_options)
+
+
+def file_from_url(url: str | os.PathLike[str], **options: Any) -> tuple[Store, str]:
+    """Return the store of the folder that a file is in, and the file's name there. It does no I/O.
+
+    Parameters and errors are those of `from_url`.
+    """
+    path = os.fspath(url)
+    name = name_of_file(url)
+    if _is_local(path):
+        options["allow_symlinks"] = True  # the user named the file, and nothing else is opened
+    folder, slash, _ = path.rpartition("/")
+    return from_url(folder + slash or ".", **options), name
+
+
+def name_of_file(url: str | os.PathLike[str]) -> str:
+    """Return the last part of a file's path or URL, as its store names it."""
+    path = os.fspath(url)
+    if not isinstance(path, str):
+        raise TypeError(f"a file's path is a str or a path of str, not {path!r}")
+    name = path.rpartition("/")[2]
+    if not name:
+        raise ValueError(f"{path!r} names no file")
+    return unquote(name) if path[:7].lower() == "file://" else name
+
+
+def _is_local(path: str) -> bool:
+    return "://" not in path or path[:7].lower() == "file://"
 
 
 def _s3_store(url: str, **options: Any) -> Store:

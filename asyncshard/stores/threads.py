@@ -50,17 +50,23 @@ class DaemonThreads(Executor):
     def _work(self) -> None:
         while (job := self._next_job()) is not None:
             future, fn, args, kwargs = job
+            # Nothing of the call may stay alive through this thread, not even for the moment in which its caller learns
+            # that it has ended: what a caller lets go of then would still be in use.
+            del job
             if future.set_running_or_notify_cancel():
                 try:
                     result = fn(*args, **kwargs)
                 except BaseException as error:
+                    del fn, args, kwargs
                     future.set_exception(error)
                     del error
                 else:
+                    del fn, args, kwargs
                     future.set_result(result)
                     del result
-            # While this thread waits, nothing of the last call may stay alive through it.
-            del job, future, fn, args, kwargs
+            else:
+                del fn, args, kwargs
+            del future
 
     def _next_job(self) -> _Job | None:
         try:

@@ -107,11 +107,6 @@ async def test_a_shared_budget_bounds_the_loaders_together(gated):
     assert budget.bytes_used == 0
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=TimeoutError,
-    reason="the floor is taken with the first tensor asked for, when the other stream's prefetch has the whole budget",
-)
 async def test_two_streams_of_a_shared_budget_may_be_read_in_step(gated):
     budget = MemoryBudget(2)
     stores = [gated(), gated()]

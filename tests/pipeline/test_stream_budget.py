@@ -156,7 +156,6 @@ async def test_two_loads_that_each_need_more_than_half_share_a_budget(checkpoint
     assert (budget.bytes_used, budget.bytes_held) == (0, 0)
 
 
-@pytest.mark.xfail(strict=True, reason="what one stream has read ahead keeps the other's floor from being granted")
 async def test_two_streams_of_one_loader_may_be_read_in_turns_by_one_task(checkpoints):
     store = MemoryStore(checkpoints.rank_files(checkpoints.tensors(20, nbytes=MIB // 8)))
     loader = AsyncShardLoader(memory_budget_mb=1, chunk_size=MIB // 8)

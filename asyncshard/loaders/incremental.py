@@ -1,0 +1,443 @@
+"""Random access to shards and tensors, with a cache in memory."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import os
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, NamedTuple, Self, TypeVar, Unpack
+
+from asyncshard._core import WeightMap
+from asyncshard.errors import BudgetError, NamesError, ObjectChangedError
+from asyncshard.format.header import Header
+from asyncshard.loaders.loader import Loader, ModelPath, Request, inherited, open_file, open_store
+from asyncshard.loaders.options import Options, ReadTuning, require_int
+from asyncshard.pipeline.arrays import ArrayLibrary
+from asyncshard.pipeline.budget import Account, MemoryBudget, charge_of
+from asyncshard.pipeline.cached import CachedTransfer
+from asyncshard.pipeline.checkpoint import Checkpoint, Selection, find_contents, read_header_of
+from asyncshard.pipeline.shard_cache import CachedFile, CacheStatistics, ShardCache
+from asyncshard.pipeline.shard_tensors import ShardTensors
+from asyncshard.pipeline.single_flight import SingleFlight
+from asyncshard.pipeline.staged import StagedTransfer
+from asyncshard.pipeline.transfer import all_of
+from asyncshard.plan.items import ReadItem
+from asyncshard.stores import Store, name_of_file
+from asyncshard.stores.threads import DaemonThreads, finish
+
+T = TypeVar("T")
+ShardFile = str | os.PathLike[str]
+Callback = Callable[[str, Any], object]
+"""Gets name and tensor; what it returns is awaited where it is awaitable."""
+
+
+class IncrementalShardLoader(Loader):
+    """Load shards and single tensors as they are asked for, and keep what was used last in memory.
+
+    The cache is bounded in bytes, headers included, by the memory budget, and in shards by `cache_size`; the least
+    recently used shard goes first. A shard is a snapshot of its file: it stays as it was read until it is evicted,
+    whatever becomes of the file. Tensors are shared by all who ask: NumPy arrays are read-only, torch tensors, which
+    cannot be, must not be written to.
+
+    What somebody still uses of a shard that was evicted counts against the budget, as `bytes_held`, until it dies, or
+    until a read can be met in no other way; then it leaves the budget.
+
+    Within ``async with loader:`` files and connections stay open between calls; leaving it, like `aclose`, empties the
+    cache. Without it each call that reads opens and closes its own.
+
+    Parameters
+    ----------
+    base_loader : loader, optional
+        Which files, and the options that are not given here; the budget is shared with it.
+    memory_budget_mb : float, optional
+        Size of a budget of its own, in units of 2**20 bytes.
+    cache_size : int, optional
+        How many shards may have tensors in the cache; by default the budget alone bounds them.
+    **tuning
+        See `Options`.
+
+    Raises
+    ------
+    ValueError, TypeError
+        An option out of range, or one that does not exist.
+    """
+
+    def __init__(
+        self,
+        base_loader: Loader | None = None,
+        memory_budget_mb: float | None = None,
+        cache_size: int | None = None,
+        **tuning: Unpack[ReadTuning],
+    ) -> None:
+        if cache_size is not None:
+            require_int("cache_size", cache_size, 1)
+        self._cache_size = cache_size
+        self._set_up(*inherited(base_loader, {**tuning, "memory_budget_mb": memory_budget_mb}))
+
+    def _set_up(self, selection: Selection, options: Options, budget: MemoryBudget | None = None) -> None:
+        super().__init__(selection, options, budget)
+        self._cache = ShardCache(self.budget, self._cache_size, is_strict=options.strict_budget)
+        self._headers = SingleFlight()
+        self._reads = SingleFlight()
+        self._located: dict[str, _Located] = {}
+        self._sources: dict[str, _Source] = {}
+        self._is_entered = False
+
+    def __getstate__(self) -> Any:
+        return self._cache_size, super().__getstate__()
+
+    def __setstate__(self, state: Any) -> None:
+        self._cache_size, base = state
+        self._set_up(*base)
+
+    def __repr__(self) -> str:
+        size = self.budget.memory_budget_mb
+        return f"IncrementalShardLoader(memory_budget_mb={size!r}, cache_size={self._cache_size!r})"
+
+    async def __aenter__(self) -> Self:
+        self._is_entered = True
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Empty the cache and close files and connections; those in use are closed by the reads that use them.
+
+        The loader may be used again.
+        """
+        self._is_entered = False
+        self.clear()
+        self._cache.release()
+        await finish(asyncio.ensure_future(self._close_idle()))
+
+    async def _close_idle(self) -> None:
+        for folder, source in list(self._sources.items()):
+            if not source.users:
+                del self._sources[folder]
+                await source.aclose()
+        threads = DaemonThreads(1, "asyncshard-work")
+        await threads.run(self.budget.trim)
+        await threads.aclose()
+
+    async def load_shard(self, shard_file: ShardFile) -> ShardTensors:
+        """Return the tensors of one file: a read-only mapping of name to tensor.
+
+        Tasks that ask for the same file meanwhile share one read. Cancelling one of them disturbs no other; cancelling
+        all stops the read.
+
+        Parameters
+        ----------
+        shard_file : str or path
+            A local path or URL of one ``.safetensors`` file.
+
+        Raises
+        ------
+        BudgetError
+            The file's tensors and header exceed the budget.
+        FormatError, ObjectNotFoundError, AccessDeniedError, NotRegularFileError, StoreError
+            Nothing is remembered of a read that failed.
+        """
+        key = _key_of(shard_file)
+        file = self._cache.find(key)
+        if file is not None and file.tensors is not None:
+            self._cache.hits += 1
+            return file.tensors
+        self._cache.misses += 1
+        return await self._reads.run(key, lambda: self._read(key, shard_file, self._read_whole))
+
+    async def get_tensor(self, path: ShardFile, name: str) -> Any:
+        """Return one tensor, reading no other's bytes.
+
+        Parameters
+        ----------
+        path : str or path
+            A local path or URL of a ``.safetensors`` file, or of a directory or prefix that holds a checkpoint.
+        name : str
+
+        Raises
+        ------
+        NamesError
+            There is no such tensor.
+        BudgetError
+            The tensor exceeds the budget.
+        FormatError, CheckpointError, StoreError
+        """
+        if not os.fspath(path).endswith(".safetensors"):
+            path = await self._file_of(path, name)
+        key = _key_of(path)
+        file = self._cache.find(key)
+        tensors = None if file is None else file.tensors or file.lone.get(name)
+        if tensors is not None:
+            if name not in tensors:
+                raise _unknown(key, name)
+            self._cache.hits += 1
+            return tensors[name]
+        self._cache.misses += 1
+
+        async def read_one(opened: _Opened, file: CachedFile) -> ShardTensors:
+            return await self._read_one(opened, file, name)
+
+        tensors = await self._reads.run((key, name), lambda: self._read(key, path, read_one))
+        return tensors[name]
+
+    async def load_weights_incremental(self, path: ModelPath, callback: Callback) -> None:
+        """Call ``callback(name, tensor)`` for every tensor, in plan order; what it returns is awaited if it can be.
+
+        The next shards are read while it runs, at most `prefetch_count` read items ahead and within the budget,
+        whatever the size of the checkpoint. Shards in the cache are delivered from there; others pass by it, or a
+        large checkpoint would evict everything.
+
+        Raises
+        ------
+        Exception
+            Whatever the callback raises, with a note that names the tensor. The load has stopped then.
+        NamesError, CheckpointError, FormatError, BudgetError, StoreError
+        """
+        async with self._stream(Request(path)) as weights:
+            async for name, tensor in weights:
+                try:
+                    result = callback(name, tensor)
+                    if inspect.isawaitable(result):
+                        await result
+                    del result
+                except Exception as error:
+                    url = path.url if isinstance(path, Store) else os.fspath(path)
+                    error.add_note(f"raised by the callback for tensor {name!r} of {url}")
+                    raise
+                del tensor  # or it would count as held while the next one is read
+
+    def statistics(self) -> CacheStatistics:
+        """Return what the cache has done so far, and what it holds."""
+        return self._cache.statistics(reads_in_flight=len(self._reads))
+
+    def evict(self, path: ShardFile) -> bool:
+        """Forget a file, or what is known of a checkpoint's files; return whether there was anything.
+
+        The next call reads it again. Tensors in use stay as they are.
+        """
+        key = _key_of(path)
+        is_known = self._forget_location(key)
+        return self._cache.evict(key) or is_known
+
+    def clear(self) -> None:
+        """Forget everything. Tensors in use stay as they are."""
+        for key in list(self._located):
+            self._forget_location(key)
+        self._cache.clear()
+
+    def _staged_transfer(self, *args: Any) -> StagedTransfer:
+        return CachedTransfer(*args, cache=self._cache)
+
+    # Reading, each in a task that the waiters share
+
+    async def _read(
+        self,
+        key: str,
+        path: ShardFile,
+        read: Callable[[_Opened, CachedFile], Coroutine[Any, Any, T]],
+    ) -> T:
+        async with self._opened(path) as opened:
+            while True:
+                known = self._cache.peek(key)
+                file = known if known else await self._headers.run(key, lambda: self._read_header(key, opened))
+                try:
+                    with self._cache.pinned(file):
+                        return await read(opened, file)
+                except ObjectChangedError:
+                    if known is None:
+                        raise
+                    self._cache.evict(key)  # its header was that of the file before
+
+    async def _read_header(self, key: str, opened: _Opened) -> CachedFile:
+        account = self._cache.open_account()
+        try:
+            shard = await read_header_of(
+                opened.store,
+                opened.name,
+                opened.threads,
+                max_header_bytes=self._options.max_header_bytes,
+                max_tensors=self._options.max_tensors,
+                account=account,
+            )
+        except BaseException:
+            self._cache.discard(account)
+            raise
+        return self._cache.add(key, shard, account)
+
+    async def _read_whole(self, opened: _Opened, file: CachedFile) -> ShardTensors:
+        if file.tensors is not None:
+            return file.tensors
+        transfer = self._transfer(opened, file)
+        await opened.threads.run(lambda: transfer.plan(self.budget, is_strict=False))
+        file.tensors = tensors = await self._read_items(transfer, file, transfer.items)
+        file.lone.clear()
+        return tensors
+
+    async def _read_one(self, opened: _Opened, file: CachedFile, name: str) -> ShardTensors:
+        index = file.shard.header.table.find(name)
+        if index < 0:
+            raise _unknown(file.shard.path, name)
+        info = file.shard.header.at(index)
+        item = ReadItem(0, info.start, info.stop, index, index + 1)
+        tensors = await self._read_items(self._transfer(opened, file), file, [item])
+        file.lone[name] = tensors
+        return tensors
+
+    def _transfer(self, opened: _Opened, file: CachedFile) -> StagedTransfer:
+        pacing = self._pacing(opened.store)
+        return StagedTransfer(Checkpoint((file.shard,)), opened.store, pacing, opened.library, opened.threads)
+
+    async def _read_items(self, transfer: StagedTransfer, file: CachedFile, items: Sequence[ReadItem]) -> ShardTensors:
+        sizes = [transfer.buffer_bytes(item) for item in items]
+        charge = sum(charge_of(size) for size in sizes if size)
+        if charge + file.account.header_bytes > self.budget.nbytes:
+            raise _too_large(file, charge, self.budget)
+        path = file.shard.path
+        leases = iter(
+            await file.account.allocate_all(
+                [size for size in sizes if size],
+                on_wait=lambda: self._cache.require_room(file.account.header_bytes + charge, path),
+            )
+        )
+        placed = [(item, next(leases) if size else None) for item, size in zip(items, sizes, strict=True)]
+        pending = iter(placed)
+
+        async def work() -> None:
+            for item, lease in pending:
+                await transfer.read(item, lease)
+
+        count = min(transfer.pacing.prefetch_count, len(placed))
+        await all_of([asyncio.ensure_future(work()) for _ in range(count)])
+        return ShardTensors(transfer, items, [lease for _, lease in placed])
+
+    # Where files are
+
+    async def _file_of(self, path: ShardFile, name: str) -> str:
+        """Return the path of the file of a checkpoint that holds a tensor."""
+        key = _key_of(path)
+        located = self._located.get(key)
+        if located is None:
+            located = await self._headers.run(("located", key), lambda: self._locate(key, path))
+        if located.weight_map is not None:
+            place = located.weight_map.find(name)
+            if place >= 0:
+                return located.paths[located.weight_map.files[place]]
+        else:
+            for file_path in located.paths.values():
+                if name in await self._read(_key_of(file_path), file_path, _header_of):
+                    return file_path
+        raise _unknown(key, name)
+
+    async def _locate(self, key: str, path: ShardFile) -> _Located:
+        store = open_store(path, self._options)
+        threads = DaemonThreads(1, "asyncshard-work")
+        account = self._cache.open_account()
+        try:
+            contents = await find_contents(store, self._selection, threads)
+            account.charge_headers(_INDEX_FACTOR * contents.index_bytes, store.url)
+        except BaseException:
+            self._cache.discard(account)
+            raise
+        finally:
+            await threads.aclose()
+            await finish(asyncio.ensure_future(store.aclose()))
+        paths = {name: store.path_of(name) for name in contents.files}
+        self._forget_location(key)
+        self._located[key] = located = _Located(paths, contents.weight_map, account)
+        self.budget.relieve()
+        return located
+
+    def _forget_location(self, key: str) -> bool:
+        located = self._located.pop(key, None)
+        if located is not None:
+            self._cache.discard(located.account)
+        return located is not None
+
+    @asynccontextmanager
+    async def _opened(self, path: ShardFile) -> AsyncIterator[_Opened]:
+        """Open the store of a file's folder, or use the one that is open."""
+        folder = _key_of(path).rpartition("/")[0]
+        source = self._sources.get(folder)
+        if source is None:
+            store, name = open_file(path, self._options)
+            source = self._sources[folder] = _Source(store, DaemonThreads(1, "asyncshard-work"))
+        else:
+            name = name_of_file(path)
+        source.users += 1
+        try:
+            library = await source.threads.run(self._options.library)
+            yield _Opened(source.store, name, source.threads, library)
+        finally:
+            source.users -= 1
+            if not source.users and not self._is_entered:
+                if self._sources.get(folder) is source:
+                    del self._sources[folder]
+                await finish(asyncio.ensure_future(source.aclose()))
+
+
+@dataclass(slots=True, eq=False)
+class _Source:
+    """A store that is open, and who reads from it."""
+
+    store: Store
+    threads: DaemonThreads
+    users: int = 0
+
+    async def aclose(self) -> None:
+        await self.threads.aclose()
+        await self.store.aclose()
+
+
+class _Opened(NamedTuple):
+    """What reading a file takes."""
+
+    store: Store
+    name: str
+    threads: DaemonThreads
+    library: ArrayLibrary
+
+
+class _Located(NamedTuple):
+    """Where a checkpoint's files are."""
+
+    paths: dict[str, str]
+    """By name, in plan order."""
+    weight_map: WeightMap | None
+    account: Account
+
+
+_INDEX_FACTOR = 2
+"""Bytes that a weight map takes for each of its index, about."""
+
+
+async def _header_of(opened: _Opened, file: CachedFile) -> Header:
+    return file.shard.header
+
+
+def _key_of(path: ShardFile) -> str:
+    """Return what a file or directory is called here: its URL, or its absolute path."""
+    text = os.fspath(path)
+    return text.rstrip("/") if "://" in text else os.path.abspath(text)
+
+
+def _too_large(file: CachedFile, charge: int, budget: MemoryBudget) -> BudgetError:
+    needed = charge + file.account.header_bytes
+    return BudgetError(
+        f"{file.shard.path}: its tensors and header take {needed:,} bytes, more than the memory budget of "
+        f"{budget.nbytes:,} bytes; raise memory_budget_mb to {-(-needed >> 20)} or more, or ask for single tensors "
+        "(get_tensor), or for all in turn (load_weights_incremental)",
+        path=file.shard.path,
+        needed_bytes=needed,
+        budget_bytes=budget.nbytes,
+    )
+
+
+def _unknown(path: str, name: str) -> NamesError:
+    return NamesError(f"{path}: there is no tensor {name!r}", path=path, missing=(name,))

@@ -1,0 +1,46 @@
+"""Tensors through buffers of the budget, but for shards that are in memory already."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from asyncshard._core import Lease
+from asyncshard.pipeline.shard_cache import ShardCache
+from asyncshard.pipeline.shard_tensors import ShardTensors, frozen
+from asyncshard.pipeline.staged import StagedTransfer
+from asyncshard.plan.items import ReadItem
+
+
+class CachedTransfer(StagedTransfer):
+    """Deliver tensors of a cached shard from memory, where it is the same object still; read the others past the cache.
+
+    What is cached is looked up when an item's turn comes, and kept alive until the item is delivered.
+    """
+
+    cache: ShardCache
+
+    def __init__(self, *args: Any, cache: ShardCache) -> None:
+        super().__init__(*args)
+        self._cache = cache
+        self._found: dict[ReadItem, ShardTensors] = {}
+
+    def prepare(self, item: ReadItem) -> int:
+        shard = self.checkpoint.shards[item.shard]
+        file = self._cache.peek(shard.path)
+        if file is None or file.tensors is None or file.shard.meta != shard.meta:
+            return super().prepare(item)
+        self._cache.hits += item.first == 0
+        self._found[item] = file.tensors
+        return 0
+
+    def deliver(self, item: ReadItem, lease: Lease | None) -> Iterator[tuple[str, Any, int]]:
+        cached = self._found.pop(item, None)
+        if cached is None:
+            for name, tensor, nbytes in super().deliver(item, lease):
+                yield name, frozen(tensor), nbytes
+            return
+        row = self.checkpoint.shards[item.shard].header.table.row
+        for index in range(item.first, item.last):
+            name, _, _, start, stop = row(index)
+            yield name, cached[name], stop - start

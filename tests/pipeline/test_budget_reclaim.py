@@ -1,0 +1,139 @@
+"""What is cached gives way to requests that wait for the budget."""
+
+import asyncio
+
+import pytest
+
+from asyncshard import MemoryBudget
+from asyncshard.errors import BudgetError
+
+MIB = 1 << 20
+
+
+class Cache:
+    """Holds buffers that it can do without, and one in use."""
+
+    def __init__(self, budget):
+        self.budget = budget
+        self.account = budget.open_account()
+        self.leases = []
+        self.calls = []
+        self.can_hand_over = False
+        budget.add_reclaimer(self)
+
+    def reclaim(self, *, hand_over):
+        self.calls.append(hand_over)
+        if self.leases:
+            self.leases.pop(0)
+            return True
+        if hand_over and self.can_hand_over:
+            self.can_hand_over = False
+            self.account.close()
+            return True
+        return False
+
+
+def never():
+    raise AssertionError("it had to wait")
+
+
+async def test_only_as_much_is_reclaimed_as_is_needed():
+    budget = MemoryBudget(4)
+    cache, account = Cache(budget), budget.open_account()
+    cache.leases = await cache.account.allocate_all([MIB] * 4, never)
+    lease = await account.allocate(2 * MIB)
+    assert (len(cache.leases), budget.bytes_used) == (2, 4 * MIB)
+    del lease
+    cache.leases.clear()
+    account.close()
+    cache.account.close()
+    assert budget.bytes_used == 0
+
+
+async def test_several_buffers_are_granted_together_or_not_at_all():
+    budget = MemoryBudget(4)
+    account, other = budget.open_account(), budget.open_account()
+    lease = await other.allocate(2 * MIB)
+    waits = []
+    both = asyncio.ensure_future(account.allocate_all([MIB, 2 * MIB], lambda: waits.append(budget.bytes_used)))
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert not both.done()
+    assert (waits, account.used) == ([2 * MIB], 0)
+    del lease
+    assert [lease.nbytes for lease in await both] == [MIB, 2 * MIB]
+    del both
+    account.close()
+    other.close()
+
+
+async def test_who_has_to_wait_may_give_up():
+    budget = MemoryBudget(1)
+    account, other = budget.open_account(), budget.open_account()
+    lease = await other.allocate(MIB)
+
+    def give_up():
+        raise BudgetError("no")
+
+    with pytest.raises(BudgetError, match="no"):
+        await account.allocate_all([MIB], give_up)
+    del lease
+    lease = await account.allocate(MIB)
+    del lease
+    account.close()
+    other.close()
+
+
+async def test_what_is_in_use_is_handed_over_last_and_only_for_who_cannot_wait():
+    budget = MemoryBudget(1)
+    cache, account = Cache(budget), budget.open_account()
+    cache.can_hand_over = True
+    (in_use,) = await cache.account.allocate_all([MIB], never)
+    patient = asyncio.ensure_future(account.allocate(MIB, on_wait=lambda: None))
+    for _ in range(3):
+        await asyncio.sleep(0)
+    assert not patient.done()
+    assert set(cache.calls) == {False}
+    patient.cancel()
+    lease = (await account.allocate_all([MIB], lambda: None))[0]
+    assert cache.calls[-1]
+    assert (budget.bytes_used, budget.bytes_held, in_use.nbytes) == (MIB, MIB, MIB)
+    del lease, in_use
+    account.close()
+    assert (budget.bytes_used, budget.bytes_held) == (0, 0)
+
+
+async def test_the_first_stream_waits_for_what_is_in_use_to_give_way():
+    """Its floor counts what others use, though no other stream has one."""
+    budget = MemoryBudget(1)
+    cache, account = Cache(budget), budget.open_account()
+    cache.leases = await cache.account.allocate_all([MIB // 2] * 2, never)
+    await account.set_floor(MIB)
+    assert cache.leases == []
+    account.close()
+    cache.account.close()
+
+
+async def test_a_reclaimer_that_is_gone_is_not_asked():
+    budget = MemoryBudget(1)
+    cache, account = Cache(budget), budget.open_account()
+    calls, of_cache = cache.calls, cache.account
+    del cache
+    lease = await of_cache.allocate(MIB)
+    waiting = asyncio.ensure_future(account.allocate(MIB))
+    for _ in range(3):
+        await asyncio.sleep(0)
+    assert (calls, waiting.done()) == ([], False)
+    del lease
+    await waiting
+    del waiting
+    account.close()
+    of_cache.close()
+
+
+async def test_an_account_may_be_closed_from_a_finaliser():
+    budget = MemoryBudget(1)
+    account = budget.open_account()
+    account.charge_headers(1000, "x")
+    budget.abandon(account)
+    assert budget.bytes_used == 0
