@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import weakref
 from collections.abc import AsyncIterator
 from types import TracebackType
@@ -51,7 +50,7 @@ class Update:
         self._applying: asyncio.Task[None] | None = None
         self._finalizer: weakref.finalize[Any, Any] | None = None
         if account is not None:
-            self._finalizer = weakref.finalize(self, _abandon, asyncio.get_running_loop(), account)
+            self._finalizer = weakref.finalize(self, account.budget.abandon, account)
             self._finalizer.atexit = False
 
     @property
@@ -185,9 +184,3 @@ async def _write_sinks(contents: Contents, rows: list[Row]) -> None:
             error.filled, error.torn = tuple(filled), (row.name,)  # type: ignore[attr-defined]
             raise
         filled.append(row.name)
-
-
-def _abandon(loop: asyncio.AbstractEventLoop, account: Account) -> None:
-    """Close an account from wherever an object dies, with the budget's lock held maybe, so not here."""
-    with contextlib.suppress(RuntimeError):  # the loop has closed; the memory has gone back without this
-        loop.call_soon_threadsafe(account.close)

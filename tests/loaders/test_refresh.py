@@ -569,8 +569,6 @@ async def test_a_dropped_update_gives_its_memory_back(new_files, live):
     update = await loader.prepare_refresh(MemoryStore(new_files), live)
     assert loader.budget.bytes_used >= 8 * SIZE
     del update
-    assert loader.budget.bytes_used == 0
-    await turns(2)
     assert is_clean(loader.budget)
 
 
@@ -578,7 +576,7 @@ def test_an_update_dropped_after_its_loop_gives_its_memory_back(new_files, live)
     loader = make_loader()
     updates = [asyncio.run(loader.prepare_refresh(MemoryStore(new_files), live))]
     updates.clear()
-    assert loader.budget.bytes_used == 0
+    assert is_clean(loader.budget)
 
 
 async def test_tensors_kept_after_the_end_count_as_held(new, new_files, live):
