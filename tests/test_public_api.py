@@ -36,6 +36,7 @@ def test_the_names_of_the_public_api_are_there() -> None:
     assert set(asyncshard.__all__) >= {
         "AsyncShardError",
         "AsyncShardLoader",
+        "CheckpointVersion",
         "Header",
         "MemoryBudget",
         "ShardPattern",
@@ -44,6 +45,7 @@ def test_the_names_of_the_public_api_are_there() -> None:
         "Sink",
         "SubtensorFilter",
         "TensorInfo",
+        "Update",
         "__version__",
         "compute_shard_assignment",
         "errors",
@@ -150,6 +152,19 @@ SIGNATURES: dict[str, tuple[Any, list[tuple[str, str, Any]]]] = {
             ("max_shard_size", ONLY, None),
         ],
     ),
+    "prepare_refresh": (
+        asyncshard.ShardedStateLoader.prepare_refresh,
+        [
+            ("path", BOTH, "required"),
+            ("state_dict", BOTH, "required"),
+            ("since", BOTH, None),
+            ("stage", ONLY, True),
+            ("strict", ONLY, True),
+            ("cast", ONLY, False),
+        ],
+    ),
+    "Update.apply": (asyncshard.Update.apply, []),
+    "CheckpointVersion.parse": (asyncshard.CheckpointVersion.parse, [("text", BOTH, "required")]),
     "read_header": (asyncshard.read_header, [("path", BOTH, "required")]),
     "parse_header": (asyncshard.parse_header, [("data", BOTH, "required"), ("file_size", BOTH, None)]),
     "load": (asyncshard.load, [("path", BOTH, "required"), ("options", ANY, "required")]),
@@ -177,6 +192,9 @@ def test_signatures_are_kept(name: str) -> None:
         asyncshard.ShardedStateLoader.load_weights,
         asyncshard.ShardedStateLoader.discover_shards,
         asyncshard.AsyncShardLoader.load_weights_async,
+        asyncshard.ShardedStateLoader.prepare_refresh,
+        asyncshard.Update.apply,
+        asyncshard.Update.aclose,
         asyncshard.Stream.drain,
         asyncshard.Stream.aclose,
     ],
@@ -263,7 +281,20 @@ def test_importing_brings_no_framework_prints_nothing_and_changes_no_global_stat
     result = json.loads(done.stderr)
     assert result["changed"] == []
     assert result["logger"] == [0, 0, True]
-    heavy = {"torch", "jax", "safetensors", "aiobotocore", "botocore", "vllm", "starlette", "ray", "pytest", "tqdm"}
+    heavy = {
+        "torch",
+        "jax",
+        "safetensors",
+        "xxhash",
+        "filelock",
+        "aiobotocore",
+        "botocore",
+        "vllm",
+        "starlette",
+        "ray",
+        "pytest",
+        "tqdm",
+    }
     assert not heavy & set(result["modules"])
 
 

@@ -101,6 +101,13 @@ async def test_a_rank_gets_its_own_shards() -> None:
     np.testing.assert_array_equal(weights["weight"], np.full((4, 64), 1, np.float32))
 
 
+async def test_weights_are_refreshed(capsys: pytest.CaptureFixture[str]) -> None:
+    variables = await run("Refresh weights under a running server")
+    assert capsys.readouterr().out == "('head',) 16384\n"
+    assert (variables["state"]["head"] == 1).all()
+    assert (variables["state"]["body"] == 0).all()
+
+
 async def test_progress_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     await run("Show progress")
     assert "16,640 of 16,640 bytes, 0.0 s to go" in capsys.readouterr().out

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,11 +13,11 @@ from asyncshard._core import Lease
 from asyncshard.format.dtypes import DTYPES, Dtype
 from asyncshard.pipeline.arrays import ArrayLibrary, make_view
 from asyncshard.pipeline.checkpoint import Checkpoint
-from asyncshard.pipeline.destinations import ShardDestinations
+from asyncshard.pipeline.destinations import ShardDestinations, StridedTarget
 from asyncshard.pipeline.matching import fit, is_sink
 
-_PIECE = 16 << 20
-"""Bytes copied in one go: large tensors are shared between the threads."""
+_LARGE = 1 << 20
+"""Bytes of a tensor that takes more time to copy than to look up."""
 _BLOCK = 256
 """Tensors between two moments without the GIL."""
 
@@ -44,12 +44,37 @@ class Row(NamedTuple):
     """Its destination."""
 
 
-class Copy(NamedTuple):
-    """A call that copies without the GIL."""
+class Share:
+    """What one thread copies. In two lists: a tuple for each tensor would set off the garbage collector."""
 
-    nbytes: int
-    function: Callable[..., object]
-    arguments: tuple[Any, ...]
+    def __init__(self) -> None:
+        self.nbytes = 0
+        self._targets: list[NDArray[Any] | StridedTarget] = []
+        self._sources: list[NDArray[np.uint8]] = []
+
+    def add(self, target: NDArray[Any] | StridedTarget, source: NDArray[np.uint8]) -> None:
+        """Append a copy of bytes into contiguous memory, or of elements into a strided view."""
+        self.nbytes += len(source)
+        self._targets.append(target)
+        self._sources.append(source)
+
+    def run(self) -> None:
+        """Copy without the GIL, and forget everything."""
+        for number, (target, source) in enumerate(zip(self._targets, self._sources, strict=True)):
+            if isinstance(target, StridedTarget):
+                target.store(0, source.data)
+            else:
+                # In one piece: the C library copies what is larger than its caches faster, past these.
+                np.copyto(target.reshape(-1).view(np.uint8), source)
+            if number % _BLOCK == 0:
+                time.sleep(0)
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything; slow for very many tensors."""
+        self.nbytes = 0
+        self._targets.clear()
+        self._sources.clear()
 
 
 class Contents:
@@ -106,53 +131,32 @@ class Contents:
             self.library, self.lease, row.offset, row.dtype, row.shape, row.nbytes, name=row.name, path=row.path
         )
 
-    def copies(self) -> list[Copy]:
-        """Return what has to be copied into arrays, looking their memory up anew: they may have moved since.
+    def share(self, shares: Sequence[Share]) -> list[Row]:
+        """Append what has to be copied into arrays, large ones to the share with the fewest bytes, others to the first.
+
+        Returns the tensors that go to sinks. The arrays' memory is looked up anew: it may have moved since.
 
         Raises
         ------
         DestinationError
             A destination does not fit any more.
         """
-        found = []
+        staged = np.frombuffer(b"" if self.lease is None else memoryview(self.lease), np.uint8)
+        sinks = []
         for row in self.rows():
             if is_sink(row.given):
+                sinks.append(row)
                 continue
             shape = self.library.shape_of(row.dtype, row.shape, row.nbytes)
             memory, strided, _ = fit(self.library, row.name, row.dtype, shape, row.given, cast=self.cast)
-            if not row.nbytes:
-                continue
-            source = self.bytes_of(row, 0, row.nbytes)
-            if strided is not None:
-                found.append(Copy(row.nbytes, strided.store, (0, source)))
-                continue
-            target = memory.reshape(-1).view(np.uint8)
-            array = np.frombuffer(source, np.uint8)
-            for start in range(0, row.nbytes, _PIECE):
-                piece = slice(start, start + _PIECE)
-                found.append(Copy(len(array[piece]), np.copyto, (target[piece], array[piece])))
-        return found
+            if row.nbytes:
+                # Two threads that take turns with the GIL at small copies would leave none of it to the event loop.
+                is_large = row.nbytes >= _LARGE
+                lightest = min(shares, key=lambda share: share.nbytes) if is_large else shares[0]
+                lightest.add(strided or memory, staged[row.offset : row.offset + row.nbytes])
+        return sinks
 
     def bytes_of(self, row: Row, start: int, stop: int) -> memoryview:
         """Return staged bytes of a tensor."""
         assert self.lease is not None
         return memoryview(self.lease)[row.offset + start : row.offset + stop]
-
-
-def share(copies: list[Copy], count: int) -> list[list[Copy]]:
-    """Give each thread about as many bytes."""
-    shares: list[list[Copy]] = [[] for _ in range(count)]
-    loads = [0] * count
-    for copy in copies:
-        lightest = loads.index(min(loads))
-        shares[lightest].append(copy)
-        loads[lightest] += copy.nbytes
-    return shares
-
-
-def run_copies(share: list[Copy]) -> None:
-    """Make the calls of one thread."""
-    for number, (_, function, arguments) in enumerate(share):
-        function(*arguments)
-        if number % _BLOCK == 0:
-            time.sleep(0)

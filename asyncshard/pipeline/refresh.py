@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from typing import Any
 
@@ -25,6 +26,8 @@ from asyncshard.plan.items import ReadItem
 from asyncshard.stores.base import Store
 from asyncshard.stores.threads import DaemonThreads
 
+_BLOCK = 256
+"""Tensors between two moments without the GIL."""
 _SPACING = 64
 """Staged tensors begin at multiples of this, a cache line."""
 _EMPTY: Any = object()
@@ -202,6 +205,8 @@ class RefreshTransfer(PlacedTransfer):
         assert digests is not None
         assert self._digest is not None
         for index in range(item.first, item.last):
+            if index % _BLOCK == 0:
+                time.sleep(0)  # lets go of the GIL
             if destinations.given[index] is None:
                 continue
             name, _, _, start, stop = shard.header.table.row(index)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import weakref
 from collections.abc import AsyncIterator
 from types import TracebackType
@@ -11,8 +10,7 @@ from typing import Any, Self
 
 from asyncshard.errors import StreamClosedError
 from asyncshard.pipeline.budget import Account
-from asyncshard.pipeline.contents import Contents, Copy, run_copies, share
-from asyncshard.pipeline.matching import is_sink
+from asyncshard.pipeline.contents import Contents, Row, Share
 from asyncshard.pipeline.pace import Pace
 from asyncshard.pipeline.version import CheckpointVersion
 from asyncshard.stores.threads import DaemonThreads, finish
@@ -52,7 +50,7 @@ class Update:
         self._applying: asyncio.Task[None] | None = None
         self._finalizer: weakref.finalize[Any, Any] | None = None
         if account is not None:
-            self._finalizer = weakref.finalize(self, _abandon, asyncio.get_running_loop(), account)
+            self._finalizer = weakref.finalize(self, account.budget.abandon, account)
             self._finalizer.atexit = False
 
     @property
@@ -118,7 +116,9 @@ class Update:
         """Give the memory back, after an `apply` that is running. From any task, any number of times."""
         if self._applying is not None:
             await asyncio.wait([self._applying])
-        await finish(asyncio.ensure_future(self._release()))
+        account = self._let_go()
+        if account is not None:
+            await account.aclose()
 
     def _open_contents(self) -> Contents:
         if self._contents is None:
@@ -127,29 +127,30 @@ class Update:
 
     async def _apply(self, contents: Contents) -> None:
         threads = DaemonThreads(_COPYING_THREADS, "asyncshard-apply")
-        copies: list[Copy] = []
+        shares = [Share() for _ in range(_COPYING_THREADS)]
         try:
-            copies += await threads.run(contents.copies)
-            await _write_sinks(contents)
-            shares = await threads.run(share, copies, _COPYING_THREADS)
-            await asyncio.gather(*(threads.run(run_copies, part) for part in shares))
-            del shares
+            await _write_sinks(contents, await threads.run(contents.share, shares))
+            await asyncio.gather(*(threads.run(share.run) for share in shares if share.nbytes))
         finally:
-            copies.clear()  # an error refers to this frame, and would keep the memory alive
             del contents
+            for share in shares:
+                if share.nbytes:  # an error refers to this frame, and would keep the memory alive
+                    await threads.run(share.clear)
+            account = self._let_go()
+            if account is not None:
+                account.close()
+                await threads.run(account.budget.trim)
             await threads.aclose()
-            await self._release()
 
-    async def _release(self) -> None:
+    def _let_go(self) -> Account | None:
+        """Let go of the memory; return the account, which the caller closes."""
         contents, self._contents = self._contents, None
         account, self._account = self._account, None
         if contents is not None:
             contents.lease = None
-        if account is None:
-            return
         if self._finalizer is not None:
             self._finalizer.detach()
-        await account.aclose()
+        return account
 
 
 class _Tensors:
@@ -172,11 +173,9 @@ class _Tensors:
         raise StopAsyncIteration
 
 
-async def _write_sinks(contents: Contents) -> None:
+async def _write_sinks(contents: Contents, rows: list[Row]) -> None:
     filled: list[str] = []
-    for row in contents.rows():
-        if not is_sink(row.given):
-            continue
+    for row in rows:
         try:
             for start in range(0, row.nbytes, contents.chunk_size):
                 stop = min(start + contents.chunk_size, row.nbytes)
@@ -185,9 +184,3 @@ async def _write_sinks(contents: Contents) -> None:
             error.filled, error.torn = tuple(filled), (row.name,)  # type: ignore[attr-defined]
             raise
         filled.append(row.name)
-
-
-def _abandon(loop: asyncio.AbstractEventLoop, account: Account) -> None:
-    """Close an account from wherever an object dies, with the budget's lock held maybe, so not here."""
-    with contextlib.suppress(RuntimeError):  # the loop has closed; the memory has gone back without this
-        loop.call_soon_threadsafe(account.close)

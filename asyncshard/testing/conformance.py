@@ -110,6 +110,14 @@ class StoreTests:
             assert "b.bin" in str(error)
             assert await store.read("b.bin") == other
 
+    async def test_a_fingerprint_lasts_until_the_object_is_replaced(self) -> None:
+        async with await self.make_store(self.files) as store:
+            prints = [store.fingerprint((await store.open("a.bin", 0))[0]) for _ in range(2)]
+            assert prints[0] == prints[1]
+            await self.replace(store, "a.bin", b"another object")
+            meta, _ = await store.open("a.bin", 0)
+            assert prints[0] is None or prints[0] != store.fingerprint(meta)
+
     async def test_a_removed_object_is_an_error(self) -> None:
         async with await self.make_store(self.files) as store:
             meta, _ = await store.open("b.bin", 0)

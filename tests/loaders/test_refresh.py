@@ -1,267 +1,784 @@
-"""`prepare_refresh` and `Update`: read what differs, then apply it at once."""
+"""Refreshing live weights: only what differs is read, nothing live is touched before it is applied, all of it then."""
 
 import asyncio
 import contextlib
 import gc
+import os
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 
-from asyncshard import CheckpointVersion, ShardedStateLoader, save_sharded_state
-from asyncshard.errors import BudgetError, ChecksumError, NamesError, StoreError
-from asyncshard.stores import LocalStore
-from asyncshard.testing import Fault, FaultyStore, WrapperStore
+import asyncshard
+from asyncshard import AsyncShardLoader, CheckpointVersion, ShardedStateLoader, save_sharded_state
+from asyncshard.errors import (
+    BudgetError,
+    ChecksumError,
+    DestinationError,
+    FormatError,
+    NamesError,
+    ObjectChangedError,
+    ObjectNotFoundError,
+    StoreError,
+    StreamClosedError,
+)
+from asyncshard.format.digests import DIGESTS_KEY
+from asyncshard.testing import Fault, FaultyStore, GatedStore, MemoryStore, S3Server
+from asyncshard.testing.fakes import WrapperStore
 
-KIB, MIB = 1 << 10, 1 << 20
-CHANGED = ("t3", "t4", "t11")
+SIZE = 4096
+CHANGED = ("layer.2", "layer.3", "layer.6")
+"""Two neighbours of one shard, and one of another."""
 
 
 class CountingStore(WrapperStore):
-    """Counts the bytes of tensors that are read."""
+    """Remembers the ranges that are read."""
 
-    nbytes = 0
+    def __init__(self, store):
+        super().__init__(store)
+        self.reads = []
 
     async def read_into(self, meta, start, buffers):
-        self.nbytes += sum(buffer.nbytes for buffer in buffers)
+        self.reads.append((meta.name, start, sum(buffer.nbytes for buffer in buffers)))
         await super().read_into(meta, start, buffers)
 
 
-def state(change=0):
-    tensors = {f"t{i}": np.full(16 * KIB, i, np.int32) for i in range(16)}
-    for name in CHANGED:
-        tensors[name] = tensors[name] + change
-    return tensors
+async def files_of(tensors, directory, *, digests=True):
+    """Return the files of a sharded state, two shards, as a mapping of name to bytes."""
+    paths = await save_sharded_state(tensors, directory, rank=0, digests=digests, max_shard_size=5 * SIZE)
+    return {os.path.basename(path): Path(path).read_bytes() for path in paths}
 
 
-def same(one, other):
-    return all(np.array_equal(one[name], other[name]) for name in one)
+@pytest.fixture(scope="session")
+def old(checkpoints):
+    return checkpoints.tensors(8, nbytes=SIZE)
 
 
-@pytest.fixture(params=[True, False], ids=["digests", "no digests"])
-async def models(tmp_path, request):
-    """Two checkpoints in directories of their own, and whether they have digests."""
-    for name, change in (("old", 0), ("new", 100)):
-        await save_sharded_state(
-            state(change), tmp_path / name, rank=0, max_shard_size=256 * KIB, digests=request.param
-        )
-    return tmp_path / "old", tmp_path / "new", request.param
+@pytest.fixture(scope="session")
+def new(old):
+    return {name: array + 1000 if name in CHANGED else array for name, array in old.items()}
 
 
 @pytest.fixture
-async def digested(tmp_path):
-    for name, change in (("old", 0), ("new", 100)):
-        await save_sharded_state(state(change), tmp_path / name, rank=0, max_shard_size=256 * KIB, digests=True)
-    return tmp_path / "old", tmp_path / "new"
+async def old_files(old, tmp_path):
+    return await files_of(old, tmp_path / "old")
 
 
-async def loaded(path, loader):
-    live = {name: np.zeros_like(tensor) for name, tensor in state().items()}
-    await loader.load_weights(path, live)
-    assert same(live, state())
-    return live, loader.last_report.version
+@pytest.fixture
+async def new_files(new, tmp_path):
+    return await files_of(new, tmp_path / "new")
 
 
-async def test_what_differs_is_read_and_applied_at_once(models):
-    old, new, has_digests = models
-    loader = ShardedStateLoader()
-    live, version = await loaded(old, loader)
-    async with CountingStore(LocalStore(str(new))) as store:
-        update = await loader.prepare_refresh(store, live, since=version)
-        assert sorted(update.changed) == sorted(CHANGED if has_digests else state())
-        assert update.bytes_read == store.nbytes == len(update.changed) * 64 * KIB
-    assert same(live, state())
-    assert loader.budget.bytes_used >= update.bytes_read
+@pytest.fixture
+def live(old):
+    return {name: array.copy() for name, array in old.items()}
+
+
+def is_same(state, expected):
+    return all(np.array_equal(state[name], array) for name, array in expected.items())
+
+
+def make_loader(**tuning):
+    return ShardedStateLoader(**{"memory_budget_mb": 1, **tuning})
+
+
+async def version_of(path):
+    async with AsyncShardLoader(memory_budget_mb=1).stream(path) as stream:
+        return stream.version
+
+
+async def turns(count):
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+def is_clean(budget):
+    return budget.bytes_used == 0 and not budget._accounts
+
+
+# What is read
+
+
+@pytest.mark.parametrize("stage", [True, False])
+async def test_only_what_differs_is_read_neighbours_together(old, new, old_files, new_files, live, stage):
+    loader = make_loader()
+    await loader.load_weights(MemoryStore(old_files), live)
+    store = CountingStore(MemoryStore(new_files, url="memory://elsewhere"))
+    update = await loader.prepare_refresh(store, live, loader.last_report.version, stage=stage)
+    assert update.changed == CHANGED
+    assert update.bytes_read == 3 * SIZE
+    assert sorted(nbytes for _, _, nbytes in store.reads) == [SIZE, 2 * SIZE]
+    assert is_same(live, old if stage else new)
     await update.apply()
-    assert same(live, state(100))
+    assert is_same(live, new)
+    assert update.version == await version_of(store)
+    assert is_clean(loader.budget)
+
+
+@pytest.mark.parametrize("digests", [True, False])
+async def test_nothing_is_read_where_nothing_changed(old, live, tmp_path, digests):
+    store = CountingStore(MemoryStore(await files_of(old, tmp_path, digests=digests)))
+    update = await make_loader().prepare_refresh(store, live, await version_of(store))
+    assert (update.changed, update.bytes_read, store.reads) == ((), 0, [])
+    assert [name async for name, _ in update] == []
+    await update.apply()
+    assert is_same(live, old)
+
+
+async def test_without_a_version_everything_is_read(new, new_files, live):
+    update = await make_loader().prepare_refresh(MemoryStore(new_files), live)
+    assert update.changed == tuple(new)
+    await update.apply()
+    assert is_same(live, new)
+
+
+async def test_without_digests_the_shard_is_what_is_compared(old, new, live, tmp_path):
+    old_store = MemoryStore(await files_of(old, tmp_path / "old", digests=False))
+    some = {name: new[name] if name == "layer.6" else array for name, array in old.items()}
+    store = CountingStore(MemoryStore(await files_of(some, tmp_path / "new", digests=False), url="memory://new"))
+    update = await make_loader().prepare_refresh(store, live, await version_of(old_store))
+    assert update.changed == ("layer.5", "layer.6", "layer.7")
+    assert {name for name, _, _ in store.reads} == {"model-rank-0-part-1.safetensors"}
+    await update.apply()
+    assert is_same(live, some)
+
+
+async def test_files_of_a_disk_are_told_by_their_path_and_times(old, live, tmp_path):
+    loader = make_loader()
+    for folder in ("one", "two"):
+        await save_sharded_state(old, tmp_path / folder, rank=0)
+    since = await version_of(tmp_path / "one")
+    assert (await loader.prepare_refresh(tmp_path / "one", live, since)).changed == ()
+    (path,) = (tmp_path / "one").iterdir()
+    status = path.stat()
+    for folder in ("one", "two"):  # the times of a file say nothing of another one
+        os.utime(next((tmp_path / folder).iterdir()), ns=(status.st_atime_ns, status.st_mtime_ns))
+        async with await loader.prepare_refresh(tmp_path / folder, live, since) as update:
+            assert update.changed == tuple(old)
+    assert is_clean(loader.budget)
+
+
+async def test_a_file_written_again_in_place_with_its_times_restored_is_read(old, new, live, tmp_path):
+    (path,) = await save_sharded_state(old, tmp_path, rank=0)
+    since = await version_of(tmp_path)
+    status = os.stat(path)
+    (other,) = await save_sharded_state(new, tmp_path / "other", rank=0)
+    Path(path).write_bytes(Path(other).read_bytes())
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    update = await make_loader().prepare_refresh(tmp_path, live, since)
+    await update.apply()
+    assert is_same(live, new)
+
+
+async def test_a_store_without_fingerprints_is_read_whole_unless_there_are_digests(old, old_files, live, tmp_path):
+    class Plain(MemoryStore):
+        def fingerprint(self, meta):
+            return None
+
+    plain = Plain(await files_of(old, tmp_path / "plain", digests=False))
+    async with await make_loader().prepare_refresh(plain, live, await version_of(plain)) as update:
+        assert update.changed == tuple(old)
+    store = Plain(old_files)
+    async with await make_loader().prepare_refresh(store, live, await version_of(store)) as update:
+        assert update.changed == ()
+
+
+async def test_a_tensor_with_the_same_bytes_and_another_dtype_has_changed(tmp_path):
+    bits = np.arange(8, dtype=np.int32)
+    since = await version_of(MemoryStore(await files_of({"a": bits, "b": bits * 2}, tmp_path / "old")))
+    other = {"a": bits.view(np.float32), "b": bits * 2}
+    live = {"a": np.zeros(8, np.float32), "b": bits * 2}
+    store = MemoryStore(await files_of(other, tmp_path / "new"))
+    async with await make_loader().prepare_refresh(store, live, since) as update:
+        assert update.changed == ("a",)
+
+
+async def test_a_tensor_that_moved_to_another_shard_has_not_changed(old, live, tmp_path):
+    since = await version_of(MemoryStore(await files_of(old, tmp_path / "old")))
+    turned = dict(reversed(old.items()))
+    store = CountingStore(MemoryStore(await files_of(turned, tmp_path / "new"), url="memory://new"))
+    async with await make_loader().prepare_refresh(store, live, since) as update:
+        assert update.changed == ()
+    assert store.reads == []
+
+
+async def test_large_tensors_are_read_in_chunks_and_checked_whole(tmp_path):
+    array = np.random.default_rng(0).integers(0, 256, 5 * SIZE + 3, np.uint8)
+    live = {"w": np.zeros_like(array), "x": np.zeros(0, np.float32)}
+    files = await files_of({"w": array}, tmp_path)
+    store = CountingStore(MemoryStore(files))
+    update = await make_loader(chunk_size=SIZE).prepare_refresh(store, live, strict=False)
+    assert len(store.reads) == 6
+    await update.apply()
+    assert np.array_equal(live["w"], array)
+
+
+async def test_a_version_lasts_over_a_restart(old, new, tmp_path, live):
+    await save_sharded_state(old, tmp_path / "old", rank=0, digests=True)
+    program = """
+import asyncio, pickle, sys
+from asyncshard import ShardedStateLoader
+async def main():
+    loader = ShardedStateLoader()
+    await loader.load_weights(sys.argv[1])
+    sys.stdout.buffer.write(pickle.dumps((str(loader.last_report.version), loader.last_report.version)))
+asyncio.run(main())
+"""
+    result = await asyncio.to_thread(
+        subprocess.run,
+        [sys.executable, "-c", program, str(tmp_path / "old")],
+        capture_output=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(Path(asyncshard.__file__).parents[1])},
+    )
+    text, pickled = pickle.loads(result.stdout)
+    await save_sharded_state(new, tmp_path / "new", rank=0, digests=True)
+    for since in (CheckpointVersion.parse(text), pickled):
+        async with await make_loader().prepare_refresh(tmp_path / "new", live, since) as update:
+            assert update.changed == CHANGED
+        assert (await make_loader().prepare_refresh(tmp_path / "old", live, since)).changed == ()
+
+
+# S3
+
+
+OPTIONS = {"key": "id", "secret": "secret", "region_name": "us-east-1"}
+
+
+def is_data(request):
+    return request.method == "GET" and "if-match" in request.headers
+
+
+@pytest.fixture
+async def server():
+    async with S3Server() as server:
+        yield server
+
+
+def put_all(server, prefix, files, **more):
+    for name, data in files.items():
+        server.put("models", f"{prefix}/{name}", data, **more)
+    return f"s3://models/{prefix}"
+
+
+@pytest.fixture
+def s3_loader(server):
+    return make_loader(storage_options={"endpoint_url": server.endpoint_url, **OPTIONS})
+
+
+@pytest.mark.parametrize("digests", [True, False])
+async def test_nothing_changed_in_s3_asks_for_no_data(server, s3_loader, old, live, tmp_path, digests):
+    files = await files_of(old, tmp_path, digests=digests)
+    first, second = put_all(server, "first", files), put_all(server, "second", files)
+    await s3_loader.load_weights(first, live)
+    since = s3_loader.last_report.version
+    for url in (first, second):  # an ETag that is an MD5 says that the content is the same
+        server.requests.clear()
+        update = await s3_loader.prepare_refresh(url, live, since)
+        assert update.changed == ()
+        assert not [request for request in server.requests if is_data(request)]
+
+
+async def test_what_changed_below_a_new_prefix_of_s3_is_read_alone(
+    server, s3_loader, old, new, old_files, new_files, live
+):
+    await s3_loader.load_weights(put_all(server, "step-1", old_files), live)
+    since = CheckpointVersion.parse(str(s3_loader.last_report.version))
+    url = put_all(server, "step-2", new_files)
+    server.requests.clear()
+    update = await s3_loader.prepare_refresh(url, live, since)
+    ranges = [request.headers["range"] for request in server.requests if is_data(request)]
+    sizes = [int(stop) - int(start) + 1 for start, stop in (text.removeprefix("bytes=").split("-") for text in ranges)]
+    assert sorted(sizes) == [SIZE, 2 * SIZE]
+    assert is_same(live, old)
+    await update.apply()
+    assert is_same(live, new)
+
+
+async def test_etags_that_are_no_md5_say_nothing_of_another_path(server, s3_loader, old, live, tmp_path):
+    files = await files_of(old, tmp_path, digests=False)
+    first, second = (put_all(server, prefix, files, etag='"opaque"') for prefix in ("first", "second"))
+    await s3_loader.load_weights(first, live)
+    since = s3_loader.last_report.version
+    assert (await s3_loader.prepare_refresh(first, live, since)).changed == ()
+    async with await s3_loader.prepare_refresh(second, live, since) as update:
+        assert update.changed == tuple(old)
+
+
+async def test_the_md5_of_a_multipart_upload_tells_the_content(server, s3_loader, old, live, tmp_path):
+    files = await files_of(old, tmp_path, digests=False)
+    etag = f'"{"0123456789abcdef" * 2}-3"'
+    first, second = (put_all(server, prefix, files, etag=etag) for prefix in ("first", "second"))
+    await s3_loader.load_weights(first, live)
+    assert (await s3_loader.prepare_refresh(second, live, s3_loader.last_report.version)).changed == ()
+
+
+# Live weights are untouched until they are applied
+
+
+@pytest.mark.parametrize("after", [0, 1000])
+@pytest.mark.parametrize("broken", range(4))
+async def test_an_error_at_any_read_leaves_the_live_weights(old, new_files, live, broken, after):
+    loader = make_loader(chunk_size=SIZE)
+    fault = Fault(after=after, error=StoreError("broken"))
+    store = FaultyStore(MemoryStore(new_files), {broken: fault})
+    with pytest.raises(StoreError, match="broken") as caught:
+        await loader.prepare_refresh(store, live)
+    assert (caught.value.filled, caught.value.torn) == ((), ())
+    assert is_same(live, old)
+    assert is_clean(loader.budget)
+
+
+async def test_a_missing_shard_or_checkpoint_leaves_the_live_weights(old, new_files, live):
+    loader = make_loader()
+    store = FaultyStore(MemoryStore(new_files), opens={"model-rank-0-part-1.safetensors": Fault(error=StoreError("x"))})
+    with pytest.raises(StoreError):
+        await loader.prepare_refresh(store, live)
+    with pytest.raises(ObjectNotFoundError):
+        await loader.prepare_refresh(MemoryStore({}), live)
+    assert is_same(live, old)
+    assert is_clean(loader.budget)
+
+
+async def test_an_object_replaced_meanwhile_leaves_the_live_weights(old, old_files, new_files, live):
+    loader = make_loader()
+    memory = MemoryStore(new_files)
+    store = GatedStore(memory)
+    task = asyncio.ensure_future(loader.prepare_refresh(store, live))
+    await store.waiting(1)
+    for name, data in old_files.items():
+        memory.replace(name, data)
+    store.open_all()
+    with pytest.raises(ObjectChangedError):
+        await task
+    assert is_same(live, old)
+    assert is_clean(loader.budget)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+async def test_a_cancel_at_any_turn_leaves_the_live_weights_and_nothing_else(old, old_files, new_files, live, times):
+    loader = make_loader(chunk_size=SIZE)
+    since = await version_of(MemoryStore(old_files))
+    for count in range(10_000):
+        task = asyncio.ensure_future(loader.prepare_refresh(MemoryStore(new_files), live, since))
+        await turns(count)
+        for _ in range(times):
+            task.cancel()
+            await turns(1)
+        await asyncio.wait([task])
+        assert is_same(live, old)
+        if not task.cancelled():
+            assert task.result().changed == CHANGED
+            await task.result().aclose()
+            assert is_clean(loader.budget)
+            return
+        del task
+        gc.collect() if count % 50 == 0 else None
+        assert is_clean(loader.budget)
+    raise AssertionError("it does not end")
+
+
+async def test_a_cancel_waits_for_the_reads_that_write(old, new_files, live):
+    loader = make_loader()
+    store = GatedStore(MemoryStore(new_files), is_stubborn=True)
+    task = asyncio.ensure_future(loader.prepare_refresh(store, live))
+    await store.waiting(2)
+    task.cancel()
+    await turns(20)
+    assert not task.done()
+    store.open_all()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert is_same(live, old)
+    assert is_clean(loader.budget)
+
+
+async def test_names_and_shapes_are_checked_before_anything_is_read(new_files, live):
+    loader = make_loader()
+    store = CountingStore(MemoryStore(new_files))
+    with pytest.raises(NamesError):
+        await loader.prepare_refresh(store, {**live, "more": np.zeros(3)})
+    with pytest.raises(NamesError):
+        await loader.prepare_refresh(store, {"layer.0": live["layer.0"]})
+    with pytest.raises(DestinationError):
+        await loader.prepare_refresh(store, {**live, "layer.0": np.zeros(3, np.float32)})
+    with pytest.raises(DestinationError, match="cast=True"):
+        await loader.prepare_refresh(store, {**live, "layer.0": live["layer.0"].astype(np.float16)})
+    with pytest.raises(TypeError, match="CheckpointVersion"):
+        await loader.prepare_refresh(store, live, "a version")
+    assert store.reads == []
+    assert is_clean(loader.budget)
+
+
+async def test_with_strict_off_what_matches_is_refreshed_and_the_rest_reported(old, new, new_files, live):
+    loader = make_loader()
+    state = {"layer.2": live["layer.2"], "more": np.zeros(3)}
+    update = await loader.prepare_refresh(MemoryStore(new_files), state, strict=False)
+    assert loader.last_report.missing == ("more",)
+    assert "layer.3" in loader.last_report.unexpected
+    assert loader.last_report.version is None
+    assert update.changed == ("layer.2",)
+    await update.apply()
+    assert np.array_equal(live["layer.2"], new["layer.2"])
+    assert np.array_equal(live["layer.3"], old["layer.3"])
+
+
+async def test_a_load_that_failed_reports_no_version(old_files, live):
+    loader = make_loader(chunk_size=SIZE)
+    store = FaultyStore(MemoryStore(old_files), {1: Fault(error=StoreError("broken"))})
+    with pytest.raises(StoreError):
+        await loader.load_weights(store, live)
+    assert loader.last_report.version is None
+
+
+# Digests that are wrong
+
+
+def damaged(files, name, at=-1):
+    """Flip a bit of a file's data."""
+    data = bytearray(files[name])
+    data[at] ^= 1
+    return {**files, name: bytes(data)}
+
+
+@pytest.mark.parametrize("stage", [True, False])
+@pytest.mark.parametrize("chunk_size", [1024, 1 << 20])
+async def test_bytes_that_do_not_match_their_digest_are_an_error(old, new_files, live, stage, chunk_size):
+    loader = make_loader(chunk_size=chunk_size)
+    files = damaged(new_files, "model-rank-0-part-1.safetensors")
+    with pytest.raises(ChecksumError) as caught:
+        await loader.prepare_refresh(MemoryStore(files), live, stage=stage)
+    assert caught.value.tensor in str(caught.value)
+    assert caught.value.tensor in old
+    assert caught.value.path == "memory://checkpoint/model-rank-0-part-1.safetensors"
+    if stage:
+        assert is_same(live, old)
+    else:
+        assert caught.value.tensor in caught.value.torn
+    assert is_clean(loader.budget)
+
+
+async def test_malformed_digests_stop_a_refresh_and_no_load(old, live, checkpoints):
+    store = MemoryStore({"model.safetensors": checkpoints.shard(old, metadata={DIGESTS_KEY: "00"})})
+    loader = make_loader()
+    await loader.load_weights(store, live)
+    since = loader.last_report.version
+    assert (await loader.prepare_refresh(store, live, since)).changed == ()
+    with pytest.raises(FormatError, match="digests"):
+        await loader.prepare_refresh(store, live)
+    assert is_clean(loader.budget)
+
+
+async def test_digests_that_cannot_be_checked_are_an_error(new_files, live, monkeypatch):
+    monkeypatch.setitem(sys.modules, "xxhash", None)
+    store = CountingStore(MemoryStore(new_files))
+    loader = make_loader()
+    with pytest.raises(ImportError, match=r"asyncshard\[cache\]"):
+        await loader.prepare_refresh(store, live)
+    assert store.reads == []
+    assert is_clean(loader.budget)
+    assert (await loader.prepare_refresh(store, live, await version_of(store))).changed == ()
+
+
+# The budget
+
+
+async def test_what_does_not_fit_the_budget_is_an_error_before_anything_is_read(new_files, live):
+    loader = make_loader(memory_budget_mb=6 * SIZE / (1 << 20))
+    store = CountingStore(MemoryStore(new_files))
+    with pytest.raises(BudgetError) as caught:
+        await loader.prepare_refresh(store, live)
+    assert caught.value.needed_bytes > caught.value.budget_bytes == 6 * SIZE
+    assert f"{caught.value.needed_bytes:,}" in str(caught.value)
+    assert "stage=False" in str(caught.value)
+    assert store.reads == []
+    assert is_clean(loader.budget)
+
+
+async def test_a_change_that_fits_is_read_though_the_whole_does_not(new, old_files, new_files, live):
+    loader = make_loader(memory_budget_mb=6 * SIZE / (1 << 20))
+    since = await version_of(MemoryStore(old_files))
+    update = await loader.prepare_refresh(MemoryStore(new_files), live, since)
+    assert loader.budget.bytes_used == 3 * SIZE
+    await update.apply()
+    assert is_same(live, new)
+    assert is_clean(loader.budget)
+
+
+async def test_an_update_waits_for_the_memory_of_another_one(new_files, live):
+    loader = make_loader(memory_budget_mb=14 * SIZE / (1 << 20))
+    stores = [MemoryStore(new_files) for _ in range(3)]
+    pending = {asyncio.ensure_future(loader.prepare_refresh(store, live)) for store in stores}
+    while pending:
+        done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+        (task,) = done
+        assert 8 * SIZE <= loader.budget.bytes_used <= loader.budget.nbytes
+        await task.result().aclose()
+    assert is_clean(loader.budget)
+
+
+async def test_a_cancel_while_waiting_for_the_budget_leaves_nothing(new_files, live):
+    loader = make_loader(memory_budget_mb=14 * SIZE / (1 << 20))
+    async with await loader.prepare_refresh(MemoryStore(new_files), live):
+        task = asyncio.ensure_future(loader.prepare_refresh(MemoryStore(new_files), live))
+        for _ in range(1_000_000):  # threads have work to do before
+            if loader.budget._waiters:
+                break
+            await turns(1)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    assert is_clean(loader.budget)
+
+
+async def test_write_through_needs_no_budget(new, new_files, live):
+    loader = make_loader(memory_budget_mb=3 * SIZE / (1 << 20))
+    update = await loader.prepare_refresh(MemoryStore(new_files), live, stage=False)
     assert loader.budget.bytes_used == 0
+    assert is_same(live, new)
+    assert loader.last_report.version == update.version
+    assert {name: array is live[name] async for name, array in update} == dict.fromkeys(new, True)
+    await update.apply()
     with pytest.raises(RuntimeError, match="applied"):
         await update.apply()
 
 
-async def test_where_nothing_has_changed_no_tensor_is_read(models):
-    old, _, _ = models
-    loader = ShardedStateLoader()
-    live, version = await loaded(old, loader)
-    async with CountingStore(LocalStore(str(old))) as store:
-        update = await loader.prepare_refresh(store, live, since=version)
-        assert (update.changed, update.bytes_read, store.nbytes) == ((), 0, 0)
-    await update.apply()
-    assert same(live, state())
+async def test_an_update_that_waits_does_not_hold_up_a_load_in_place(new, new_files, live):
+    loader = make_loader(memory_budget_mb=14 * SIZE / (1 << 20))
+    state = {name: np.zeros_like(array) for name, array in new.items()}
+    async with await loader.prepare_refresh(MemoryStore(new_files), live):
+        await loader.load_weights(MemoryStore(new_files), state)
+    assert is_same(state, new)
+    assert is_clean(loader.budget)
 
 
-async def test_a_version_survives_a_restart(digested):
-    old, new = digested
-    loader = ShardedStateLoader()
-    live, version = await loaded(old, loader)
-    for copy in (CheckpointVersion.parse(str(version)), pickle.loads(pickle.dumps(version))):
-        assert copy == version
-        async with await ShardedStateLoader().prepare_refresh(new, live, since=copy) as update:
-            assert update.changed == CHANGED
-    await update.aclose()
-    for wrong in ("", "{}", "nonsense", str(version)[:-40]):
-        with pytest.raises(ValueError, match="version"):
-            CheckpointVersion.parse(wrong)
+async def test_write_through_tells_what_is_whole_and_what_is_torn(new_files, live):
+    store = FaultyStore(MemoryStore(new_files), {2: Fault(after=100, error=StoreError("broken"))})
+    with pytest.raises(StoreError) as caught:
+        await make_loader(chunk_size=SIZE, prefetch_count=1).prepare_refresh(store, live, stage=False)
+    assert caught.value.filled == ("layer.0", "layer.1")
+    assert caught.value.torn == ("layer.2",)
 
 
-async def test_updates_follow_each_other(digested):
-    old, new = digested
-    loader = ShardedStateLoader()
-    live, version = await loaded(old, loader)
-    for path, expected in ((new, state(100)), (old, state()), (new, state(100))):
-        update = await loader.prepare_refresh(path, live, since=version)
-        assert update.changed == CHANGED
-        await update.apply()
-        assert same(live, expected)
-        version = update.version
-
-
-async def test_without_a_version_everything_is_read(digested):
-    old, new = digested
-    loader = ShardedStateLoader()
-    live, _ = await loaded(old, loader)
-    update = await loader.prepare_refresh(new, live)
-    assert sorted(update.changed) == sorted(state())
-    await update.apply()
-    assert same(live, state(100))
-
-
-async def test_the_staged_tensors_may_be_iterated_over(digested):
-    old, new = digested
-    loader = ShardedStateLoader()
-    live, version = await loaded(old, loader)
-    async with await loader.prepare_refresh(new, live, since=version) as update:
-        for _ in range(2):
-            got = [(name, tensor.copy()) async for name, tensor in update]
-            assert tuple(name for name, _ in got) == CHANGED
-            assert all(np.array_equal(tensor, state(100)[name]) for name, tensor in got)
-    assert same(live, state())
-    assert loader.budget.bytes_used == 0
-
-
-async def test_an_error_at_any_read_leaves_the_live_weights_alone(digested):
-    old, new = digested
-    loader = ShardedStateLoader(chunk_size=64 * KIB)
-    live, version = await loaded(old, loader)
-    number = 0
-    while True:
-        async with LocalStore(str(new)) as disk:
-            store = FaultyStore(disk, {number: Fault(error=StoreError("broken"), after=1000)})
-            try:
-                update = await loader.prepare_refresh(store, live, since=version)
-            except StoreError:
-                assert same(live, state())
-            else:
-                break
-        gc.collect()
-        assert loader.budget.bytes_used == 0
-        number += 1
-    assert number >= 2
-    await update.apply()
-    assert same(live, state(100))
-
-
-async def test_a_cancel_at_any_turn_leaves_the_live_weights_alone(digested):
-    old, new = digested
-    loader = ShardedStateLoader()
-    live, version = await loaded(old, loader)
-    for turns in range(0, 60, 3):
-        task = asyncio.ensure_future(loader.prepare_refresh(new, live, since=version))
-        for _ in range(turns):
-            await asyncio.sleep(0)
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await (await task).aclose()
-        assert same(live, state())
-        del task
-        await asyncio.sleep(0)
-        gc.collect()
-        assert loader.budget.bytes_used == 0
-
-
-async def test_a_cancel_of_apply_finishes_it_first(digested):
-    old, new = digested
-    loader = ShardedStateLoader()
-    live, version = await loaded(old, loader)
-    update = await loader.prepare_refresh(new, live, since=version)
-    task = asyncio.ensure_future(update.apply())
-    await asyncio.sleep(0)
-    await asyncio.sleep(0)
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
-    assert same(live, state(100))
-    await update.aclose()
-    assert loader.budget.bytes_used == 0
-
-
-async def test_what_does_not_fit_the_budget_is_an_error_and_may_be_written_through(digested):
-    old, new = digested
-    loader = ShardedStateLoader(memory_budget_mb=0.1)
-    live, version = await loaded(old, loader)
-    with pytest.raises(BudgetError, match=r"raise memory_budget_mb"):
-        await loader.prepare_refresh(new, live, since=version)
-    assert same(live, state())
-    update = await loader.prepare_refresh(new, live, since=version, stage=False)
-    assert same(live, state(100))
-    assert [name async for name, _ in update] == list(CHANGED)
-    await update.apply()
-
-
-async def test_names_that_do_not_match_are_an_error_before_anything_is_read(digested):
-    old, new = digested
-    loader = ShardedStateLoader()
-    live, version = await loaded(old, loader)
-    live["other"] = np.zeros(3, np.int32)
-    async with CountingStore(LocalStore(str(new))) as store:
-        with pytest.raises(NamesError, match="other"):
-            await loader.prepare_refresh(store, live, since=version)
-        assert store.nbytes == 0
-
-
-async def test_bytes_that_do_not_match_their_digest_are_never_applied(digested):
-    old, new = digested
-    loader = ShardedStateLoader()
-    live, version = await loaded(old, loader)
-    for path in new.iterdir():
-        data = bytearray(path.read_bytes())
-        data[-1] ^= 1  # of t3, t7, t11 and t15: the last of each part
-        path.write_bytes(data)
-    with pytest.raises(ChecksumError, match=r"t(3|11)\b"):
-        await loader.prepare_refresh(new, live, since=version)
-    assert same(live, state())
-
-
-async def test_strided_destinations_get_their_tensors(digested):
-    old, new = digested
-    loader = ShardedStateLoader()
-    live = {name: np.zeros((16 * KIB, 2), np.int32)[:, 0] for name in state()}
-    await loader.load_weights(old, live)
-    update = await loader.prepare_refresh(new, live, since=loader.last_report.version)
-    assert update.changed == CHANGED
-    await update.apply()
-    assert same(live, state(100))
-
-
-async def test_torch_parameters_get_their_tensors(digested):
-    torch = pytest.importorskip("torch")
-    old, new = digested
-    loader = ShardedStateLoader()
-    live = {name: torch.nn.Parameter(torch.zeros(16 * KIB, dtype=torch.int32), requires_grad=False) for name in state()}
-    await loader.load_weights(old, live)
-    update = await loader.prepare_refresh(new, live, since=loader.last_report.version)
-    await update.apply()
-    assert same({name: tensor.numpy() for name, tensor in live.items()}, state(100))
-
-
-async def test_an_update_that_is_dropped_gives_its_memory_back(digested):
-    old, new = digested
-    loader = ShardedStateLoader()
-    live, version = await loaded(old, loader)
-    update = await loader.prepare_refresh(new, live, since=version)
-    assert loader.budget.bytes_used > 0
+async def test_a_dropped_update_gives_its_memory_back(new_files, live):
+    loader = make_loader()
+    update = await loader.prepare_refresh(MemoryStore(new_files), live)
+    assert loader.budget.bytes_used >= 8 * SIZE
     del update
-    gc.collect()
-    for _ in range(5):
+    assert is_clean(loader.budget)
+
+
+def test_an_update_dropped_after_its_loop_gives_its_memory_back(new_files, live):
+    loader = make_loader()
+    updates = [asyncio.run(loader.prepare_refresh(MemoryStore(new_files), live))]
+    updates.clear()
+    assert is_clean(loader.budget)
+
+
+async def test_tensors_kept_after_the_end_count_as_held(new, new_files, live):
+    loader = make_loader()
+    async with await loader.prepare_refresh(MemoryStore(new_files), live) as update:
+        kept = {name: tensor async for name, tensor in update}
+    assert is_clean(loader.budget)
+    assert loader.budget.bytes_held >= 8 * SIZE
+    assert is_same(kept, new)
+    kept.clear()
+    assert loader.budget.bytes_held == 0
+
+
+# Iterating
+
+
+async def test_an_update_yields_its_tensors_in_plan_order_as_often_as_asked(new, old, old_files, new_files, live):
+    since = await version_of(MemoryStore(old_files))
+    async with await make_loader().prepare_refresh(MemoryStore(new_files), live, since) as update:
+        for _ in range(2):
+            names = []
+            async for name, tensor in update:
+                names.append(name)
+                assert np.array_equal(tensor, new[name])
+                assert tensor.ctypes.data % 64 == 0
+            assert tuple(names) == CHANGED
+        assert is_same(live, old)
+    with pytest.raises(StreamClosedError):
+        aiter(update)
+    with pytest.raises(StreamClosedError):
+        await update.apply()
+
+
+async def test_an_iteration_goes_no_further_than_the_end_of_the_update(new_files, live):
+    update = await make_loader().prepare_refresh(MemoryStore(new_files), live)
+    with pytest.raises(StreamClosedError):
+        async for _ in update:
+            await update.apply()
+    await update.aclose()
+
+
+# Applying
+
+
+async def test_an_update_is_applied_once(new, new_files, live):
+    update = await make_loader().prepare_refresh(MemoryStore(new_files), live)
+    first, second = await asyncio.gather(update.apply(), update.apply(), return_exceptions=True)
+    assert first is None
+    assert type(second) is RuntimeError
+    assert is_same(live, new)
+
+
+@pytest.mark.parametrize("times", [1, 3])
+async def test_a_cancel_while_it_is_applied_finishes_it(old, new, new_files, times):
+    loader = make_loader()
+    for count in range(1000):
+        live = {name: array.copy() for name, array in old.items()}
+        update = await loader.prepare_refresh(MemoryStore(new_files), live)
+        task = asyncio.ensure_future(update.apply())
+        await turns(count)
+        for _ in range(times):
+            task.cancel()
+            await turns(1)
+        await asyncio.wait([task])
+        assert is_same(live, new if count else old)  # a task that has not begun does not begin
+        if not task.cancelled():
+            task.result()
+            return
+        await update.aclose()
+        assert is_clean(loader.budget)
+    raise AssertionError("it does not end")
+
+
+async def test_closing_waits_for_what_is_being_applied(new, new_files, live):
+    update = await make_loader().prepare_refresh(MemoryStore(new_files), live)
+    task = asyncio.ensure_future(update.apply())
+    await turns(1)
+    await update.aclose()
+    assert is_same(live, new)
+    await task
+
+
+async def test_strided_narrowed_and_cast_destinations_are_filled(new, new_files, old):
+    loader = make_loader()
+    fused = np.zeros((1024, 2), np.float32)
+    wide = np.full(2000, -1, np.float32)
+    state = {name: array.copy() for name, array in old.items()}
+    state |= {"layer.0": fused[:, 0], "layer.1": fused[:, 1], "layer.2": wide}
+    state |= {"layer.3": np.zeros(1024, ml_dtypes.bfloat16), "layer.4": np.zeros(1024)[::-1].astype(np.float64)}
+    update = await loader.prepare_refresh(MemoryStore(new_files), state, cast=True)
+    assert not fused.any()
+    assert (wide == -1).all()
+    await update.apply()
+    assert np.array_equal(fused, np.stack([new["layer.0"], new["layer.1"]], 1))
+    assert np.array_equal(wide[:1024], new["layer.2"])
+    assert (wide[1024:] == -1).all()
+    assert np.array_equal(state["layer.3"], new["layer.3"].astype(ml_dtypes.bfloat16))
+    assert np.array_equal(state["layer.4"], new["layer.4"].astype(np.float64))
+    assert is_clean(loader.budget)
+
+
+async def test_tensors_without_elements_and_without_dimensions_are_applied(tmp_path, checkpoints):
+    tensors = {"empty": np.zeros((0, 3), np.float32), "scalar": np.array(2.5), "byte": np.array([7], np.uint8)}
+    live = {name: np.zeros_like(array) for name, array in tensors.items()}
+    store = MemoryStore({"model.safetensors": checkpoints.shard(tensors)})
+    update = await make_loader().prepare_refresh(store, live)
+    assert {name: tensor.shape async for name, tensor in update} == {n: a.shape for n, a in tensors.items()}
+    await update.apply()
+    assert is_same(live, tensors)
+
+
+class Collected:
+    """A sink that remembers, and may fail."""
+
+    def __init__(self, error=None):
+        self.data = bytearray()
+        self.error = error
+
+    async def write(self, offset, buffer):
         await asyncio.sleep(0)
-    assert loader.budget.bytes_used == 0
+        assert offset == len(self.data)
+        self.data += buffer
+        if self.error is not None and offset:
+            raise self.error
+
+
+async def test_sinks_get_ascending_chunks_when_it_is_applied(new, new_files, live):
+    sinks = {"layer.2": Collected(), "layer.7": Collected()}
+    update = await make_loader(chunk_size=1024).prepare_refresh(MemoryStore(new_files), {**live, **sinks})
+    assert not sinks["layer.2"].data
+    await update.apply()
+    for name, sink in sinks.items():
+        assert bytes(sink.data) == new[name].tobytes()
+    assert np.array_equal(live["layer.3"], new["layer.3"])
+
+
+async def test_a_sink_that_fails_leaves_the_arrays_and_says_what_is_torn(old, new_files, live):
+    loader = make_loader(chunk_size=1024)
+    sinks = {"layer.2": Collected(), "layer.7": Collected(OSError("device"))}
+    state = {**live, **sinks}
+    update = await loader.prepare_refresh(MemoryStore(new_files), state)
+    with pytest.raises(OSError, match="device") as caught:
+        await update.apply()
+    assert (caught.value.filled, caught.value.torn) == (("layer.2",), ("layer.7",))
+    assert all(np.array_equal(live[name], old[name]) for name in old if name not in sinks)
+    assert is_clean(loader.budget)
+
+
+async def test_torch_parameters_are_refreshed_also_where_their_memory_has_moved(tmp_path):
+    torch = pytest.importorskip("torch")
+    model = torch.nn.Linear(8, 8, dtype=torch.bfloat16)
+    before = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    after = {"weight": before["weight"] + 1, "bias": before["bias"]}
+    for folder, tensors in (("old", before), ("new", after)):
+        await save_sharded_state(tensors, tmp_path / folder, rank=0, digests=True)
+    loader = make_loader()
+    since = await version_of(tmp_path / "old")
+    update = await loader.prepare_refresh(tmp_path / "new", dict(model.named_parameters()), since)
+    assert update.changed == ("weight",)
+    async for name, tensor in update:
+        assert torch.equal(tensor, after[name])
+        del tensor
+    assert torch.equal(model.weight, before["weight"])
+    model.weight.data = model.weight.data.clone()
+    await update.apply()
+    assert torch.equal(model.weight, after["weight"])
+    assert model.weight.requires_grad
+    assert is_clean(loader.budget)
+
+
+async def test_a_destination_that_fits_no_more_is_an_error_before_anything_is_written(tmp_path):
+    torch = pytest.importorskip("torch")
+    state = {name: torch.zeros(4) for name in ("a", "b")}
+    await save_sharded_state({name: torch.ones(4) for name in state}, tmp_path, rank=0)
+    loader = make_loader()
+    update = await loader.prepare_refresh(tmp_path, state)
+    state["b"].data = torch.zeros(3)
+    with pytest.raises(DestinationError, match="'b'"):
+        await update.apply()
+    assert not state["a"].any()
+    assert is_clean(loader.budget)
+
+
+async def test_tied_weights_are_refreshed_through_the_name_that_is_there(tmp_path):
+    head = np.zeros(4, np.float32)
+    await save_sharded_state({"embed": np.ones(4, np.float32)}, tmp_path, rank=0, digests=True)
+    update = await make_loader().prepare_refresh(tmp_path, {"embed": head, "head": head})
+    await update.apply()
+    assert head.all()
+
+
+async def test_updates_follow_one_another(old, new, old_files, new_files, live):
+    loader = AsyncShardLoader(memory_budget_mb=1)
+    version = await version_of(MemoryStore(old_files))
+    for step in range(4):
+        files, state = ((new_files, new), (old_files, old))[step % 2]
+        store = MemoryStore(files, url=f"memory://step-{step}")
+        async with await loader.prepare_refresh(store, live, version) as update:
+            assert update.changed == CHANGED
+            await update.apply()
+        version = update.version
+        assert is_same(live, state)
+    with contextlib.suppress(AttributeError):
+        update.version = None
+    assert update.version == version

@@ -9,12 +9,14 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+import xxhash
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
 import asyncshard
 from asyncshard import ShardedStateLoader, ShardPattern, save_sharded_state
 from asyncshard.errors import StoreError
+from asyncshard.format.digests import DIGESTS_KEY, digests_of
 
 NUMPY_DTYPES = [
     *(
@@ -380,3 +382,65 @@ async def test_saving_leaves_the_event_loop_free(tmp_path):
         await asyncio.sleep(0)
         turns += 1
     assert turns > 20
+
+
+# Digests
+
+
+async def test_digests_stand_in_the_order_of_the_header_of_each_part(tmp_path):
+    rng = np.random.default_rng(0)
+    state = {
+        "b": rng.random(7, np.float32),
+        "a": rng.integers(0, 256, 5, np.uint8),
+        "z": np.array(3, np.int64),
+        "strided": rng.random((6, 4)).T,
+        "large": rng.integers(0, 256, (3 << 20) + 1, np.uint8),
+        'asyncshard.xxh3_128":"0': rng.integers(0, 256, 9, np.uint8),
+    }
+    files = await save_sharded_state(
+        state, tmp_path, rank=0, digests=True, max_shard_size=64, metadata={"x": f'"{DIGESTS_KEY}":"00"'}
+    )
+    assert len(files) > 1
+    seen = set()
+    for path in files:
+        header = asyncshard.parse_header(Path(path).read_bytes())
+        assert header.metadata["x"] == f'"{DIGESTS_KEY}":"00"'
+        for name, row in zip(header, digests_of(header), strict=True):
+            assert row.tobytes() == xxhash.xxh3_128(np.ascontiguousarray(state[name]).tobytes()).digest(), name
+            seen.add(name)
+    assert seen == set(state)
+    got = await asyncshard.load(tmp_path)
+    assert {name: array.tobytes() for name, array in got.items()} == {
+        name: np.ascontiguousarray(array).tobytes() for name, array in state.items()
+    }
+
+
+async def test_digests_of_torch_tensors_are_those_of_their_bytes(tmp_path):
+    torch = pytest.importorskip("torch")
+    (path,) = await save_sharded_state({"w": torch.ones(5, dtype=torch.bfloat16)}, tmp_path, rank=0, digests=True)
+    header = asyncshard.parse_header(Path(path).read_bytes())
+    assert digests_of(header)[0].tobytes() == xxhash.xxh3_128(b"\x80\x3f" * 5).digest()
+
+
+async def test_files_without_digests_have_no_metadata_of_ours(tmp_path):
+    (path,) = await save_sharded_state({"w": np.zeros(3)}, tmp_path, rank=0)
+    assert asyncshard.parse_header(Path(path).read_bytes()).metadata == {}
+
+
+async def test_a_state_without_tensors_may_have_digests(tmp_path):
+    (path,) = await save_sharded_state({}, tmp_path, rank=0, digests=True)
+    assert digests_of(asyncshard.parse_header(Path(path).read_bytes())).shape == (0, 16)
+
+
+async def test_the_key_of_the_digests_cannot_be_given(tmp_path):
+    with pytest.raises(ValueError, match=DIGESTS_KEY):
+        await save_sharded_state({"w": np.zeros(3)}, tmp_path, rank=0, digests=True, metadata={DIGESTS_KEY: ""})
+    assert names_in(tmp_path) == []
+
+
+async def test_digests_need_a_package_and_say_so(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "xxhash", None)
+    with pytest.raises(ImportError, match=r"asyncshard\[cache\]"):
+        await save_sharded_state({"w": np.zeros(3)}, tmp_path / "new", rank=0, digests=True)
+    assert names_in(tmp_path) == []
+    await save_sharded_state({"w": np.zeros(3)}, tmp_path, rank=0)
