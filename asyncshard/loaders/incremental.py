@@ -19,7 +19,7 @@ from asyncshard.loaders.options import Options, ReadTuning, require_int
 from asyncshard.pipeline.arrays import ArrayLibrary
 from asyncshard.pipeline.budget import Account, MemoryBudget, charge_of
 from asyncshard.pipeline.cached import CachedTransfer
-from asyncshard.pipeline.checkpoint import Checkpoint, Selection, find_contents, read_header_of
+from asyncshard.pipeline.checkpoint import Checkpoint, Selection, Shard, find_contents, read_header_of
 from asyncshard.pipeline.shard_cache import CachedFile, CacheStatistics, ShardCache
 from asyncshard.pipeline.shard_tensors import ShardTensors
 from asyncshard.pipeline.single_flight import SingleFlight
@@ -246,19 +246,19 @@ class IncrementalShardLoader(Loader):
         async with self._opened(path) as opened:
             while True:
                 known = self._cache.peek(key)
-                file = known if known else await self._headers.run(key, lambda: self._read_header(key, opened))
+                shard = known.shard if known else await self._headers.run(key, lambda: self._read_header(opened))
                 try:
-                    with self._cache.pinned(file):
+                    with self._cache.pinned(key, shard) as file:
                         return await read(opened, file)
                 except ObjectChangedError:
                     if known is None:
                         raise
                     self._cache.evict(key)  # its header was that of the file before
 
-    async def _read_header(self, key: str, opened: _Opened) -> CachedFile:
-        account = self._cache.open_account()
+    async def _read_header(self, opened: _Opened) -> Shard:
+        account = self._cache.open_account()  # while it is parsed
         try:
-            shard = await read_header_of(
+            return await read_header_of(
                 opened.store,
                 opened.name,
                 opened.threads,
@@ -266,10 +266,8 @@ class IncrementalShardLoader(Loader):
                 max_tensors=self._options.max_tensors,
                 account=account,
             )
-        except BaseException:
+        finally:
             self._cache.discard(account)
-            raise
-        return self._cache.add(key, shard, account)
 
     async def _read_whole(self, opened: _Opened, file: CachedFile) -> ShardTensors:
         if file.tensors is not None:

@@ -97,42 +97,31 @@ class ShardCache:
         return self._files.get(key)
 
     def open_account(self) -> Account:
-        """Begin to count for a file, which `add` or `discard` ends."""
+        """Begin to count for something beside the files, until `discard`; it ends with the cache, too."""
         account = self.budget.open_account()
         self._open_accounts.add(account)
         return account
 
     def discard(self, account: Account) -> None:
-        """End the count of a file that was not added, or is gone."""
+        """End a count; what is in use of it leaves the budget."""
         with self._lock:
             if account in self._open_accounts:
                 self._open_accounts.remove(account)
                 account.close()
 
-    def add(self, key: str, shard: Shard, account: Account) -> CachedFile:
-        """Take a file whose header was read; return it, or the one that is there already."""
-        with self._lock:
-            file = self._files.get(key)
-            if file is None or file.shard.meta != shard.meta:
-                replaced, file = file, CachedFile(shard, account)
-                self._files[key] = file
-                self._files.move_to_end(key)
-            else:
-                replaced = None
-            if file.account is not account:
-                self.discard(account)
-            if replaced is not None:
-                self._let_go(replaced)
-        self.budget.relieve()
-        return file
-
     @contextmanager
-    def pinned(self, file: CachedFile) -> Iterator[None]:
-        """Keep a file from being evicted while it is read."""
-        with self._lock:
-            file.pins += 1
+    def pinned(self, key: str, shard: Shard) -> Iterator[CachedFile]:
+        """Keep a file from being evicted while it is read. It is added where it is not there, or another is.
+
+        Raises
+        ------
+        BudgetError
+            Its header exceeds the budget.
+        """
+        file = self._pin(key, shard)
         try:
-            yield
+            self.budget.relieve()
+            yield file
         finally:
             with self._lock:
                 file.pins -= 1
@@ -140,6 +129,21 @@ class ShardCache:
                     self._let_go(file)
                 self._bound()
             self.budget.relieve()
+
+    def _pin(self, key: str, shard: Shard) -> CachedFile:
+        with self._lock:
+            file = self._files.get(key)
+            if file is None or file.shard.meta != shard.meta:
+                account = self.open_account()
+                try:
+                    account.charge_headers(shard.header.nbytes, shard.path)
+                except BudgetError:
+                    self.discard(account)
+                    raise
+                self.evict(key)
+                file = self._files[key] = CachedFile(shard, account)
+            file.pins += 1
+            return file
 
     def _bound(self) -> None:
         """Evict until no more than `max_shards` have tensors."""

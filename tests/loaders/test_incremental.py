@@ -515,3 +515,21 @@ async def test_ten_loaders_share_one_small_budget(tmp_path, files):
     for loader in loaders:
         await loader.aclose()
     assert budget.bytes_used == 0
+
+
+async def test_clearing_at_any_turn_of_a_read_loses_no_count(files):
+    loader = IncrementalShardLoader(memory_budget_mb=1)
+    for turns in range(60):
+        task = asyncio.ensure_future(loader.load_shard(files[0]))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        loader.clear()
+        shard = await task
+        statistics = loader.statistics()
+        assert loader.budget.bytes_used == statistics.bytes_cached + statistics.bytes_held >= 256 * KIB
+        assert values(shard) == {"p0.a": 0, "p0.b": 1}
+        loader.clear()
+        del task, shard
+        await asyncio.sleep(0)  # what woke this task is let go of
+        assert loader.budget.bytes_used == 0
+    await loader.aclose()
