@@ -122,9 +122,7 @@ class IncrementalShardLoader(Loader):
             if not source.users:
                 del self._sources[folder]
                 await source.aclose()
-        threads = DaemonThreads(1, "asyncshard-work")
-        await threads.run(self.budget.trim)
-        await threads.aclose()
+        await self.budget.trim_in_thread()
 
     async def load_shard(self, shard_file: ShardFile) -> ShardTensors:
         """Return the tensors of one file: a read-only mapping of name to tensor.

@@ -20,6 +20,7 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import Any, Protocol
 
 from asyncshard._core import Lease, ReturnList
@@ -88,14 +89,22 @@ def _set_done(future: asyncio.Future[None]) -> None:
         future.set_result(None)
 
 
+class Yields(IntEnum):
+    """What gives way to a request that waits, in this order; all but the first only to one that can wait for nobody."""
+
+    CACHED = 0
+    """What is kept for later."""
+    READ_AHEAD = 1
+    """What is ready for a consumer that is busy elsewhere: it is read again."""
+    IN_USE = 2
+    """What somebody uses: it is handed over, and leaves the budget."""
+
+
 class Reclaimer(Protocol):
     """Holds bytes of a budget that it can do without."""
 
-    def reclaim(self, *, hand_over: bool) -> bool:
-        """Let go of one thing; False where there is nothing. Called from any thread, without the budget's lock.
-
-        `hand_over` allows to let bytes that somebody uses leave the budget, once nothing else is left.
-        """
+    def reclaim(self, what: Yields) -> bool:
+        """Let go of one thing of a kind; False where there is none. Called from any thread, without the budget's lock."""
 
 
 class MemoryBudget:
@@ -176,11 +185,12 @@ class MemoryBudget:
         """
         while self._is_short():
             is_urgent = is_urgent or any(waiter.is_urgent for waiter in self._waiters.copy())
-            reclaimers = list(self._reclaimers)
-            if any(reclaimer.reclaim(hand_over=False) for reclaimer in reclaimers):
-                continue
-            if not is_urgent or not any(reclaimer.reclaim(hand_over=True) for reclaimer in reclaimers):
+            if not self._reclaim(tuple(Yields) if is_urgent else (Yields.CACHED,)):
                 return
+
+    def _reclaim(self, kinds: Sequence[Yields]) -> bool:
+        reclaimers = list(self._reclaimers)
+        return any(reclaimer.reclaim(what) for what in kinds for reclaimer in reclaimers)
 
     def _is_short(self) -> bool:
         with self._lock:
@@ -191,6 +201,7 @@ class MemoryBudget:
     def abandon(self, account: Account) -> None:
         """Close an account soon, from a finaliser: it may run anywhere, so it takes no lock."""
         self._abandoned.append(account)
+        self._wake()  # whoever waits may be granted what it had set aside
 
     def trim(self) -> None:
         """Give unused pages back to the system if no stream is open. Slow: not for the event loop."""
@@ -199,8 +210,16 @@ class MemoryBudget:
             idle = [] if self._accounts else self._arena.take_idle(0)
         self._discard(idle)
 
+    async def trim_in_thread(self) -> None:
+        """Do so off the event loop; to the end, even when cancelled."""
+        threads = DaemonThreads(1, "asyncshard-work")
+        try:
+            await finish(asyncio.wrap_future(threads.submit(self.trim)))
+        finally:
+            await threads.aclose()
+
     def _wake(self) -> None:
-        """A lease died while somebody waits: called from its deallocator, so it takes no lock."""
+        """Something came back while somebody waits: called from a deallocator, so it takes no lock."""
         for waiter in self._waiters.copy():
             try:
                 waiter.loop.call_soon_threadsafe(self.settle)
@@ -466,13 +485,9 @@ class Account:
             self.budget._grant()
 
     async def aclose(self) -> None:
-        """End the count, and give unused pages back to the system, in a thread; to the end, even when cancelled."""
+        """End the count, and give unused pages back to the system; to the end, even when cancelled."""
         self.close()
-        threads = DaemonThreads(1, "asyncshard-work")
-        try:
-            await finish(asyncio.wrap_future(threads.submit(self.budget.trim)))
-        finally:
-            await threads.aclose()
+        await self.budget.trim_in_thread()
 
 
 def charge_of(nbytes: int) -> int:

@@ -18,8 +18,6 @@ class CachedTransfer(StagedTransfer):
     What is cached is looked up when an item's turn comes, and kept alive until the item is delivered.
     """
 
-    cache: ShardCache
-
     def __init__(self, *args: Any, cache: ShardCache) -> None:
         super().__init__(*args)
         self._cache = cache

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from asyncshard.errors import BudgetError
-from asyncshard.pipeline.budget import Account, MemoryBudget
+from asyncshard.pipeline.budget import Account, MemoryBudget, Yields
 from asyncshard.pipeline.checkpoint import Shard
 from asyncshard.pipeline.shard_tensors import ShardTensors
 
@@ -153,13 +153,13 @@ class ShardCache:
         while surplus > 0 and self._evict_oldest(with_tensors=True):
             surplus -= 1
 
-    def reclaim(self, *, hand_over: bool) -> bool:
+    def reclaim(self, what: Yields) -> bool:
         with self._lock:
-            if self._evict_oldest(with_tensors=False):
-                return True
+            if what is Yields.CACHED:
+                return self._evict_oldest(with_tensors=False)
             self._sweep()
             in_use = [account for account in self._evicted if account in self._open_accounts]
-            if in_use and hand_over and not self._is_strict:
+            if what is Yields.IN_USE and in_use and not self._is_strict:
                 self.discard(in_use[0])
                 return True
             return False

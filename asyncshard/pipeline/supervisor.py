@@ -20,7 +20,7 @@ from typing import Any
 
 from asyncshard._core import Lease
 from asyncshard.errors import BudgetError, StreamClosedError
-from asyncshard.pipeline.budget import Account, MemoryBudget, charge_of
+from asyncshard.pipeline.budget import Account, MemoryBudget, Yields, charge_of
 from asyncshard.pipeline.statistics import Counters
 from asyncshard.pipeline.transfer import Transfer
 from asyncshard.plan.items import ReadItem
@@ -161,13 +161,13 @@ class Supervisor:
 
     # For the budget
 
-    def reclaim(self, *, hand_over: bool) -> bool:
+    def reclaim(self, what: Yields) -> bool:
         """Give back an item that was read ahead; it is read again later.
 
-        Only for somebody who can wait for nobody, and while the consumer is busy elsewhere: it may be the very one that
-        waits, as when it asks a cache for a shard from within its loop.
+        Only while the consumer is busy elsewhere: it may be the very one that waits, as when it asks a cache for a shard
+        from within its loop.
         """
-        if not hand_over:
+        if what is not Yields.READ_AHEAD:
             return False
         try:
             is_here = asyncio.get_running_loop() is self.loop

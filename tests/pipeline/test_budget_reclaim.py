@@ -6,6 +6,7 @@ import pytest
 
 from asyncshard import MemoryBudget
 from asyncshard.errors import BudgetError
+from asyncshard.pipeline.budget import Yields
 
 MIB = 1 << 20
 
@@ -21,16 +22,30 @@ class Cache:
         self.can_hand_over = False
         budget.add_reclaimer(self)
 
-    def reclaim(self, *, hand_over):
-        self.calls.append(hand_over)
-        if self.leases:
+    def reclaim(self, what):
+        self.calls.append(what)
+        if what is Yields.CACHED and self.leases:
             self.leases.pop(0)
             return True
-        if hand_over and self.can_hand_over:
+        if what is Yields.IN_USE and self.can_hand_over:
             self.can_hand_over = False
             self.account.close()
             return True
         return False
+
+
+class Ahead:
+    """Holds buffers that were read ahead."""
+
+    def __init__(self, budget):
+        self.leases = []
+        budget.add_reclaimer(self)
+
+    def reclaim(self, what):
+        if what is not Yields.READ_AHEAD or not self.leases:
+            return False
+        self.leases.pop()
+        return True
 
 
 def never():
@@ -93,10 +108,10 @@ async def test_what_is_in_use_is_handed_over_last_and_only_for_who_cannot_wait()
     for _ in range(3):
         await asyncio.sleep(0)
     assert not patient.done()
-    assert set(cache.calls) == {False}
+    assert set(cache.calls) == {Yields.CACHED}
     patient.cancel()
     lease = (await account.allocate_all([MIB], lambda: None))[0]
-    assert cache.calls[-1]
+    assert cache.calls[-1] is Yields.IN_USE
     assert (budget.bytes_used, budget.bytes_held, in_use.nbytes) == (MIB, MIB, MIB)
     del lease, in_use
     account.close()
@@ -137,3 +152,34 @@ async def test_an_account_may_be_closed_from_a_finaliser():
     account.charge_headers(1000, "x")
     budget.abandon(account)
     assert budget.bytes_used == 0
+
+
+@pytest.mark.parametrize("kinds", [(Cache, Ahead), (Ahead, Cache)])
+async def test_what_was_read_ahead_gives_way_before_what_is_in_use(kinds):
+    """Whichever of the two was made first."""
+    budget = MemoryBudget(1)
+    made = {kind: kind(budget) for kind in kinds}
+    cache, ahead = made[Cache], made[Ahead]
+    cache.can_hand_over = True
+    account = budget.open_account()
+    (in_use,) = await cache.account.allocate_all([MIB // 2], never)
+    ahead.leases = await account.allocate_all([MIB // 2], never)
+    (lease,) = await account.allocate_all([MIB // 2], lambda: None)
+    assert (ahead.leases, cache.can_hand_over, budget.bytes_held) == ([], True, 0)
+    del lease, in_use
+    account.close()
+    cache.account.close()
+
+
+async def test_who_waits_hears_of_an_account_that_was_abandoned():
+    budget = MemoryBudget(1)
+    one, other = budget.open_account(), budget.open_account()
+    await one.set_floor(MIB)
+    waiting = asyncio.ensure_future(other.set_floor(MIB))
+    for _ in range(3):
+        await asyncio.sleep(0)
+    assert not waiting.done()
+    budget.abandon(one)
+    async with asyncio.timeout(20):
+        await waiting
+    other.close()
