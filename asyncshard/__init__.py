@@ -6,8 +6,8 @@ from asyncshard.errors import AsyncShardError
 from asyncshard.format.header import Header, TensorInfo, parse_header
 from asyncshard.format.pattern import ShardPattern
 from asyncshard.loaders import load, stream
+from asyncshard.loaders.files import read_header
 from asyncshard.loaders.incremental import IncrementalShardLoader
-from asyncshard.loaders.loader import read_header
 from asyncshard.loaders.sharded_state import ShardedStateLoader
 from asyncshard.loaders.streaming import AsyncShardLoader
 from asyncshard.loaders.writer import save_sharded_state

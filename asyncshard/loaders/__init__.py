@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from asyncshard.loaders.loader import ModelPath
+from asyncshard.loaders.files import ModelPath
 from asyncshard.loaders.sharded_state import ShardedStateLoader
 from asyncshard.loaders.streaming import AsyncShardLoader
 from asyncshard.pipeline.stream import Stream

@@ -5,32 +5,29 @@ from __future__ import annotations
 import asyncio
 import inspect
 import os
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Coroutine
 from types import TracebackType
 from typing import Any, NamedTuple, Self, TypeVar, Unpack
 
 from asyncshard._core import WeightMap
-from asyncshard.errors import BudgetError, NamesError, ObjectChangedError
+from asyncshard.errors import ObjectChangedError
 from asyncshard.format.header import Header
-from asyncshard.loaders.loader import Loader, ModelPath, Request, inherited, open_file, open_store
+from asyncshard.loaders.files import ModelPath, open_store
+from asyncshard.loaders.loader import Loader, Request, inherited
 from asyncshard.loaders.options import Options, ReadTuning, require_int
-from asyncshard.pipeline.arrays import ArrayLibrary
-from asyncshard.pipeline.budget import Account, MemoryBudget, charge_of
+from asyncshard.loaders.sources import Opened, ShardFile, Sources, key_of
+from asyncshard.pipeline.budget import Account, MemoryBudget
 from asyncshard.pipeline.cached import CachedTransfer
-from asyncshard.pipeline.checkpoint import Checkpoint, Selection, Shard, find_contents, read_header_of
+from asyncshard.pipeline.checkpoint import Checkpoint, Selection, Shard, find_shards, read_header_of
 from asyncshard.pipeline.shard_cache import CachedFile, CacheStatistics, ShardCache
+from asyncshard.pipeline.shard_reads import read_one, read_whole, unknown
 from asyncshard.pipeline.shard_tensors import ShardTensors
 from asyncshard.pipeline.single_flight import SingleFlight
 from asyncshard.pipeline.staged import StagedTransfer
-from asyncshard.pipeline.transfer import all_of
-from asyncshard.plan.items import ReadItem
-from asyncshard.stores import Store, name_of_file
+from asyncshard.stores import Store
 from asyncshard.stores.threads import DaemonThreads, finish
 
 T = TypeVar("T")
-ShardFile = str | os.PathLike[str]
 Callback = Callable[[str, Any], object]
 """Gets name and tensor; what it returns is awaited where it is awaitable."""
 
@@ -84,8 +81,7 @@ class IncrementalShardLoader(Loader):
         self._headers = SingleFlight()
         self._reads = SingleFlight()
         self._located: dict[str, _Located] = {}
-        self._sources: dict[str, _Source] = {}
-        self._is_entered = False
+        self._sources = Sources(options)
 
     def __getstate__(self) -> Any:
         return self._cache_size, super().__getstate__()
@@ -99,7 +95,7 @@ class IncrementalShardLoader(Loader):
         return f"IncrementalShardLoader(memory_budget_mb={size!r}, cache_size={self._cache_size!r})"
 
     async def __aenter__(self) -> Self:
-        self._is_entered = True
+        self._sources.are_kept = True
         return self
 
     async def __aexit__(
@@ -112,16 +108,13 @@ class IncrementalShardLoader(Loader):
 
         The loader may be used again.
         """
-        self._is_entered = False
+        self._sources.are_kept = False
         self.clear()
         self._cache.release()
         await finish(asyncio.ensure_future(self._close_idle()))
 
     async def _close_idle(self) -> None:
-        for folder, source in list(self._sources.items()):
-            if not source.users:
-                del self._sources[folder]
-                await source.aclose()
+        await self._sources.aclose()
         await self.budget.trim_in_thread()
 
     async def load_shard(self, shard_file: ShardFile) -> ShardTensors:
@@ -142,7 +135,7 @@ class IncrementalShardLoader(Loader):
         FormatError, ObjectNotFoundError, AccessDeniedError, NotRegularFileError, StoreError
             Nothing is remembered of a read that failed.
         """
-        key = _key_of(shard_file)
+        key = key_of(shard_file)
         file = self._cache.find(key)
         if file is not None and file.tensors is not None:
             self._cache.hits += 1
@@ -169,20 +162,20 @@ class IncrementalShardLoader(Loader):
         """
         if not os.fspath(path).endswith(".safetensors"):
             path = await self._file_of(path, name)
-        key = _key_of(path)
+        key = key_of(path)
         file = self._cache.find(key)
         tensors = None if file is None else file.tensors or file.lone.get(name)
         if tensors is not None:
             if name not in tensors:
-                raise _unknown(key, name)
+                raise unknown(key, name)
             self._cache.hits += 1
             return tensors[name]
         self._cache.misses += 1
 
-        async def read_one(opened: _Opened, file: CachedFile) -> ShardTensors:
-            return await self._read_one(opened, file, name)
+        async def read_it(opened: Opened, file: CachedFile) -> ShardTensors:
+            return await read_one(self._transfer(opened, file), file, self._cache, name)
 
-        tensors = await self._reads.run((key, name), lambda: self._read(key, path, read_one))
+        tensors = await self._reads.run((key, name), lambda: self._read(key, path, read_it))
         return tensors[name]
 
     async def load_weights_incremental(self, path: ModelPath, callback: Callback) -> None:
@@ -220,7 +213,7 @@ class IncrementalShardLoader(Loader):
 
         The next call reads it again. Tensors in use stay as they are.
         """
-        key = _key_of(path)
+        key = key_of(path)
         is_known = self._forget_location(key)
         return self._cache.evict(key) or is_known
 
@@ -239,9 +232,9 @@ class IncrementalShardLoader(Loader):
         self,
         key: str,
         path: ShardFile,
-        read: Callable[[_Opened, CachedFile], Coroutine[Any, Any, T]],
+        read: Callable[[Opened, CachedFile], Coroutine[Any, Any, T]],
     ) -> T:
-        async with self._opened(path) as opened:
+        async with self._sources.opened(path) as opened:
             while True:
                 known = self._cache.peek(key)
                 shard = known.shard if known else await self._headers.run(key, lambda: self._read_header(opened))
@@ -253,7 +246,7 @@ class IncrementalShardLoader(Loader):
                         raise
                     self._cache.evict(key)  # its header was that of the file before
 
-    async def _read_header(self, opened: _Opened) -> Shard:
+    async def _read_header(self, opened: Opened) -> Shard:
         account = self._cache.open_account()  # while it is parsed
         try:
             return await read_header_of(
@@ -267,57 +260,18 @@ class IncrementalShardLoader(Loader):
         finally:
             self._cache.discard(account)
 
-    async def _read_whole(self, opened: _Opened, file: CachedFile) -> ShardTensors:
-        if file.tensors is not None:
-            return file.tensors
-        transfer = self._transfer(opened, file)
-        await opened.threads.run(lambda: transfer.plan(self.budget, is_strict=False))
-        file.tensors = tensors = await self._read_items(transfer, file, transfer.items)
-        file.lone.clear()
-        return tensors
+    async def _read_whole(self, opened: Opened, file: CachedFile) -> ShardTensors:
+        return await read_whole(self._transfer(opened, file), file, self._cache, opened.threads)
 
-    async def _read_one(self, opened: _Opened, file: CachedFile, name: str) -> ShardTensors:
-        index = file.shard.header.table.find(name)
-        if index < 0:
-            raise _unknown(file.shard.path, name)
-        info = file.shard.header.at(index)
-        item = ReadItem(0, info.start, info.stop, index, index + 1)
-        tensors = await self._read_items(self._transfer(opened, file), file, [item])
-        file.lone[name] = tensors
-        return tensors
-
-    def _transfer(self, opened: _Opened, file: CachedFile) -> StagedTransfer:
+    def _transfer(self, opened: Opened, file: CachedFile) -> StagedTransfer:
         pacing = self._pacing(opened.store)
         return StagedTransfer(Checkpoint((file.shard,)), opened.store, pacing, opened.library, opened.threads)
-
-    async def _read_items(self, transfer: StagedTransfer, file: CachedFile, items: Sequence[ReadItem]) -> ShardTensors:
-        sizes = [transfer.buffer_bytes(item) for item in items]
-        charge = sum(charge_of(size) for size in sizes if size)
-        if charge + file.account.header_bytes > self.budget.nbytes:
-            raise _too_large(file, charge, self.budget)
-        path = file.shard.path
-        leases = iter(
-            await file.account.allocate_all(
-                [size for size in sizes if size],
-                on_wait=lambda: self._cache.require_room(file.account.header_bytes + charge, path),
-            )
-        )
-        placed = [(item, next(leases) if size else None) for item, size in zip(items, sizes, strict=True)]
-        pending = iter(placed)
-
-        async def work() -> None:
-            for item, lease in pending:
-                await transfer.read(item, lease)
-
-        count = min(transfer.pacing.prefetch_count, len(placed))
-        await all_of([asyncio.ensure_future(work()) for _ in range(count)])
-        return ShardTensors(transfer, items, [lease for _, lease in placed])
 
     # Where files are
 
     async def _file_of(self, path: ShardFile, name: str) -> str:
         """Return the path of the file of a checkpoint that holds a tensor."""
-        key = _key_of(path)
+        key = key_of(path)
         located = self._located.get(key)
         if located is None:
             located = await self._headers.run(("located", key), lambda: self._locate(key, path))
@@ -327,26 +281,26 @@ class IncrementalShardLoader(Loader):
                 return located.paths[located.weight_map.files[place]]
         else:
             for file_path in located.paths.values():
-                if name in await self._read(_key_of(file_path), file_path, _header_of):
+                if name in await self._read(key_of(file_path), file_path, _header_of):
                     return file_path
-        raise _unknown(key, name)
+        raise unknown(key, name)
 
     async def _locate(self, key: str, path: ShardFile) -> _Located:
         store = open_store(path, self._options)
         threads = DaemonThreads(1, "asyncshard-work")
         account = self._cache.open_account()
         try:
-            contents = await find_contents(store, self._selection, threads)
-            account.charge_headers(_INDEX_FACTOR * contents.index_bytes, store.url)
+            found = await find_shards(store, self._selection, threads)
+            account.charge_headers(_INDEX_FACTOR * found.index_bytes, store.url)
         except BaseException:
             self._cache.discard(account)
             raise
         finally:
             await threads.aclose()
             await finish(asyncio.ensure_future(store.aclose()))
-        paths = {name: store.path_of(name) for name in contents.files}
+        paths = {name: store.path_of(name) for name in found.files}
         self._forget_location(key)
-        self._located[key] = located = _Located(paths, contents.weight_map, account)
+        self._located[key] = located = _Located(paths, found.weight_map, account)
         self.budget.relieve()
         return located
 
@@ -355,49 +309,6 @@ class IncrementalShardLoader(Loader):
         if located is not None:
             self._cache.discard(located.account)
         return located is not None
-
-    @asynccontextmanager
-    async def _opened(self, path: ShardFile) -> AsyncIterator[_Opened]:
-        """Open the store of a file's folder, or use the one that is open."""
-        folder = _key_of(path).rpartition("/")[0]
-        source = self._sources.get(folder)
-        if source is None:
-            store, name = open_file(path, self._options)
-            source = self._sources[folder] = _Source(store, DaemonThreads(1, "asyncshard-work"))
-        else:
-            name = name_of_file(path)
-        source.users += 1
-        try:
-            library = await source.threads.run(self._options.library)
-            yield _Opened(source.store, name, source.threads, library)
-        finally:
-            source.users -= 1
-            if not source.users and not self._is_entered:
-                if self._sources.get(folder) is source:
-                    del self._sources[folder]
-                await finish(asyncio.ensure_future(source.aclose()))
-
-
-@dataclass(slots=True, eq=False)
-class _Source:
-    """A store that is open, and who reads from it."""
-
-    store: Store
-    threads: DaemonThreads
-    users: int = 0
-
-    async def aclose(self) -> None:
-        await self.threads.aclose()
-        await self.store.aclose()
-
-
-class _Opened(NamedTuple):
-    """What reading a file takes."""
-
-    store: Store
-    name: str
-    threads: DaemonThreads
-    library: ArrayLibrary
 
 
 class _Located(NamedTuple):
@@ -413,27 +324,5 @@ _INDEX_FACTOR = 2
 """Bytes that a weight map takes for each of its index, about."""
 
 
-async def _header_of(opened: _Opened, file: CachedFile) -> Header:
+async def _header_of(opened: Opened, file: CachedFile) -> Header:
     return file.shard.header
-
-
-def _key_of(path: ShardFile) -> str:
-    """Return what a file or directory is called here: its URL, or its absolute path."""
-    text = os.fspath(path)
-    return text.rstrip("/") if "://" in text else os.path.abspath(text)
-
-
-def _too_large(file: CachedFile, charge: int, budget: MemoryBudget) -> BudgetError:
-    needed = charge + file.account.header_bytes
-    return BudgetError(
-        f"{file.shard.path}: its tensors and header take {needed:,} bytes, more than the memory budget of "
-        f"{budget.nbytes:,} bytes; raise memory_budget_mb to {-(-needed >> 20)} or more, or ask for single tensors "
-        "(get_tensor), or for all in turn (load_weights_incremental)",
-        path=file.shard.path,
-        needed_bytes=needed,
-        budget_bytes=budget.nbytes,
-    )
-
-
-def _unknown(path: str, name: str) -> NamesError:
-    return NamesError(f"{path}: there is no tensor {name!r}", path=path, missing=(name,))

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any, TypeVar, Unpack, overload
 
 from asyncshard.format.pattern import ShardPattern
-from asyncshard.loaders.loader import Loader, ModelPath, Request, discover
+from asyncshard.loaders.files import ModelPath, discover
+from asyncshard.loaders.loader import Loader, Request
 from asyncshard.loaders.options import Options, Tuning
 from asyncshard.pipeline.checkpoint import Selection
 from asyncshard.pipeline.stream import Stream

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Unpack
 
-from asyncshard.loaders.loader import Loader, ModelPath, Request, inherited
+from asyncshard.loaders.files import ModelPath
+from asyncshard.loaders.loader import Loader, Request, inherited
 from asyncshard.loaders.options import KeywordTuning
 from asyncshard.pipeline.stream import Stream
 

@@ -104,7 +104,7 @@ class Reclaimer(Protocol):
     """Holds bytes of a budget that it can do without."""
 
     def reclaim(self, what: Yields) -> bool:
-        """Let go of one thing of a kind; False where there is none. Called from any thread, without the budget's lock."""
+        """Let go of one thing of a kind; False where there is none. From any thread, without the budget's lock."""
 
 
 class MemoryBudget:

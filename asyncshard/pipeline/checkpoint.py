@@ -91,7 +91,7 @@ class CheckpointInfo(Mapping[str, TensorInfo]):
         return f"<{self._count} tensors in {len(self._shards)} shards>"
 
 
-class Contents(NamedTuple):
+class ShardNames(NamedTuple):
     """What a path holds, as far as names tell."""
 
     files: tuple[str, ...]
@@ -102,7 +102,7 @@ class Contents(NamedTuple):
     """Bytes of the index file."""
 
 
-async def find_contents(store: Store, selection: Selection, threads: DaemonThreads) -> Contents:
+async def find_shards(store: Store, selection: Selection, threads: DaemonThreads) -> ShardNames:
     """List a path and choose the files to load.
 
     Raises
@@ -123,12 +123,12 @@ async def find_contents(store: Store, selection: Selection, threads: DaemonThrea
         )
     )
     if layout.kind != "index":
-        return Contents(layout.files, None, 0)
+        return ShardNames(layout.files, None, 0)
     (index_name,) = layout.files
     path = store.path_of(index_name)
     data = await store.read(index_name, max_bytes=MAX_INDEX_BYTES)
     weight_map = await threads.run(lambda: parse_index(data, path=path))
-    return Contents(tuple(index_files(weight_map.files, listing.names, path)), weight_map, len(data))
+    return ShardNames(tuple(index_files(weight_map.files, listing.names, path)), weight_map, len(data))
 
 
 async def open_checkpoint(store: Store, selection: Selection, threads: DaemonThreads, account: Account) -> Checkpoint:
@@ -138,7 +138,7 @@ async def open_checkpoint(store: Store, selection: Selection, threads: DaemonThr
     ------
     ObjectNotFoundError, CheckpointError, FormatError, BudgetError, StoreError
     """
-    files, weight_map, _ = await find_contents(store, selection, threads)
+    files, weight_map, _ = await find_shards(store, selection, threads)
     shards = await _open_shards(store, files, selection, threads, account)
     tables = [shard.header.table for shard in shards]
     twice = await threads.run(duplicate_names, tables, _LISTED)

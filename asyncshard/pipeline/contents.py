@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -15,11 +14,10 @@ from asyncshard.pipeline.arrays import ArrayLibrary, make_view
 from asyncshard.pipeline.checkpoint import Checkpoint
 from asyncshard.pipeline.destinations import ShardDestinations, StridedTarget
 from asyncshard.pipeline.matching import fit, is_sink
+from asyncshard.pipeline.pace import without_hold
 
 _LARGE = 1 << 20
 """Bytes of a tensor that takes more time to copy than to look up."""
-_BLOCK = 256
-"""Tensors between two moments without the GIL."""
 
 
 class Layout(NamedTuple):
@@ -60,14 +58,12 @@ class Share:
 
     def run(self) -> None:
         """Copy without the GIL, and forget everything."""
-        for number, (target, source) in enumerate(zip(self._targets, self._sources, strict=True)):
+        for target, source in without_hold(zip(self._targets, self._sources, strict=True)):
             if isinstance(target, StridedTarget):
                 target.store(0, source.data)
             else:
                 # In one piece: the C library copies what is larger than its caches faster, past these.
                 np.copyto(target.reshape(-1).view(np.uint8), source)
-            if number % _BLOCK == 0:
-                time.sleep(0)
         self.clear()
 
     def clear(self) -> None:
@@ -117,9 +113,7 @@ class Contents:
         for shard, destinations, wanted, offsets in zip(
             self._checkpoint.shards, self._destinations, self._wanted, self.offsets, strict=True
         ):
-            for number, index in enumerate(np.flatnonzero(wanted).tolist()):
-                if number % _BLOCK == 0:
-                    time.sleep(0)  # lets go of the GIL
+            for index in without_hold(np.flatnonzero(wanted).tolist()):
                 name, code, shape, start, stop = shard.header.table.row(index)
                 yield Row(
                     shard.path, name, DTYPES[code], shape, int(offsets[index]), stop - start, destinations.given[index]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from typing import Any
 
@@ -18,6 +17,7 @@ from asyncshard.pipeline.checkpoint import Checkpoint
 from asyncshard.pipeline.contents import Contents
 from asyncshard.pipeline.destinations import Placement, ShardDestinations
 from asyncshard.pipeline.hashing import Digest, load_digest
+from asyncshard.pipeline.pace import without_hold
 from asyncshard.pipeline.placed import PlacedTransfer
 from asyncshard.pipeline.transfer import Pacing
 from asyncshard.pipeline.update import Update
@@ -26,8 +26,6 @@ from asyncshard.plan.items import ReadItem
 from asyncshard.stores.base import Store
 from asyncshard.stores.threads import DaemonThreads
 
-_BLOCK = 256
-"""Tensors between two moments without the GIL."""
 _SPACING = 64
 """Staged tensors begin at multiples of this, a cache line."""
 _EMPTY: Any = object()
@@ -204,9 +202,7 @@ class RefreshTransfer(PlacedTransfer):
         )
         assert digests is not None
         assert self._digest is not None
-        for index in range(item.first, item.last):
-            if index % _BLOCK == 0:
-                time.sleep(0)  # lets go of the GIL
+        for index in without_hold(range(item.first, item.last)):
             if destinations.given[index] is None:
                 continue
             name, _, _, start, stop = shard.header.table.row(index)

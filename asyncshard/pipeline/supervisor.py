@@ -164,8 +164,8 @@ class Supervisor:
     def reclaim(self, what: Yields) -> bool:
         """Give back an item that was read ahead; it is read again later.
 
-        Only while the consumer is busy elsewhere: it may be the very one that waits, as when it asks a cache for a shard
-        from within its loop.
+        Only while the consumer is busy elsewhere: it may be the very one that waits, as when it asks a cache for a
+        shard from within its loop.
         """
         if what is not Yields.READ_AHEAD:
             return False

@@ -27,6 +27,7 @@ from asyncshard.format.digests import digests_of, has_digests
 from asyncshard.format.dtypes import DTYPES
 from asyncshard.format.header import Header
 from asyncshard.pipeline.checkpoint import Checkpoint
+from asyncshard.pipeline.pace import without_hold
 from asyncshard.stores.base import ETAG, Store
 
 Facts = Mapping[str, str]
@@ -34,7 +35,7 @@ Facts = Mapping[str, str]
 
 _FORMAT = 1
 _BLOCK = 512
-"""Tensors between two moments without the GIL."""
+"""Tensors in a line."""
 _CONTENT = re.compile(rf'{ETAG}"?[0-9a-f]{{32}}(-[0-9]+)?"? [0-9]+')
 """A fingerprint that says what is in an object: its ETag is an MD5, or that of the MD5s of its parts."""
 _FACT = re.compile(r"[A-Z0-9_]+ ([0-9]+(,[0-9]+)*)? [0-9a-f]{32}")
@@ -133,9 +134,8 @@ class CheckpointVersion:
             if (now.path, now.fingerprint) in same_place or now.fingerprint in contents:
                 changed[:] = False
             elif facts and now.facts:
-                for block in _blocks(enumerate(now.facts.items())):
-                    for index, (name, fact) in block:
-                        changed[index] = facts.get(name) != fact
+                for index, (name, fact) in enumerate(without_hold(now.facts.items())):
+                    changed[index] = facts.get(name) != fact
             yield changed
 
     def __str__(self) -> str:
@@ -163,19 +163,10 @@ def _facts_of(header: Header) -> Facts | None:
     if digests is None:
         return None
     facts = {}
-    for block in _blocks(range(len(header))):
-        for index in block:
-            name, code, shape, _, _ = header.table.row(index)
-            facts[name] = f"{DTYPES[code].name} {','.join(map(str, shape))} {digests[index].tobytes().hex()}"
+    for index in without_hold(range(len(header))):
+        name, code, shape, _, _ = header.table.row(index)
+        facts[name] = f"{DTYPES[code].name} {','.join(map(str, shape))} {digests[index].tobytes().hex()}"
     return facts
-
-
-def _blocks(items: Iterable[Any]) -> Iterator[list[Any]]:
-    """Cut into blocks, and let go of the GIL between them."""
-    rest = iter(items)
-    while block := list(islice(rest, _BLOCK)):
-        yield block
-        time.sleep(0)
 
 
 def _lines(version: CheckpointVersion) -> Iterator[str]:
@@ -183,8 +174,10 @@ def _lines(version: CheckpointVersion) -> Iterator[str]:
     for shard in version.shards:
         count = None if shard.facts is None else len(shard.facts)
         yield json.dumps({"path": shard.path, "fingerprint": shard.fingerprint, "tensors": count})
-        for block in _blocks((shard.facts or {}).items()):
-            yield json.dumps(dict(block))
+        facts = iter((shard.facts or {}).items())
+        while block := dict(islice(facts, _BLOCK)):
+            yield json.dumps(block)
+            time.sleep(0)
 
 
 def _parse_line(number: int, line: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import pytest
 import asyncshard
 from asyncshard import AsyncShardLoader, IncrementalShardLoader, MemoryBudget
 from asyncshard.errors import AsyncShardError, BudgetError, NamesError, ObjectNotFoundError, StoreError
-from asyncshard.loaders import incremental
+from asyncshard.loaders import sources
 from asyncshard.stores import LocalStore
 from asyncshard.testing import Fault, FaultyStore, GatedStore, WrapperStore
 
@@ -59,14 +59,14 @@ def wrapped(monkeypatch):
 
     def wrap(make):
         made = []
-        open_file = incremental.open_file
+        open_file = sources.open_file
 
         def opened(path, options):
             store, name = open_file(path, options)
             made.append(make(store))
             return made[-1], name
 
-        monkeypatch.setattr(incremental, "open_file", opened)
+        monkeypatch.setattr(sources, "open_file", opened)
         return made
 
     return wrap

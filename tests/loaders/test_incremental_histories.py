@@ -14,7 +14,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initial
 
 from asyncshard import IncrementalShardLoader
 from asyncshard.errors import StoreError
-from asyncshard.loaders import incremental
+from asyncshard.loaders import sources
 from asyncshard.testing import Fault, FaultyStore
 
 PAGE = 4096
@@ -94,8 +94,8 @@ class Histories(RuleBasedStateMachine):
         self.loop = asyncio.new_event_loop()
         self.faults = {}
         self.items = []
-        self.open_file = incremental.open_file
-        incremental.open_file = self.open_faulty
+        self.open_file = sources.open_file
+        sources.open_file = self.open_faulty
         for number, path in enumerate(self.paths):
             self.write(path, np.full(SIZES[number] * PAGE // 4, number, np.int32))
         self.loader = IncrementalShardLoader(memory_budget_mb=BUDGET_PAGES * PAGE / 2**20, cache_size=CACHE_SIZE)
@@ -237,7 +237,7 @@ class Histories(RuleBasedStateMachine):
         if hasattr(self, "model"):
             self.run(self.loader.aclose())
             assert self.loader.budget.bytes_used == 0
-            incremental.open_file = self.open_file
+            sources.open_file = self.open_file
             self.loop.close()
             shutil.rmtree(self.folder)
 

@@ -16,7 +16,7 @@ import pytest
 import asyncshard
 from asyncshard import AsyncShardLoader, MemoryBudget, ShardedStateLoader
 from asyncshard.errors import AccessDeniedError, BudgetError, FormatError
-from asyncshard.loaders.loader import open_store
+from asyncshard.loaders.files import open_store
 from asyncshard.testing import GatedStore, MemoryStore
 
 KIB, MIB = 1 << 10, 1 << 20

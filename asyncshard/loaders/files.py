@@ -1,0 +1,84 @@
+"""Files as the user names them: the stores they are in, which ones a load takes, and the header of one."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from asyncshard.errors import NotRegularFileError
+from asyncshard.format.header import Header
+from asyncshard.loaders.options import Options
+from asyncshard.pipeline.checkpoint import Selection, find_shards, read_header_of
+from asyncshard.stores import Store, file_from_url, from_url
+from asyncshard.stores.threads import DaemonThreads, finish
+
+ModelPath = str | os.PathLike[str] | Store
+"""A local path or URL; or a store of one's own, which a load leaves open."""
+
+
+def open_store(path: ModelPath, options: Options) -> Store:
+    """Return the store for a path, or the one that was given."""
+    if isinstance(path, Store):
+        return path
+    return from_url(path, max_workers=options.max_workers, page_cache=options.page_cache, **options.storage_options)
+
+
+def open_file(path: str | os.PathLike[str], options: Options) -> tuple[Store, str]:
+    """Return the store of a file's folder, and the file's name there."""
+    return file_from_url(
+        path, max_workers=options.max_workers, page_cache=options.page_cache, **options.storage_options
+    )
+
+
+async def discover(path: ModelPath, selection: Selection, options: Options) -> list[str]:
+    """Return the full paths of the files to load, in delivery order."""
+    store = open_store(path, options)
+    threads = DaemonThreads(1, "asyncshard-work")
+    try:
+        found = await find_shards(store, selection, threads)
+        return [store.path_of(name) for name in found.files]
+    finally:
+        await threads.aclose()
+        if store is not path:
+            await finish(asyncio.ensure_future(store.aclose()))
+
+
+async def read_header(
+    path: str | os.PathLike[str],
+    *,
+    max_header_bytes: int | None = None,
+    max_tensors: int | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+) -> Header:
+    """Read and validate the header of one file, off the event loop.
+
+    Parameters
+    ----------
+    path : str or path
+        A local path or URL of one ``.safetensors`` file.
+    max_header_bytes, max_tensors : int, optional
+        Refuse a larger header, before it is read or parsed.
+    storage_options : mapping, optional
+        The store's constructor arguments.
+
+    Raises
+    ------
+    FormatError
+        The header breaks a rule of the format; the message says which, and where.
+    ObjectNotFoundError, AccessDeniedError, NotRegularFileError, StoreError
+    """
+    store = from_url(path, **(storage_options or {}))
+    threads = DaemonThreads(1, "asyncshard-work")
+    try:
+        listing = await store.list()
+        if not listing.is_file:
+            raise NotRegularFileError(f"{store.url}: this is a directory; name one file", path=store.url)
+        shard = await read_header_of(
+            store, listing.names[0], threads, max_header_bytes=max_header_bytes, max_tensors=max_tensors
+        )
+        return shard.header
+    finally:
+        await threads.aclose()
+        await finish(asyncio.ensure_future(store.aclose()))
