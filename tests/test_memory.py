@@ -152,6 +152,39 @@ async def run(path):
 """
 
 
+INCREMENTAL = """
+async def run(path):
+    names = []
+    async with asyncshard.IncrementalShardLoader(memory_budget_mb=32) as loader:
+        await loader.load_weights_incremental(path, lambda name, tensor: names.append(name))
+    assert len(names) == 75
+    return 0
+"""
+
+SHARDS = """
+async def run(path):
+    async with asyncshard.IncrementalShardLoader(memory_budget_mb=160) as loader:
+        for part in (0, 1, 0, 1):
+            shard = await loader.load_shard(f"{path}/model-rank-0-part-{part}.safetensors")
+            assert all((tensor[::64, ::64] == int(name[1:])).all() for name, tensor in shard.items())
+            del shard
+        assert loader.statistics().evictions == 3
+    return 0
+"""
+
+REFRESH = """
+state = {f"t{i:02}": np.full((1024, 1024), i, np.float32) for i in range(75)}
+first = {name: array for name, array in state.items() if int(name[1:]) < 8}
+async def run(path):
+    loader = asyncshard.ShardedStateLoader(memory_budget_mb=40)
+    for _ in range(3):
+        async with await loader.prepare_refresh(path, first, strict=False) as update:
+            assert len(update.changed) == 8
+            await update.apply()
+    return 0
+"""
+
+
 def measure(checkpoint, code, prelude=""):
     run = "\nasyncio.run(main(sys.argv[1]))\n"
     done = subprocess.run(
@@ -191,6 +224,18 @@ def test_streams_that_are_left_early_take_the_budget_and_16_mib_at_most(checkpoi
 def test_a_consumer_that_keeps_tensors_pays_for_those_and_the_budget(code, checkpoint):
     result = measure(checkpoint, code)
     assert result["extra"] <= 32 * MIB + result["held"] + SLACK
+
+
+def test_loading_incrementally_takes_the_budget_and_16_mib_at_most(checkpoint):
+    assert measure(checkpoint, INCREMENTAL)["extra"] <= 32 * MIB + SLACK
+
+
+def test_shards_that_give_way_to_each_other_take_the_budget_and_16_mib_at_most(checkpoint):
+    assert measure(checkpoint, SHARDS)["extra"] <= 160 * MIB + SLACK
+
+
+def test_refreshing_takes_the_budget_and_16_mib_at_most(checkpoint):
+    assert measure(checkpoint, REFRESH)["extra"] <= 40 * MIB + SLACK
 
 
 def test_new_arrays_take_their_own_size_and_16_mib_at_most(checkpoint):

@@ -27,8 +27,8 @@ class CachedTransfer(StagedTransfer):
         shard = self.checkpoint.shards[item.shard]
         file = self._cache.peek(shard.path)
         if file is None or file.tensors is None or file.shard.meta != shard.meta:
+            self._found.pop(item, None)
             return super().prepare(item)
-        self._cache.hits += item.first == 0
         self._found[item] = file.tensors
         return 0
 
@@ -38,6 +38,7 @@ class CachedTransfer(StagedTransfer):
             for name, tensor, nbytes in super().deliver(item, lease):
                 yield name, frozen(tensor), nbytes
             return
+        self._cache.hits += item.first == 0
         row = self.checkpoint.shards[item.shard].header.table.row
         for index in range(item.first, item.last):
             name, _, _, start, stop = row(index)
