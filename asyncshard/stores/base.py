@@ -68,6 +68,13 @@ class Store(ABC):
         """Return the full path or URL of an object, for messages and for the user."""
         return f"{self.url.rstrip('/')}/{name}"
 
+    def identity(self, meta: ObjectMeta) -> str | None:
+        """Return text that names just this object and this version of it, in every process: the key of a cache.
+
+        None where there is no such text, or where a copy on this machine's disk would gain nothing.
+        """
+        return None
+
     @abstractmethod
     async def list(self) -> Listing:
         """List the root.
