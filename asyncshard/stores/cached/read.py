@@ -99,18 +99,18 @@ class CachedRead:
         return blocks
 
     def _copy(self, entry: Entry, present: dict[int, bytes], stop: StopFlag) -> None:
-        checked = self._store.cache.checked(self._key, entry)
-        for run in _runs(block for block in present if checked[block]):
+        flags = self._store.cache.checked(self._key, entry)
+        checked = [block for block in present if flags[block]]  # once: other threads set flags too
+        for run in _runs(checked):
             start, end = self._wanted(run)
             entry.read(start, self._views(start, end), stop)
-        for block, digest in present.items():
-            if not checked[block] and not stop.is_set():
-                views = self._copy_whole(entry, block, stop)
-                if stop.is_set():
-                    return
-                if digest_of(block, views) != digest:
-                    raise CorruptEntryError(f"block {block:,} does not match its digest")
-                checked[block] = 1
+        for block in sorted(set(present) - set(checked)):
+            views = self._copy_whole(entry, block, stop)
+            if stop.is_set():
+                return
+            if digest_of(block, views) != present[block]:
+                raise CorruptEntryError(f"block {block:,} does not match its digest")
+            flags[block] = 1
 
     def _copy_whole(self, entry: Entry, block: int, stop: StopFlag) -> list[memoryview]:
         """Fill what is wanted of a block; return all of its bytes."""
@@ -205,7 +205,7 @@ class CachedRead:
         return self._scatter.views(start - self._start, stop - self._start)
 
 
-def _runs(blocks: Sequence[int] | Iterator[int]) -> Iterator[range]:
+def _runs(blocks: Sequence[int]) -> Iterator[range]:
     """Return the ranges of numbers side by side."""
     for _, group in groupby(enumerate(blocks), lambda pair: pair[1] - pair[0]):
         numbers = [number for _, number in group]
