@@ -6,6 +6,7 @@ from asyncshard.errors import AsyncShardError
 from asyncshard.format.header import Header, TensorInfo, parse_header
 from asyncshard.format.pattern import ShardPattern
 from asyncshard.loaders import load, stream
+from asyncshard.loaders.cache import verify_cache
 from asyncshard.loaders.loader import read_header
 from asyncshard.loaders.sharded_state import ShardedStateLoader
 from asyncshard.loaders.streaming import AsyncShardLoader
@@ -40,4 +41,5 @@ __all__ = [
     "save_sharded_state",
     "stream",
     "validate_shard_shapes",
+    "verify_cache",
 ]

@@ -53,6 +53,7 @@ def test_the_names_of_the_public_api_are_there() -> None:
         "save_sharded_state",
         "stream",
         "validate_shard_shapes",
+        "verify_cache",
     }
 
 
@@ -152,6 +153,7 @@ SIGNATURES: dict[str, tuple[Any, list[tuple[str, str, Any]]]] = {
     ),
     "read_header": (asyncshard.read_header, [("path", BOTH, "required")]),
     "parse_header": (asyncshard.parse_header, [("data", BOTH, "required"), ("file_size", BOTH, None)]),
+    "verify_cache": (asyncshard.verify_cache, [("cache_dir", BOTH, "required")]),
     "load": (asyncshard.load, [("path", BOTH, "required"), ("options", ANY, "required")]),
     "Stream.drain": (asyncshard.Stream.drain, []),
     "Stream.statistics": (asyncshard.Stream.statistics, []),
@@ -173,6 +175,7 @@ def test_signatures_are_kept(name: str) -> None:
     [
         asyncshard.load,
         asyncshard.read_header,
+        asyncshard.verify_cache,
         asyncshard.save_sharded_state,
         asyncshard.ShardedStateLoader.load_weights,
         asyncshard.ShardedStateLoader.discover_shards,
@@ -263,7 +266,20 @@ def test_importing_brings_no_framework_prints_nothing_and_changes_no_global_stat
     result = json.loads(done.stderr)
     assert result["changed"] == []
     assert result["logger"] == [0, 0, True]
-    heavy = {"torch", "jax", "safetensors", "aiobotocore", "botocore", "vllm", "starlette", "ray", "pytest", "tqdm"}
+    heavy = {
+        "torch",
+        "jax",
+        "safetensors",
+        "aiobotocore",
+        "botocore",
+        "vllm",
+        "starlette",
+        "ray",
+        "pytest",
+        "tqdm",
+        "xxhash",
+        "filelock",
+    }
     assert not heavy & set(result["modules"])
 
 

@@ -1,4 +1,4 @@
-"""What all loaders share: their options, their budget, and how a path becomes a stream."""
+"""What all loaders share: their options, their budget and cache, and how a path becomes a stream."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import os
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from asyncshard.errors import NotRegularFileError
 from asyncshard.format.header import Header
+from asyncshard.loaders.cache import make_cache, with_cache
 from asyncshard.loaders.options import Options
 from asyncshard.pipeline.budget import Account, MemoryBudget
 from asyncshard.pipeline.checkpoint import Checkpoint, Selection, find_shards, open_checkpoint, read_header_of
@@ -25,6 +26,9 @@ from asyncshard.pipeline.supervisor import Supervisor
 from asyncshard.pipeline.transfer import Pacing, Transfer
 from asyncshard.stores import Store, from_url
 from asyncshard.stores.threads import DaemonThreads, finish
+
+if TYPE_CHECKING:
+    from asyncshard.stores.cached.directory import DiskCache
 
 logger = logging.getLogger("asyncshard")
 
@@ -60,9 +64,18 @@ class LoadReport:
 class Loader:
     """Options, a selection of files, and a budget. It holds nothing open, belongs to no event loop, and pickles."""
 
-    def __init__(self, selection: Selection, options: Options, budget: MemoryBudget | None = None) -> None:
+    def __init__(
+        self,
+        selection: Selection,
+        options: Options,
+        budget: MemoryBudget | None = None,
+        cache: DiskCache | None = None,
+    ) -> None:
         self._selection = selection
         self._options = options
+        if cache is None and options.cache_dir is not None:
+            cache = make_cache(options.cache_dir, options.cache_max_gb)
+        self._cache = cache
         self._budget = budget or options.budget or MemoryBudget(options.memory_budget_mb or default_budget_mb())
         self.last_report: LoadReport | None = None
         """How the names of the load that ended last matched; None before the first."""
@@ -87,6 +100,11 @@ class Loader:
     def budget(self) -> MemoryBudget:
         """The memory budget that its loads share."""
         return self._budget
+
+    def cache_for(self, options: Options) -> DiskCache | None:
+        """Return this loader's cache if it is the one that the options ask for."""
+        is_same = (options.cache_dir, options.cache_max_gb) == (self._options.cache_dir, self._options.cache_max_gb)
+        return self._cache if is_same else None
 
     def _stream(self, request: Request) -> Stream:
         def opener(account: Account, threads: DaemonThreads) -> Any:
@@ -121,6 +139,8 @@ class Loader:
     async def _open(self, request: Request, account: Account, threads: DaemonThreads) -> AsyncIterator[Transfer]:
         """Open the checkpoint and plan its transfer; the store is open until the end."""
         store = open_store(request.path, self._options)
+        if self._cache is not None:
+            store = with_cache(store, self._cache, closes_store=store is not request.path)
         try:
             checkpoint = await open_checkpoint(store, self._selection, threads, account)
             yield await self._plan(request, store, checkpoint, threads)

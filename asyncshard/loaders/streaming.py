@@ -46,7 +46,7 @@ class AsyncShardLoader(Loader):
         options = base.options.override(given)
         has_own_budget = given.get("memory_budget_mb") is not None or given.get("budget") is not None
         selection = base.selection._replace(max_header_bytes=options.max_header_bytes, max_tensors=options.max_tensors)
-        super().__init__(selection, options, None if has_own_budget else base.budget)
+        super().__init__(selection, options, None if has_own_budget else base.budget, base.cache_for(options))
 
     def stream(
         self, path: ModelPath, into: Mapping[str, Any] | None = None, *, strict: bool = True, cast: bool = False

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator
 import filelock
 
 from asyncshard.stores.cached import entry, eviction
-from asyncshard.stores.cached.entry import BLOCK_BYTES, CorruptEntryError, Entry
+from asyncshard.stores.cached.entry import BLOCK_BYTES, Entry
 
 logger = logging.getLogger("asyncshard")
 
@@ -125,21 +125,26 @@ class DiskCache:
         """Remove an entry that is wrong, with a warning that names the object."""
         with self._lock:
             self._checked.pop(key, None)
-        path = self.path_of(key)
+        if not self.discard(self.path_of(key), what, reason):
+            self._ignored.add(key)
+
+    def discard(self, path: str, what: str, reason: object) -> bool:
+        """Remove the file of an entry that is wrong, with a warning; False where it cannot be removed."""
         logger.warning("%s: its entry in the cache, %s, is dropped and fetched again: %s", what, path, reason)
         try:
             os.unlink(path)
         except FileNotFoundError:
-            return
+            return True
         except OSError:
-            self._ignored.add(key)
+            return False
+        return True
 
     def checked(self, key: bytes, opened: Entry) -> bytearray:
         """Return the flags of an entry's blocks: whether this process has compared each with its digest."""
         with self._lock:
             serial, flags = self._checked.get(key, (b"", bytearray()))
             if serial != opened.serial:
-                flags = bytearray(opened.layout.count)
+                flags = bytearray(opened.layout.block_count)
                 self._checked[key] = opened.serial, flags
             return flags
 
@@ -189,6 +194,3 @@ def _held(lock: filelock.BaseFileLock) -> Iterator[bool]:
         yield True
     finally:
         lock.release()
-
-
-__all__ = ["CorruptEntryError", "DiskCache", "key_of"]

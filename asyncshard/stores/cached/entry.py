@@ -12,6 +12,7 @@ XXH3 of 128 bits, seeded with the number of the block; one that is all zero is s
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 from collections.abc import Iterable, Sequence
@@ -44,14 +45,14 @@ class Layout(NamedTuple):
     """Bytes of the object."""
 
     @property
-    def count(self) -> int:
+    def block_count(self) -> int:
         """Blocks of the object; the last one may be shorter."""
         return -(-self.size // BLOCK_BYTES)
 
     @property
     def blocks_start(self) -> int:
         """First byte of the blocks in the file."""
-        return -(-(_MAP_START + DIGEST_BYTES * self.count) // _PAGE) * _PAGE
+        return -(-(_MAP_START + DIGEST_BYTES * self.block_count) // _PAGE) * _PAGE
 
     def blocks_of(self, start: int, stop: int) -> range:
         """Return the blocks that hold the bytes [start, stop) of the object."""
@@ -168,10 +169,8 @@ def create(path: str, key: bytes, size: int) -> None:
             os.ftruncate(fd, layout.blocks_start + size)
         finally:
             os.close(fd)
-        try:
+        with contextlib.suppress(FileExistsError):
             os.link(temporary, path)
-        except FileExistsError:
-            pass
     finally:
         os.unlink(temporary)
 
