@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator
 import filelock
 
 from asyncshard.stores.cached import entry, eviction
-from asyncshard.stores.cached.entry import BLOCK_BYTES, Entry
+from asyncshard.stores.cached.entry import BLOCK_BYTES, CorruptEntryError, Entry
 
 logger = logging.getLogger("asyncshard")
 
@@ -50,7 +50,7 @@ class DiskCache:
         self._step = max(max_bytes // 64, BLOCK_BYTES)
         """Bytes written by one process after which it looks whether there are too many."""
         self._lock = threading.Lock()
-        self._written = 0
+        self._written = self._step  # so that the first write looks
         """Bytes written since the last look."""
         self._in_use: Counter[bytes] = Counter()
         self._checked: dict[bytes, tuple[bytes, bytearray]] = {}
@@ -60,7 +60,7 @@ class DiskCache:
         self._has_warned = False
 
     def prepare(self) -> None:
-        """Make the directories, and room in them.
+        """Make the directories.
 
         Raises
         ------
@@ -74,7 +74,6 @@ class DiskCache:
             status = os.lstat(path)
             if not stat.S_ISDIR(status.st_mode) or status.st_uid not in (0, os.geteuid()) or status.st_mode & 0o022:
                 raise PermissionError(f"{path}: others may write there; use a directory of this user's own")
-        self.make_room()
 
     def path_of(self, key: bytes) -> str:
         """Return the path of an object's entry."""
@@ -121,22 +120,28 @@ class DiskCache:
             entry.create(path, key, size)
             return Entry.open(path, key, size, is_writable=True)
 
-    def drop(self, key: bytes, what: str, reason: object) -> None:
-        """Remove an entry that is wrong, with a warning that names the object."""
+    def drop(self, key: bytes, what: str, error: CorruptEntryError) -> None:
+        """Remove an entry that is wrong, with a warning that names the object.
+
+        It does nothing where another entry stands in its place already.
+        """
         with self._lock:
             self._checked.pop(key, None)
-        if not self.discard(self.path_of(key), what, reason):
-            self._ignored.add(key)
+            if not self.discard(self.path_of(key), what, error):
+                self._ignored.add(key)
 
-    def discard(self, path: str, what: str, reason: object) -> bool:
+    def discard(self, path: str, what: str, error: CorruptEntryError) -> bool:
         """Remove the file of an entry that is wrong, with a warning; False where it cannot be removed."""
-        logger.warning("%s: its entry in the cache, %s, is dropped and fetched again: %s", what, path, reason)
         try:
-            os.unlink(path)
+            if os.lstat(path).st_ino != error.inode:
+                return True
         except FileNotFoundError:
             return True
-        except OSError:
-            return False
+        logger.warning("%s: its entry in the cache, %s, is dropped and fetched again: %s", what, path, error)
+        try:
+            os.unlink(path)
+        except OSError as failure:
+            return isinstance(failure, FileNotFoundError)
         return True
 
     def checked(self, key: bytes, opened: Entry) -> bytearray:

@@ -35,7 +35,14 @@ _PAGE = 4096
 
 
 class CorruptEntryError(Exception):
-    """The file is not what an entry must be; the message says where."""
+    """The file is not what an entry must be; the message says where.
+
+    `inode` is the file's: another one may stand in its place by now.
+    """
+
+    def __init__(self, message: str, inode: int) -> None:
+        super().__init__(message)
+        self.inode = inode
 
 
 class Layout(NamedTuple):
@@ -96,7 +103,7 @@ class Entry:
         try:
             stored_key, stored_size, serial = _read_header(fd)
             if (stored_key, stored_size) != (key, size):
-                raise CorruptEntryError("its header is that of another object")
+                raise _corrupt(fd, "its header is that of another object")
         except BaseException:
             os.close(fd)
             raise
@@ -109,7 +116,7 @@ class Entry:
         try:
             key, size, serial = _read_header(fd)
             if os.path.basename(path) != name_of(key):
-                raise CorruptEntryError("its header is that of another object")
+                raise _corrupt(fd, "its header is that of another object")
         except BaseException:
             os.close(fd)
             raise
@@ -121,12 +128,16 @@ class Entry:
     def __exit__(self, *exc_info: object) -> None:
         os.close(self._fd)
 
+    def corrupt(self, message: str) -> CorruptEntryError:
+        """Return the error that says what is wrong with this entry."""
+        return _corrupt(self._fd, message)
+
     def digests(self, blocks: range) -> list[bytes]:
         """Return the stored digest of each block, `ABSENT` for those that are not there."""
         wanted = DIGEST_BYTES * len(blocks)
         table = os.pread(self._fd, wanted, _MAP_START + DIGEST_BYTES * blocks.start)
         if len(table) != wanted:
-            raise CorruptEntryError("it ends within its map")
+            raise self.corrupt("it ends within its map")
         return [table[at : at + DIGEST_BYTES] for at in range(0, wanted, DIGEST_BYTES)]
 
     def read(self, start: int, views: Sequence[memoryview], stop: StopFlag) -> None:
@@ -136,7 +147,7 @@ class Entry:
         if number:
             raise OSError(number, os.strerror(number), self.path)
         if count != wanted and not stop.is_set():
-            raise CorruptEntryError(f"it ends at byte {start + count:,} of the object")
+            raise self.corrupt(f"it ends at byte {start + count:,} of the object")
 
     def write(self, block: int, data: memoryview) -> None:
         """Store a block, then its digest."""
@@ -179,20 +190,24 @@ TEMPORARY = "new-"
 """How the names of entries begin that are not whole yet."""
 
 
+def _corrupt(fd: int, message: str) -> CorruptEntryError:
+    return CorruptEntryError(message, os.fstat(fd).st_ino)
+
+
 def _read_header(fd: int) -> tuple[bytes, int, bytes]:
     """Return key, size and serial of an open entry."""
     stored = os.pread(fd, _HEADER.size + DIGEST_BYTES, 0)
     header = stored[: _HEADER.size]
     if len(stored) != _HEADER.size + DIGEST_BYTES or not stored.startswith(_MAGIC):
-        raise CorruptEntryError("it does not begin with the header of an entry")
+        raise _corrupt(fd, "it does not begin with the header of an entry")
     _, version, block_bytes, size, key, serial = _HEADER.unpack(header)
     if version != _VERSION:
-        raise CorruptEntryError(f"its format is version {version}, not {_VERSION}")
+        raise _corrupt(fd, f"its format is version {version}, not {_VERSION}")
     if xxhash.xxh3_128_digest(header) != stored[_HEADER.size :] or block_bytes != BLOCK_BYTES:
-        raise CorruptEntryError("its header does not match its digest")
+        raise _corrupt(fd, "its header does not match its digest")
     nbytes, expected = os.fstat(fd).st_size, Layout(size).blocks_start + size
     if nbytes != expected:
-        raise CorruptEntryError(f"it has {nbytes:,} bytes, not {expected:,}")
+        raise _corrupt(fd, f"it has {nbytes:,} bytes, not {expected:,}")
     return key, size, serial
 
 

@@ -87,15 +87,17 @@ class CachedRead:
             with entry:
                 stored = entry.digests(range(blocks[0], blocks[-1] + 1))
                 present = {block: stored[block - blocks[0]] for block in blocks if stored[block - blocks[0]] != ABSENT}
-                self._copy(entry, present, stop)
+                try:
+                    self._copy(entry, present, stop)
+                except OSError as error:
+                    if error.errno != errno.EIO:
+                        raise
+                    raise entry.corrupt(f"the disk cannot read it: {error}") from error
                 return [block for block in blocks if block not in present]
         except CorruptEntryError as error:
             cache.drop(self._key, self._store.path_of(self._meta.name), error)
         except OSError as error:
-            if error.errno == errno.EIO:
-                cache.drop(self._key, self._store.path_of(self._meta.name), error)
-            else:
-                self._store.fail(error, can_read=False)
+            self._store.fail(error, can_read=False)
         return blocks
 
     def _copy(self, entry: Entry, present: dict[int, bytes], stop: StopFlag) -> None:
@@ -109,7 +111,7 @@ class CachedRead:
             if stop.is_set():
                 return
             if digest_of(block, views) != present[block]:
-                raise CorruptEntryError(f"block {block:,} does not match its digest")
+                raise entry.corrupt(f"block {block:,} does not match its digest")
             flags[block] = 1
 
     def _copy_whole(self, entry: Entry, block: int, stop: StopFlag) -> list[memoryview]:

@@ -47,7 +47,7 @@ def verify(cache: DiskCache, stop: StopFlag) -> CacheReport:
         except FileNotFoundError:  # evicted meanwhile
             continue
         except CorruptEntryError as error:
-            cache.discard(path, path, error)
+            cache.discard(path, name, error)
             dropped.append(path)
         else:
             entries, blocks, nbytes = entries + 1, blocks + len(sizes), nbytes + sum(sizes)
@@ -67,5 +67,5 @@ def _compare(entry: Entry, block: int, digest: bytes, memory: memoryview, stop: 
     view = memory[: end - start]
     entry.read(start, [view], stop)
     if not stop.is_set() and digest_of(block, [view]) != digest:
-        raise CorruptEntryError(f"block {block:,} does not match its digest")
+        raise entry.corrupt(f"block {block:,} does not match its digest")
     return end - start

@@ -44,9 +44,9 @@ async def test_a_corrupt_byte_is_noticed_whatever_it_belongs_to(place, load, ent
     (warning,) = warnings_of()
     assert "memory://checkpoint/a" in warning
     assert str(path) in warning
-    again, store = await load()
-    assert again == data
-    assert store.ranges == []
+    assert (await load())[0] == data  # which also fetches what was taken from the entry before it was dropped
+    assert (await load())[1].ranges == []
+    assert len(warnings_of()) == 1
 
 
 @pytest.mark.parametrize("nbytes", [0, 1, 100, 4096, 4096 + MIB, -1])
@@ -110,13 +110,14 @@ async def test_a_full_disk_leaves_the_load_as_it_is(number, calls, load, data, m
     def limited(fd, view, offset):
         if next(count) < calls:
             return pwrite(fd, view, offset)
-        pwrite(fd, view[: len(view) // 2], offset)
+        if len(view) > 16:  # digests are written whole or not at all
+            pwrite(fd, view[: len(view) // 2], offset)
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, "pwrite", limited)
-    result, store = await load()
+    result, store = await load(step=len(data))
     assert result == data
-    assert store.nbytes <= len(data) + 2 * MIB
+    assert store.nbytes == len(data)
     (warning,) = warnings_of()
     assert os.strerror(number) in warning
     monkeypatch.undo()
@@ -141,7 +142,7 @@ async def test_a_call_that_is_refused_leaves_the_load_as_it_is(call, load, data,
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     monkeypatch.setattr(os, call, refuse)
-    result, store = await load()
+    result, store = await load(step=len(data))
     monkeypatch.undo()
     assert result == data
     assert store.nbytes == len(data)
@@ -224,7 +225,7 @@ async def test_locks_that_are_held_for_ever_are_waited_for_once(make_cache, load
     for lock in locks:
         lock.acquire(blocking=False)
     try:
-        result, store = await load(make_cache(lock_timeout_s=0.1))
+        result, store = await load(make_cache(lock_timeout_s=0.1), step=len(data))
     finally:
         for lock in locks:
             lock.release()
