@@ -52,6 +52,9 @@ class DiskCache:
         self._lock = threading.Lock()
         self._written = self._step  # so that the first write looks
         """Bytes written since the last look."""
+        self._has_room = True
+        """What the last look found."""
+        self._evicting = threading.Lock()
         self._in_use: Counter[bytes] = Counter()
         self._checked: dict[bytes, tuple[bytes, bytearray]] = {}
         """By key: the serial of an entry, and a flag for each of its blocks that this process has compared."""
@@ -153,14 +156,14 @@ class DiskCache:
                 self._checked[key] = opened.serial, flags
             return flags
 
-    def note_written(self, nbytes: int) -> bool:
-        """Count bytes written, and make room from time to time; False where there is none to be made."""
-        with self._lock:
+    def has_room_for(self, nbytes: int) -> bool:
+        """Count bytes that are about to be written, and evict from time to time; False where there is no room."""
+        with self._evicting:
             self._written += nbytes
-            if self._written < self._step:
-                return True
-            self._written = 0
-        return self.make_room()
+            if self._written >= self._step or not self._has_room:
+                self._written = 0
+                self._has_room = self.make_room()
+            return self._has_room
 
     def make_room(self) -> bool:
         """Evict entries that were used longest ago; False where those that this process loads take all the room."""

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from asyncshard.stores.base import ObjectMeta, Store
 from asyncshard.stores.cached.buffers import BlockBuffers
 from asyncshard.stores.cached.directory import DiskCache, key_of
-from asyncshard.stores.cached.entry import CorruptEntryError
+from asyncshard.stores.cached.entry import CorruptEntryError, Layout
 from asyncshard.stores.cached.locks import BlockLocks
 from asyncshard.stores.threads import DaemonThreads, finish
 from asyncshard.stores.wrapper import WrapperStore
@@ -122,18 +122,17 @@ class CachedStore(WrapperStore):
             self.locks.release(key, [block for block, _ in blocks])
 
     def _write_blocks(self, meta: ObjectMeta, key: bytes, blocks: list[tuple[int, memoryview]]) -> None:
-        nbytes = 0
+        layout = Layout(meta.size)
+        spans = {block: layout.span(block) for block, _ in blocks}
         try:
+            if not self.cache.has_room_for(sum(stop - start for start, stop in spans.values())):
+                self.fail("the objects of this load are larger than cache_max_gb; raise it to keep them all")
+                return
             with self.cache.open_or_create(key, meta.size) as entry:
                 for block, image in blocks:
-                    start, stop = entry.layout.span(block)
+                    start, stop = spans[block]
                     entry.write(block, image[: stop - start])
-                    nbytes += stop - start
-            has_room = self.cache.note_written(nbytes)
         except CorruptEntryError as error:
             self.cache.drop(key, self.path_of(meta.name), error)
         except (OSError, NotImplementedError) as error:
             self.fail(error)
-        else:
-            if not has_room:
-                self.fail("the objects of this load are larger than cache_max_gb; raise it to keep them all")

@@ -145,7 +145,9 @@ async def test_objects_without_an_identity_are_not_kept(origin, load, entries, d
     assert entries() == []
 
 
-async def test_an_error_of_the_other_store_passes_unchanged_and_leaves_no_block(make_cache, origin, load, entries, data):
+async def test_an_error_of_the_other_store_passes_unchanged_and_leaves_no_block(
+    make_cache, origin, load, entries, data
+):
     error = StoreError("broken")
     faulty = FaultyStore(origin(), reads={0: Fault(error=error, after=2 * MIB)})
     async with CachedStore(faulty, make_cache()) as cached:

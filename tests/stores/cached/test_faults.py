@@ -90,7 +90,9 @@ async def test_a_process_compares_each_block_once(load, make_cache, entries, dat
     await load()
     import asyncshard.stores.cached.read as read_module
 
-    monkeypatch.setattr(read_module, "digest_of", lambda block, views: compared.append(block) or digest_of(block, views))
+    monkeypatch.setattr(
+        read_module, "digest_of", lambda block, views: compared.append(block) or digest_of(block, views)
+    )
     cache = make_cache()
     for _ in range(2):
         assert (await load(cache, step=len(data)))[0] == data
@@ -235,7 +237,9 @@ async def test_locks_that_are_held_for_ever_are_waited_for_once(make_cache, load
     assert "got nowhere" in warning
 
 
-async def test_a_disk_that_hangs_holds_the_load_only_until_it_is_closed(make_cache, origin, read_all, data, monkeypatch):
+async def test_a_disk_that_hangs_holds_the_load_only_until_it_is_closed(
+    make_cache, origin, read_all, data, monkeypatch
+):
     pwrite, goes_on = os.pwrite, threading.Event()
 
     def hang(*args):
