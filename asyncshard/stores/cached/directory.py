@@ -162,18 +162,20 @@ class DiskCache:
             self._written += nbytes
             if self._written >= self._step or not self._has_room:
                 self._written = 0
-                self._has_room = self.make_room()
+                self._has_room = self.make_room(nbytes)
             return self._has_room
 
-    def make_room(self) -> bool:
-        """Evict entries that were used longest ago; False where those that this process loads take all the room."""
+    def make_room(self, nbytes: int) -> bool:
+        """Evict entries that were used longest ago until there is room for `nbytes` and for what comes before the next
+        look; False where those that this process loads take it.
+        """
         with self._lock:
             in_use = {entry.name_of(key) for key in self._in_use}
         lock = filelock.FileLock(os.path.join(self.locks, "eviction"), mode=0o600, thread_local=False)
         with _held(lock) as is_held:
             if not is_held:  # another process is at it
                 return True
-            most = max(self.max_bytes - self._step, 0)
+            most = max(self.max_bytes - self._step - nbytes, 0)
             return eviction.make_room(self.entries, most, in_use) <= most
 
     def warn_once(self, reason: object) -> None:
