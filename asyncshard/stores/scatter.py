@@ -72,6 +72,8 @@ class Scatter:
 
     def views(self, start: int, stop: int) -> list[memoryview]:
         """Return the memory of the bytes [start, stop), counted over all buffers."""
+        if (start, stop) == (0, self.nbytes):
+            return list(self._buffers)
         views: list[memoryview] = []
         if start >= stop:
             return views

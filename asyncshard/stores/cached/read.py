@@ -42,7 +42,7 @@ class CachedRead:
     async def fill(self, buffers: Sequence[memoryview]) -> None:
         """Do it; nothing writes into the buffers once this has returned or raised."""
         store = self._store
-        self._scatter = Scatter(buffers)
+        self._scatter = await store.threads.run(Scatter, buffers)  # not on the loop: there may be thousands
         missing = await self._serve(list(self._layout.blocks_of(self._start, self._stop)))
         since = time.monotonic()
         turn = 0

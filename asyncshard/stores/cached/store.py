@@ -11,6 +11,7 @@ from asyncshard.stores.cached.buffers import BlockBuffers
 from asyncshard.stores.cached.directory import DiskCache, key_of
 from asyncshard.stores.cached.entry import CorruptEntryError, Layout
 from asyncshard.stores.cached.locks import BlockLocks
+from asyncshard.stores.cached.read import CachedRead
 from asyncshard.stores.threads import DaemonThreads, finish
 from asyncshard.stores.wrapper import WrapperStore
 
@@ -103,8 +104,6 @@ class CachedStore(WrapperStore):
         if identity is None or start == stop or stop > meta.size:
             await self.store.read_into(meta, start, buffers)
             return
-        from asyncshard.stores.cached.read import CachedRead
-
         await CachedRead(self, meta, key_of(identity), start, stop).fill(buffers)
 
     def begin_write(self, meta: ObjectMeta, key: bytes, blocks: list[tuple[int, memoryview]]) -> None:
