@@ -6,6 +6,7 @@ from asyncshard.errors import AsyncShardError
 from asyncshard.format.header import Header, TensorInfo, parse_header
 from asyncshard.format.pattern import ShardPattern
 from asyncshard.loaders import load, stream
+from asyncshard.loaders.cache import verify_cache
 from asyncshard.loaders.files import read_header
 from asyncshard.loaders.incremental import IncrementalShardLoader
 from asyncshard.loaders.sharded_state import ShardedStateLoader
@@ -48,4 +49,5 @@ __all__ = [
     "save_sharded_state",
     "stream",
     "validate_shard_shapes",
+    "verify_cache",
 ]

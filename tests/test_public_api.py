@@ -29,7 +29,7 @@ def test_all_names_what_there_is_and_nothing_else() -> None:
     public = {name for name in vars(asyncshard) if not name.startswith("_")} - rooms
     assert public | {"__version__"} == set(asyncshard.__all__)
     assert len(asyncshard.__all__) == len(set(asyncshard.__all__))
-    assert len(asyncshard.__all__) <= 25
+    assert len(asyncshard.__all__) <= 32
 
 
 def test_the_names_of_the_public_api_are_there() -> None:
@@ -55,6 +55,7 @@ def test_the_names_of_the_public_api_are_there() -> None:
         "save_sharded_state",
         "stream",
         "validate_shard_shapes",
+        "verify_cache",
     }
 
 
@@ -167,6 +168,7 @@ SIGNATURES: dict[str, tuple[Any, list[tuple[str, str, Any]]]] = {
     "CheckpointVersion.parse": (asyncshard.CheckpointVersion.parse, [("text", BOTH, "required")]),
     "read_header": (asyncshard.read_header, [("path", BOTH, "required")]),
     "parse_header": (asyncshard.parse_header, [("data", BOTH, "required"), ("file_size", BOTH, None)]),
+    "verify_cache": (asyncshard.verify_cache, [("cache_dir", BOTH, "required")]),
     "load": (asyncshard.load, [("path", BOTH, "required"), ("options", ANY, "required")]),
     "Stream.drain": (asyncshard.Stream.drain, []),
     "Stream.statistics": (asyncshard.Stream.statistics, []),
@@ -188,6 +190,7 @@ def test_signatures_are_kept(name: str) -> None:
     [
         asyncshard.load,
         asyncshard.read_header,
+        asyncshard.verify_cache,
         asyncshard.save_sharded_state,
         asyncshard.ShardedStateLoader.load_weights,
         asyncshard.ShardedStateLoader.discover_shards,

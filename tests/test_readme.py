@@ -89,6 +89,17 @@ async def test_a_model_comes_from_a_server_with_an_authority_of_its_own(
     assert set(weights) == {"weight", "bias"}
 
 
+async def test_a_second_load_comes_from_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    title = "Cache remote weights on the node's disk"
+    async with S3Server() as server:
+        shard = Path("linear.safetensors").read_bytes()
+        server.put("models", "llama-70b/model-rank-0-part-0.safetensors", shard)
+        monkeypatch.setitem(RECIPES, title, RECIPES[title].replace("https://minio.internal:9000", server.endpoint_url))
+        variables = await run(title)
+    assert set(variables["weights"]) == {"weight", "bias"}
+    assert variables["report"].dropped == ()
+
+
 async def test_loaders_share_a_budget() -> None:
     variables = await run("Share a budget between loaders")
     assert variables["draft"].result() == 64 * 65 * 4

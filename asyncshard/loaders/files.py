@@ -9,6 +9,7 @@ from typing import Any
 
 from asyncshard.errors import NotRegularFileError
 from asyncshard.format.header import Header
+from asyncshard.loaders.cache import Caching
 from asyncshard.loaders.options import Options
 from asyncshard.pipeline.checkpoint import Selection, find_shards, read_header_of
 from asyncshard.stores import Store, file_from_url, from_url
@@ -18,18 +19,23 @@ ModelPath = str | os.PathLike[str] | Store
 """A local path or URL; or a store of one's own, which a load leaves open."""
 
 
-def open_store(path: ModelPath, options: Options) -> Store:
-    """Return the store for a path, or the one that was given."""
+def open_store(path: ModelPath, options: Options, caching: Caching | None = None) -> Store:
+    """Return the store for a path, or the one that was given, which reads through the cache if there is one.
+
+    The caller closes it, unless it is the one that was given.
+    """
     if isinstance(path, Store):
-        return path
-    return from_url(path, max_workers=options.max_workers, page_cache=options.page_cache, **options.storage_options)
+        return path if caching is None else caching.wrap(path, closes_store=False)
+    store = from_url(path, max_workers=options.max_workers, page_cache=options.page_cache, **options.storage_options)
+    return store if caching is None else caching.wrap(store)
 
 
-def open_file(path: str | os.PathLike[str], options: Options) -> tuple[Store, str]:
+def open_file(path: str | os.PathLike[str], options: Options, caching: Caching | None = None) -> tuple[Store, str]:
     """Return the store of a file's folder, and the file's name there."""
-    return file_from_url(
+    store, name = file_from_url(
         path, max_workers=options.max_workers, page_cache=options.page_cache, **options.storage_options
     )
+    return (store if caching is None else caching.wrap(store)), name
 
 
 async def discover(path: ModelPath, selection: Selection, options: Options) -> list[str]:

@@ -14,11 +14,11 @@ from asyncshard.errors import ObjectChangedError
 from asyncshard.format.header import Header
 from asyncshard.loaders.files import ModelPath, open_store
 from asyncshard.loaders.loader import Loader, Request, inherited
-from asyncshard.loaders.options import Options, ReadTuning, require_int
+from asyncshard.loaders.options import ReadTuning, require_int
 from asyncshard.loaders.sources import Opened, ShardFile, Sources, key_of
-from asyncshard.pipeline.budget import Account, MemoryBudget
+from asyncshard.pipeline.budget import Account
 from asyncshard.pipeline.cached import CachedTransfer
-from asyncshard.pipeline.checkpoint import Checkpoint, Selection, Shard, find_shards, read_header_of
+from asyncshard.pipeline.checkpoint import Checkpoint, Shard, find_shards, read_header_of
 from asyncshard.pipeline.shard_cache import CachedFile, CacheStatistics, ShardCache
 from asyncshard.pipeline.shard_reads import read_one, read_whole, unknown
 from asyncshard.pipeline.shard_tensors import ShardTensors
@@ -75,13 +75,13 @@ class IncrementalShardLoader(Loader):
         self._cache_size = cache_size
         self._set_up(*inherited(base_loader, {**tuning, "memory_budget_mb": memory_budget_mb}))
 
-    def _set_up(self, selection: Selection, options: Options, budget: MemoryBudget | None = None) -> None:
-        super().__init__(selection, options, budget)
-        self._cache = ShardCache(self.budget, self._cache_size, is_strict=options.strict_budget)
+    def _set_up(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._cache = ShardCache(self.budget, self._cache_size, is_strict=self.options.strict_budget)
         self._headers = SingleFlight()
         self._reads = SingleFlight()
         self._located: dict[str, _Located] = {}
-        self._sources = Sources(options)
+        self._sources = Sources(self.options, self.caching, self.budget)
 
     def __getstate__(self) -> Any:
         return self._cache_size, super().__getstate__()

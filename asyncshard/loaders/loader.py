@@ -1,4 +1,4 @@
-"""What all loaders share: their options, their budget, and how a path becomes a stream."""
+"""What all loaders share: their options, their budget and cache, and how a path becomes a stream."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import logging
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from asyncshard.loaders.cache import Caching, make_cache
 from asyncshard.loaders.files import ModelPath, open_store
 from asyncshard.loaders.options import Options
 from asyncshard.pipeline.budget import Account, MemoryBudget
@@ -26,6 +27,9 @@ from asyncshard.pipeline.update import Update
 from asyncshard.pipeline.version import CheckpointVersion
 from asyncshard.stores import Store
 from asyncshard.stores.threads import DaemonThreads, finish
+
+if TYPE_CHECKING:
+    from asyncshard.stores.cached.directory import DiskCache
 
 logger = logging.getLogger("asyncshard")
 
@@ -62,9 +66,18 @@ class LoadReport:
 class Loader:
     """Options, a selection of files, and a budget. It holds nothing open, belongs to no event loop, and pickles."""
 
-    def __init__(self, selection: Selection, options: Options, budget: MemoryBudget | None = None) -> None:
+    def __init__(
+        self,
+        selection: Selection,
+        options: Options,
+        budget: MemoryBudget | None = None,
+        disk_cache: DiskCache | None = None,
+    ) -> None:
         self._selection = selection
         self._options = options
+        if disk_cache is None and options.cache_dir is not None:
+            disk_cache = make_cache(options.cache_dir, options.cache_max_gb)
+        self._disk_cache = disk_cache
         self._budget = budget or options.budget or MemoryBudget(options.memory_budget_mb or default_budget_mb())
         self.last_report: LoadReport | None = None
         """How the names of the load that ended last matched; None before the first."""
@@ -89,6 +102,16 @@ class Loader:
     def budget(self) -> MemoryBudget:
         """The memory budget that its loads share."""
         return self._budget
+
+    @property
+    def caching(self) -> Caching | None:
+        """How stores are read through the cache on disk; None without one."""
+        return None if self._disk_cache is None else Caching(self._disk_cache, self._budget.nbytes // _CACHE_SHARE)
+
+    def disk_cache_for(self, options: Options) -> DiskCache | None:
+        """Return this loader's cache on disk if it is the one that the options ask for."""
+        is_same = (options.cache_dir, options.cache_max_gb) == (self._options.cache_dir, self._options.cache_max_gb)
+        return self._disk_cache if is_same else None
 
     def _stream(self, request: Request) -> Stream:
         def opener(account: Account, threads: DaemonThreads) -> Any:
@@ -185,8 +208,9 @@ class Loader:
     @asynccontextmanager
     async def _open(self, request: Request, account: Account, threads: DaemonThreads) -> AsyncIterator[Transfer]:
         """Open the checkpoint and plan its transfer; the store is open until the end."""
-        store = open_store(request.path, self._options)
+        store = open_store(request.path, self._options, self.caching)
         try:
+            account.charge_headers(store.held_bytes, store.url)
             checkpoint = await open_checkpoint(store, self._selection, threads, account)
             yield await self._plan(request, store, checkpoint, threads)
         finally:
@@ -232,8 +256,17 @@ class Loader:
         return await threads.run(place)
 
 
-def inherited(base_loader: Loader | None, given: Mapping[str, Any]) -> tuple[Selection, Options, MemoryBudget | None]:
-    """Return what a loader built on another has: its files, its options where none are given, and its budget.
+class Inherited(NamedTuple):
+    """What a loader built on another has of it: the arguments of `Loader`."""
+
+    selection: Selection
+    options: Options
+    budget: MemoryBudget | None
+    disk_cache: DiskCache | None
+
+
+def inherited(base_loader: Loader | None, given: Mapping[str, Any]) -> Inherited:
+    """Return what a loader built on another has: its files, its options where none are given, its budget and cache.
 
     Raises
     ------
@@ -247,14 +280,17 @@ def inherited(base_loader: Loader | None, given: Mapping[str, Any]) -> tuple[Sel
     options = (Options() if base_loader is None else base_loader.options).override(given)
     selection = Selection() if base_loader is None else base_loader.selection
     has_own_budget = given.get("memory_budget_mb") is not None or given.get("budget") is not None
-    return (
+    return Inherited(
         selection._replace(max_header_bytes=options.max_header_bytes, max_tensors=options.max_tensors),
         options,
         None if base_loader is None or has_own_budget else base_loader.budget,
+        None if base_loader is None else base_loader.disk_cache_for(options),
     )
 
 
 _LISTED = 20
+_CACHE_SHARE = 8
+"""The part of the budget that blocks on their way to a cache's disk may take."""
 
 
 def _warn(path: str, placement: Placement) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import math
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -28,6 +30,8 @@ class CommonTuning(TypedDict, total=False):
     order: Literal["plan", "completion"] | None
     max_header_bytes: int | None
     max_tensors: int | None
+    cache_dir: str | os.PathLike[str] | None
+    cache_max_gb: float | None
     storage_options: Mapping[str, Any] | None
 
 
@@ -75,6 +79,10 @@ class Options:
     """Refuse a file with a larger header; by default the format's limit of 100,000,000."""
     max_tensors: int | None = None
     """Refuse a file with more tensors."""
+    cache_dir: str | os.PathLike[str] | None = None
+    """A directory on this machine's disk where remote objects are kept as they are read, shared by its processes."""
+    cache_max_gb: float | None = None
+    """Size of that directory, in GiB, above which the objects used longest ago are removed; by default 100."""
     storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False)  # it may hold secrets
     """The store's constructor arguments."""
 
@@ -96,6 +104,12 @@ class Options:
             raise ValueError("pass either memory_budget_mb or budget, not both")
         if self.memory_budget_mb is not None:
             MemoryBudget(self.memory_budget_mb)  # checks it
+        if self.cache_dir is not None and (not isinstance(self.cache_dir, str | os.PathLike) or not self.cache_dir):
+            raise TypeError(f"cache_dir must be a path of str, not {self.cache_dir!r}")
+        if self.cache_max_gb is not None:
+            _require_positive("cache_max_gb", self.cache_max_gb)
+            if self.cache_dir is None:
+                raise ValueError("cache_max_gb bounds a cache: pass cache_dir too")
         if not isinstance(self.storage_options, Mapping):
             raise TypeError(f"storage_options must be a mapping, not a {type(self.storage_options).__name__}")
         object.__setattr__(self, "storage_options", dict(self.storage_options))  # the caller's own may change
@@ -141,6 +155,13 @@ def require_int(name: str, value: Any, least: int) -> None:
         raise TypeError(f"{name} must be an int, not {value!r}")
     if value < least:
         raise ValueError(f"{name} must be {least} or more, not {value}")
+
+
+def _require_positive(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, not {value!r}")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be above 0 and finite, not {value!r}")
 
 
 def _require_one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:

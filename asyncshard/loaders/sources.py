@@ -9,9 +9,12 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from asyncshard.errors import BudgetError
+from asyncshard.loaders.cache import Caching
 from asyncshard.loaders.files import open_file
 from asyncshard.loaders.options import Options
 from asyncshard.pipeline.arrays import ArrayLibrary
+from asyncshard.pipeline.budget import Account, MemoryBudget
 from asyncshard.stores import Store, name_of_file
 from asyncshard.stores.threads import DaemonThreads, finish
 
@@ -34,18 +37,24 @@ class _Source:
 
     store: Store
     threads: DaemonThreads
+    account: Account | None
+    """Of the memory that the store takes, if any."""
     users: int = 0
 
     async def aclose(self) -> None:
         await self.threads.aclose()
         await self.store.aclose()
+        if self.account is not None:
+            self.account.close()
 
 
 class Sources:
     """Open stores. One that nobody uses is closed, unless they `are_kept`."""
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: Options, caching: Caching | None, budget: MemoryBudget) -> None:
         self._options = options
+        self._caching = caching
+        self._budget = budget
         self._sources: dict[str, _Source] = {}
         self.are_kept = False
 
@@ -55,8 +64,9 @@ class Sources:
         folder = key_of(path).rpartition("/")[0]
         source = self._sources.get(folder)
         if source is None:
-            store, name = open_file(path, self._options)
-            source = self._sources[folder] = _Source(store, DaemonThreads(1, "asyncshard-work"))
+            store, name = open_file(path, self._options, self._caching)
+            source = _Source(store, DaemonThreads(1, "asyncshard-work"), self._account_of(store))
+            self._sources[folder] = source
         else:
             name = name_of_file(path)
         source.users += 1
@@ -69,6 +79,17 @@ class Sources:
                 if self._sources.get(folder) is source:
                     del self._sources[folder]
                 await finish(asyncio.ensure_future(source.aclose()))
+
+    def _account_of(self, store: Store) -> Account | None:
+        if not store.held_bytes:
+            return None
+        account = self._budget.open_account()
+        try:
+            account.charge_headers(store.held_bytes, store.url)
+        except BudgetError:
+            account.close()
+            raise
+        return account
 
     async def aclose(self) -> None:
         """Close what nobody uses; the others are closed by their last user."""

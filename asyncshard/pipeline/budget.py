@@ -346,7 +346,7 @@ class Account:
         return self.header_bytes + max(self.floor, self.used)
 
     def charge_headers(self, nbytes: int, path: str) -> None:
-        """Count `nbytes` more of headers; negative gives them back.
+        """Count `nbytes` more of headers, and of what else is held from beginning to end; negative gives them back.
 
         They never wait: a stream that held some headers and waited for others could block another one doing the same.
 
@@ -359,8 +359,9 @@ class Account:
             self.header_bytes += nbytes
         if self.header_bytes > self.budget.nbytes:
             raise BudgetError(
-                f"{path}: the checkpoint's headers need {self.header_bytes:,} bytes, more than the memory budget of "
-                f"{self.budget.nbytes:,} bytes; raise memory_budget_mb",
+                f"{path}: the checkpoint's headers, and a cache's buffers where there is one, need "
+                f"{self.header_bytes:,} bytes, more than the memory budget of {self.budget.nbytes:,} bytes; "
+                "raise memory_budget_mb",
                 path=path,
                 needed_bytes=self.header_bytes,
                 budget_bytes=self.budget.nbytes,

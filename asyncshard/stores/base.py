@@ -55,6 +55,9 @@ class Store(ABC):
     max_gap_bytes: int = 0
     """Unwanted bytes between two wanted tensors that are rather read than left out."""
 
+    held_bytes: int = 0
+    """Bytes of memory that it may take beside the buffers that it fills; they count against the budget of a load."""
+
     async def __aenter__(self) -> Self:
         return self
 
@@ -73,6 +76,13 @@ class Store(ABC):
 
         One that begins with `ETAG` and is an MD5 tells the same content under other names too. None where the store
         knows nothing of the kind: then the object counts as changed.
+        """
+        return None
+
+    def identity(self, meta: ObjectMeta) -> str | None:
+        """Return text that names just this object and this version of it, in every process: the key of a cache.
+
+        None where there is no such text, or where a copy on this machine's disk would gain nothing.
         """
         return None
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import accumulate, islice
 
 SMALL = 64 << 10
 """A buffer with less room gets its bytes by way of a staging buffer: a system call for each would cost more."""
@@ -23,7 +25,9 @@ class Scatter:
         self._offset = 0
         """Bytes of the current buffer that are filled."""
         self._staged: memoryview | None = None
-        self.nbytes = sum(map(len, self._buffers))
+        self._ends = list(accumulate(map(len, self._buffers)))
+        """Where each buffer ends, counted over all."""
+        self.nbytes = self._ends[-1] if self._ends else 0
         """Bytes of all buffers."""
         self.filled = 0
         """Bytes filled so far: those of a failed attempt stay, and the next one goes on behind them."""
@@ -68,11 +72,15 @@ class Scatter:
 
     def views(self, start: int, stop: int) -> list[memoryview]:
         """Return the memory of the bytes [start, stop), counted over all buffers."""
-        views = []
-        at = 0
-        for buffer in self._buffers:
-            low, high = max(start - at, 0), min(stop - at, len(buffer))
-            if low < high:
-                views.append(buffer[low:high])
-            at += len(buffer)
+        if (start, stop) == (0, self.nbytes):
+            return list(self._buffers)
+        views: list[memoryview] = []
+        if start >= stop:
+            return views
+        first = bisect_right(self._ends, start)
+        for buffer, end in zip(islice(self._buffers, first, None), islice(self._ends, first, None), strict=True):
+            at = end - len(buffer)
+            if at >= stop:
+                break
+            views.append(buffer[max(start - at, 0) : min(stop - at, len(buffer))])
         return views

@@ -8,8 +8,9 @@ Subclass `StoreTests` to test a store of your own::
             return MyStore(files)
 """
 
+from asyncshard.stores.wrapper import WrapperStore
 from asyncshard.testing.conformance import StoreTests
-from asyncshard.testing.fakes import Fault, FaultyStore, Gate, GatedStore, LatencyStore, MemoryStore, WrapperStore
+from asyncshard.testing.fakes import Fault, FaultyStore, Gate, GatedStore, LatencyStore, MemoryStore
 from asyncshard.testing.s3_request import S3Fault, S3Request
 from asyncshard.testing.s3_server import S3Server
 from asyncshard.testing.seaweedfs import RunningServer, seaweedfs

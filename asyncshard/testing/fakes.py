@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from asyncshard.errors import ObjectChangedError, ObjectNotFoundError, TruncatedError
 from asyncshard.stores.base import ETAG, Listing, ObjectMeta, Store
 from asyncshard.stores.threads import finish
+from asyncshard.stores.wrapper import WrapperStore
 
 
 class MemoryStore(Store):
@@ -62,41 +64,15 @@ class MemoryStore(Store):
             buffer.cast("B")[:] = data[start : start + buffer.nbytes]
             start += buffer.nbytes
 
+    def identity(self, meta: ObjectMeta) -> str:
+        return json.dumps([self.url, meta.name, meta.version, meta.size])
+
     def _find(self, name: str) -> tuple[int, bytes]:
         try:
             return self._files[name]
         except KeyError:
             path = self.path_of(name)
             raise ObjectNotFoundError(f"{path}: no such object", path=path) from None
-
-
-class WrapperStore(Store):
-    """Passes everything on to another store. Base of the wrappers; closing it closes that store."""
-
-    def __init__(self, store: Store) -> None:
-        self.store = store
-        self.url = store.url
-
-    def path_of(self, name: str) -> str:
-        return self.store.path_of(name)
-
-    def fingerprint(self, meta: ObjectMeta) -> str | None:
-        return self.store.fingerprint(meta)
-
-    async def list(self) -> Listing:
-        return await self.store.list()
-
-    async def open(self, name: str, nbytes: int) -> tuple[ObjectMeta, bytes]:
-        return await self.store.open(name, nbytes)
-
-    async def read_into(self, meta: ObjectMeta, start: int, buffers: Sequence[memoryview]) -> None:
-        await self.store.read_into(meta, start, buffers)
-
-    async def read(self, name: str, *, max_bytes: int | None = None) -> bytes:
-        return await self.store.read(name, max_bytes=max_bytes)
-
-    async def aclose(self) -> None:
-        await self.store.aclose()
 
 
 class LatencyStore(WrapperStore):

@@ -61,8 +61,8 @@ def wrapped(monkeypatch):
         made = []
         open_file = sources.open_file
 
-        def opened(path, options):
-            store, name = open_file(path, options)
+        def opened(path, options, caching):
+            store, name = open_file(path, options, caching)
             made.append(make(store))
             return made[-1], name
 

@@ -108,8 +108,8 @@ class Histories(RuleBasedStateMachine):
 
         save_file({"w": array}, path)
 
-    def open_faulty(self, path, options):
-        store, name = self.open_file(path, options)
+    def open_faulty(self, path, options, caching):
+        store, name = self.open_file(path, options, caching)
         return FaultyStore(store, self.faults), name
 
     def header_bytes(self, path):

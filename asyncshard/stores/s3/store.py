@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 from collections.abc import Callable, Coroutine, Sequence
 from importlib.util import find_spec
@@ -97,6 +98,12 @@ class S3Store(Store):
     def fingerprint(self, meta: ObjectMeta) -> str | None:
         pin: Pin = meta.version
         return f"{ETAG}{pin.etag} {pin.size}"
+
+    def identity(self, meta: ObjectMeta) -> str:
+        pin: Pin = meta.version
+        return json.dumps(
+            ["s3", self._options.endpoint_url, self._bucket, self._prefix + meta.name, pin.etag, pin.size]
+        )
 
     async def aclose(self) -> None:
         if not self._is_closed:

@@ -1,0 +1,214 @@
+"""One read through the cache: blocks that are there, blocks that are fetched here, blocks that others fetch."""
+
+from __future__ import annotations
+
+import errno
+import time
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING, NamedTuple
+
+from asyncshard._core import StopFlag
+from asyncshard.stores.base import ObjectMeta
+from asyncshard.stores.cached.entry import ABSENT, CorruptEntryError, Entry, Layout, digest_of
+from asyncshard.stores.scatter import Scatter
+
+if TYPE_CHECKING:
+    from asyncshard.stores.cached.store import CachedStore
+
+
+class _Run(NamedTuple):
+    """Blocks side by side that are fetched at once."""
+
+    blocks: range
+    images: dict[int, memoryview]
+    """Buffers of the blocks at its ends that are wanted in part, and are fetched whole to be kept."""
+    keeps_ends: bool
+    """Whether such blocks are kept; without a buffer they are not."""
+
+
+class CachedRead:
+    """Fill a caller's buffers with the bytes [start, stop) of an object."""
+
+    def __init__(self, store: CachedStore, meta: ObjectMeta, key: bytes, start: int, stop: int) -> None:
+        self._store = store
+        self._meta = meta
+        self._key = key
+        self._start = start
+        self._stop = stop
+        self._layout = Layout(meta.size)
+        self._scatter: Scatter
+
+    async def fill(self, buffers: Sequence[memoryview]) -> None:
+        """Do it; nothing writes into the buffers once this has returned or raised."""
+        store = self._store
+        self._scatter = await store.threads.run(Scatter, buffers)  # not on the loop: there may be thousands
+        missing = await self._serve(list(self._layout.blocks_of(self._start, self._stop)))
+        since = time.monotonic()
+        turn = 0
+        while missing:
+            if not store.can_write:
+                for run in _runs(missing):
+                    await self._fetch(_Run(run, {}, False))
+                return
+            try:
+                claimed = await store.locks.claim(self._key, missing)
+            except (OSError, NotImplementedError) as error:
+                store.fail(error)
+                continue
+            if claimed:
+                await self._keep(claimed)
+                since, turn = time.monotonic(), 0
+            elif store.locks.stalled_s(since) > store.cache.lock_timeout_s:
+                store.fail(
+                    f"{store.path_of(self._meta.name)} is being fetched by another process, "
+                    f"which has got nowhere for {store.cache.lock_timeout_s:g} s"
+                )
+            else:
+                await store.locks.wait(self._key, missing, turn)
+                turn += 1
+            missing = await self._serve(sorted(set(missing) - set(claimed)))
+
+    # --- what is there
+
+    async def _serve(self, blocks: list[int]) -> list[int]:
+        """Fill what the entry has of these blocks; return those that it lacks."""
+        if not blocks or not self._store.can_read:
+            return blocks
+        stop = StopFlag()
+        return await self._store.threads.run(self._copy_present, blocks, stop, on_cancel=stop.set)
+
+    def _copy_present(self, blocks: list[int], stop: StopFlag) -> list[int]:
+        cache = self._store.cache
+        try:
+            entry = cache.open(self._key, self._meta.size)
+            if entry is None:
+                return blocks
+            with entry:
+                stored = entry.digests(range(blocks[0], blocks[-1] + 1))
+                present = {block: stored[block - blocks[0]] for block in blocks if stored[block - blocks[0]] != ABSENT}
+                try:
+                    self._copy(entry, present, stop)
+                except OSError as error:
+                    if error.errno != errno.EIO:
+                        raise
+                    raise entry.corrupt(f"the disk cannot read it: {error}") from error
+                return [block for block in blocks if block not in present]
+        except CorruptEntryError as error:
+            cache.drop(self._key, self._store.path_of(self._meta.name), error)
+        except OSError as error:
+            self._store.fail(error, can_read=False)
+        return blocks
+
+    def _copy(self, entry: Entry, present: dict[int, bytes], stop: StopFlag) -> None:
+        flags = self._store.cache.checked(self._key, entry)
+        checked = [block for block in present if flags[block]]  # once: other threads set flags too
+        for run in _runs(checked):
+            start, end = self._wanted(run)
+            entry.read(start, self._views(start, end), stop)
+        for block in sorted(set(present) - set(checked)):
+            views = self._copy_whole(entry, block, stop)
+            if stop.is_set():
+                return
+            if digest_of(block, views) != present[block]:
+                raise entry.corrupt(f"block {block:,} does not match its digest")
+            flags[block] = 1
+
+    def _copy_whole(self, entry: Entry, block: int, stop: StopFlag) -> list[memoryview]:
+        """Fill what is wanted of a block; return all of its bytes."""
+        span = self._layout.span(block)
+        start, end = self._wanted(range(block, block + 1))
+        views = self._views(start, end)
+        if (start, end) != span:
+            views = [memoryview(bytearray(start - span[0])), *views, memoryview(bytearray(span[1] - end))]
+        entry.read(span[0], views, stop)
+        return views
+
+    # --- what is fetched
+
+    async def _keep(self, claimed: list[int]) -> None:
+        """Fetch claimed blocks and keep them; each claim is released now, or once its block is written."""
+        open_claims = set(claimed)
+        try:
+            # Again, now that nobody else can be writing them.
+            missing = await self._serve(claimed)
+            self._release(open_claims, set(claimed) - set(missing))
+            for run in _runs(missing):
+                await self._fetch_and_keep(run, open_claims)
+        finally:
+            self._release(open_claims, set(open_claims))
+
+    def _release(self, open_claims: set[int], blocks: set[int]) -> None:
+        self._store.locks.release(self._key, blocks)
+        open_claims -= blocks
+
+    async def _fetch_and_keep(self, blocks: range, open_claims: set[int]) -> None:
+        ends = [block for block in {blocks[0], blocks[-1]} if self._is_partial(block)]
+        images = await self._store.buffers.take(len(ends)) if ends else []
+        run = _Run(blocks, dict(zip(ends, images or [], strict=False)), images is not None)
+        lent = dict(run.images)
+        try:
+            await self._fetch(run)
+            if lent:
+                await self._store.threads.run(self._copy_out, lent)
+                self._hand_over(lent, open_claims)
+            inner = [block for block in blocks if block not in ends]
+            while inner and self._store.can_write:
+                count = max(min(self._store.buffers.free_count, len(inner)), 1)
+                taken = await self._store.buffers.take(count)
+                if taken is None:
+                    return
+                lent.update(zip(inner, taken, strict=False))
+                await self._store.threads.run(self._copy_out, lent)
+                self._hand_over(lent, open_claims)
+                del inner[:count]
+        finally:
+            if lent:
+                self._store.buffers.give(list(lent.values()))
+
+    def _hand_over(self, lent: dict[int, memoryview], open_claims: set[int]) -> None:
+        """Let the store write blocks; their buffers and claims are now its own to give back."""
+        open_claims.difference_update(lent)
+        self._store.begin_write(self._meta, self._key, list(lent.items()))
+        lent.clear()
+
+    async def _fetch(self, run: _Run) -> None:
+        """Read blocks from the other store, straight into the caller's buffers."""
+        start, end = self._wanted(run.blocks)
+        views = self._views(start, end)
+        first, last = self._layout.span(run.blocks[0]), self._layout.span(run.blocks[-1])
+        if run.keeps_ends and first[0] < start:
+            views.insert(0, run.images[run.blocks[0]][: start - first[0]])
+            start = first[0]
+        if run.keeps_ends and end < last[1]:
+            views.append(run.images[run.blocks[-1]][end - last[0] : last[1] - last[0]])
+        await self._store.store.read_into(self._meta, start, views)
+
+    def _copy_out(self, images: dict[int, memoryview]) -> None:
+        """Copy what the caller wants of some blocks into their buffers."""
+        for block, image in images.items():
+            start, end = self._wanted(range(block, block + 1))
+            at = start - self._layout.span(block)[0]
+            for view in self._views(start, end):
+                image[at : at + len(view)] = view
+                at += len(view)
+
+    # --- ranges
+
+    def _is_partial(self, block: int) -> bool:
+        return self._wanted(range(block, block + 1)) != self._layout.span(block)
+
+    def _wanted(self, blocks: range) -> tuple[int, int]:
+        """Return the part of some blocks' bytes that the caller wants."""
+        return max(self._layout.span(blocks[0])[0], self._start), min(self._layout.span(blocks[-1])[1], self._stop)
+
+    def _views(self, start: int, stop: int) -> list[memoryview]:
+        """Return the caller's memory for bytes of the object."""
+        return self._scatter.views(start - self._start, stop - self._start)
+
+
+def _runs(blocks: Sequence[int]) -> Iterator[range]:
+    """Return the ranges of numbers side by side."""
+    for _, group in groupby(enumerate(blocks), lambda pair: pair[1] - pair[0]):
+        numbers = [number for _, number in group]
+        yield range(numbers[0], numbers[-1] + 1)

@@ -1,0 +1,71 @@
+"""Compare every block of a cache with its digest."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from asyncshard._core import StopFlag
+from asyncshard.stores.cached.directory import DiskCache
+from asyncshard.stores.cached.entry import ABSENT, BLOCK_BYTES, TEMPORARY, CorruptEntryError, Entry, digest_of
+
+
+@dataclass(frozen=True, slots=True)
+class CacheReport:
+    """What a cache holds, and what it held that was wrong."""
+
+    entries: int
+    """Objects of which the cache has a part or all."""
+    blocks: int
+    """Their blocks, all of which match their digests."""
+    nbytes: int
+    """Bytes of these blocks."""
+    dropped: tuple[str, ...]
+    """Paths of the entries that were wrong, and have been removed."""
+
+
+def verify(cache: DiskCache, stop: StopFlag) -> CacheReport:
+    """Read all entries, and drop those that are wrong, each with a warning. It blocks; told to stop, it ends early.
+
+    Raises
+    ------
+    OSError
+        The directory or a file in it cannot be read.
+    """
+    entries = blocks = nbytes = 0
+    dropped = []
+    memory = memoryview(bytearray(BLOCK_BYTES))
+    os.stat(cache.directory)
+    names = sorted(os.listdir(cache.entries)) if os.path.isdir(cache.entries) else []
+    for name in names:
+        path = os.path.join(cache.entries, name)
+        if name.startswith(TEMPORARY):
+            continue
+        try:
+            with Entry.open_any(path) as entry:
+                sizes = [_compare(entry, block, digest, memory, stop) for block, digest in _present(entry)]
+        except FileNotFoundError:  # evicted meanwhile
+            continue
+        except CorruptEntryError as error:
+            cache.discard(path, name, error)
+            dropped.append(path)
+        else:
+            entries, blocks, nbytes = entries + 1, blocks + len(sizes), nbytes + sum(sizes)
+        if stop.is_set():
+            break
+    return CacheReport(entries, blocks, nbytes, tuple(dropped))
+
+
+def _present(entry: Entry) -> list[tuple[int, bytes]]:
+    digests = entry.digests(range(entry.layout.block_count))
+    return [(block, digest) for block, digest in enumerate(digests) if digest != ABSENT]
+
+
+def _compare(entry: Entry, block: int, digest: bytes, memory: memoryview, stop: StopFlag) -> int:
+    """Return the bytes of a block that matches."""
+    start, end = entry.layout.span(block)
+    view = memory[: end - start]
+    entry.read(start, [view], stop)
+    if not stop.is_set() and digest_of(block, [view]) != digest:
+        raise entry.corrupt(f"block {block:,} does not match its digest")
+    return end - start
