@@ -56,9 +56,9 @@ class Server(ABC):
             What it needs is not installed, or it does not answer.
         """
 
-    def requests(self) -> int | None:
-        """Return how many requests it has answered; None if it does not count."""
-        return None
+    def counts(self) -> dict[str, float]:
+        """Return what it has counted so far, if it counts: ``requests`` answered, ``sent_bytes``."""
+        return {}
 
     def stop(self) -> None:
         """End its process; of SeaweedFS that may take longer than anybody wants to wait."""
@@ -106,7 +106,8 @@ class SeaweedFS(Server):
         store.mkdir(parents=True, exist_ok=True)
         config = self._folder / "s3.json"
         config.write_text(json.dumps(_IDENTITIES))
-        ports = dict(zip(_WEED_PORTS, _free_ports(len(_WEED_PORTS)), strict=True))
+        *ports_of_parts, self._metrics_port = _free_ports(len(_WEED_PORTS) + 1)
+        ports = dict(zip(_WEED_PORTS, ports_of_parts, strict=True))
         self._run(
             [
                 program,
@@ -118,6 +119,7 @@ class SeaweedFS(Server):
                 "-s3.port.iceberg=0",
                 "-s3.port.lance=0",
                 "-master.telemetry=false",
+                f"-metricsPort={self._metrics_port}",
                 "-master.volumeSizeLimitMB=4096",
                 "-volume.max=50",
                 "-volume.preStopSeconds=0",
@@ -129,8 +131,15 @@ class SeaweedFS(Server):
         asyncio.run(_upload(endpoint, self._data))
         return endpoint
 
+    def counts(self) -> dict[str, float]:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self._metrics_port}/metrics", timeout=5) as answer:
+            lines = answer.read().decode().splitlines()
+        sent = sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(_SENT_BYTES))
+        return {"sent_bytes": sent}
+
 
 _WEED_PORTS = tuple(f"{part}.port{twin}" for part in ("master", "volume", "filer", "s3") for twin in ("", ".grpc"))
+_SENT_BYTES = "SeaweedFS_s3_bucket_traffic_sent_bytes_total"
 _IDENTITIES = {
     "identities": [
         {
@@ -201,9 +210,9 @@ class Nginx(Server):
             return Endpoint(f"http://127.0.0.1:{plain}")
         return Endpoint(f"https://127.0.0.1:{tls}", str(certificate))
 
-    def requests(self) -> int:
+    def counts(self) -> dict[str, float]:
         with (self._folder / "access.log").open("rb") as log:
-            return sum(1 for _ in log)
+            return {"requests": sum(1 for _ in log)}
 
 
 class NginxTls(Nginx):
@@ -341,9 +350,9 @@ class Servers:
             raise found
         return found
 
-    def requests(self, kind: str) -> int | None:
-        """Return how many requests a server has answered; None if it does not count."""
-        return self._started[kind].requests()
+    def counts(self, kind: str) -> dict[str, float]:
+        """Return what a server has counted so far."""
+        return self._started[kind].counts()
 
 
 def program_of(name: str) -> str:

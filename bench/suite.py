@@ -169,6 +169,12 @@ GROUPS: dict[str, list[Measured]] = {
     "cache": [
         Measured("cache/hit", "incremental-hit"),
         Measured("cache/incremental", "incremental-load", ("--budget-mb", str(CACHE_BUDGET_MB))),
+        *(Measured(f"cache/disk/{way}", f"cached-{way}", (), "seaweedfs") for way in ("first", "second", "verified")),
+        *(Measured(f"cache/disk/{way}", f"cached-{way}") for way in ("local", "disk")),
+        Measured("cache/disk/without", "s3-load-weights-from-url", (), "seaweedfs"),
+        Measured("cache/disk/processes", "cached-processes", (), "seaweedfs"),
+        Measured("cache/refresh", "refresh"),
+        Measured("cache/refresh-all", "refresh-all"),
     ],
 }
 
@@ -210,10 +216,10 @@ def run_case(case: Measured, data: Dataset, servers: Servers) -> dict[str, Any]:
         endpoint = servers.endpoint(case.server)
     except Absent as reason:
         return {"absent": str(reason)}
-    before = servers.requests(case.server)
+    before = servers.counts(case.server)
     figures = _run_way(case, data, *endpoint.arguments())
-    after = servers.requests(case.server)
-    return figures if before is None or after is None else figures | {"requests": after - before}
+    after = servers.counts(case.server)
+    return figures | {name: count - before[name] for name, count in after.items()}
 
 
 def _run_way(case: Measured, data: Dataset, *more: str) -> dict[str, Any]:

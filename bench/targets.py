@@ -111,6 +111,21 @@ def _cache_promises() -> Iterator[tuple[str, str, _Evaluate]]:
     yield what, "≤ 5 µs", _most("cache/hit", "over_floor_us", 5, "µs")
     what = f"extra peak RSS of `load_weights_incremental` with a budget of {CACHE_BUDGET_MB} MiB"
     yield what, f"≤ {CACHE_BUDGET_MB + 16} MiB", _memory("cache/incremental", CACHE_BUDGET_MB)
+    what = "8 processes load the same objects with one `cache_dir`: bytes that the server sends, of one copy"
+    yield what, "≤ 1.01 x", _sent
+    yield (
+        "first load from S3, while `cache_dir` is written, against one without it",
+        "≥ 0.8 x",
+        _faster("cache/disk/first", 0.8, "cache/disk/without"),
+    )
+    for way, what, least in (("second", "while verifying", 0.6), ("verified", "once verified", 0.95)):
+        what = f"load of what is in `cache_dir`, {what}, against a local one"
+        yield what, f"≥ {least:g} x", _faster(f"cache/disk/{way}", least, "cache/disk/local")
+    what = "`prepare_refresh`, a hundredth of the bytes changed: bytes read, of all"
+    yield what, "≤ 1.1 %", _read_share
+    for name, what in (("refresh", "a hundredth of 1.5 GB"), ("refresh-all", "all of 1.5 GB")):
+        what = f"`Update.apply`, {what}, against a copy of the same tensors"
+        yield what, "≤ 2 x", _most(f"cache/{name}", "apply_over_memcpy", 2, "x")
 
 
 def _s3_promises() -> Iterator[tuple[str, str, _Evaluate]]:
@@ -244,6 +259,17 @@ def _cancel(name: str) -> _Evaluate:
         return f"p50 {p50:.2f} ms, p99 {p99:.1f} ms, max {largest:.1f} ms of {count:,.0f}; nothing left", p99 <= 50
 
     return evaluate
+
+
+def _sent(results: Results) -> tuple[str, bool]:
+    result = _rounds(results, "cache/disk/processes")
+    share = result.median("sent_bytes") / result.median("object_bytes")
+    return f"{share:.4f} x", share <= 1.01
+
+
+def _read_share(results: Results) -> tuple[str, bool]:
+    share = _rounds(results, "cache/refresh").median("read_share")
+    return f"{share:.2%}", share <= 0.011
 
 
 def _header_memory(results: Results) -> tuple[str, bool]:
