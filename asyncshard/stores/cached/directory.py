@@ -38,10 +38,10 @@ class DiskCache:
     max_bytes : int
         Bytes that entries may take, about: those of objects that are being loaded are not evicted for it.
     lock_timeout_s : float
-        Seconds without progress after which a read no longer waits for blocks that others fetch.
+        Seconds in which nobody writes to an entry, after which a load no longer waits for what others fetch.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], *, max_bytes: int, lock_timeout_s: float = 10.0) -> None:
+    def __init__(self, directory: str | os.PathLike[str], *, max_bytes: int, lock_timeout_s: float = 30.0) -> None:
         self.directory = os.path.abspath(directory)
         self.entries = os.path.join(self.directory, "entries")
         self.locks = os.path.join(self.directory, "locks")
@@ -94,6 +94,13 @@ class DiskCache:
         with self._lock:
             self._in_use.subtract(keys)
             self._in_use += Counter()  # drops those at zero
+
+    def changed_ns(self, key: bytes) -> int:
+        """Return when an object's entry was last written to, by any process; 0 where there is none."""
+        try:
+            return os.stat(self.path_of(key)).st_mtime_ns
+        except FileNotFoundError:
+            return 0
 
     def open(self, key: bytes, size: int) -> Entry | None:
         """Open an entry for reading; None where there is none.

@@ -45,12 +45,10 @@ class CachedRead:
         self._scatter = await store.threads.run(Scatter, buffers)  # not on the loop: there may be thousands
         missing = await self._serve(list(self._layout.blocks_of(self._start, self._stop)))
         since = time.monotonic()
-        turn = 0
+        changed_ns = turn = 0
         while missing:
             if not store.can_write:
-                for run in _runs(missing):
-                    await self._fetch(_Run(run, {}, False))
-                return
+                return await self._fetch_only(missing)
             try:
                 claimed = await store.locks.claim(self._key, missing)
             except (OSError, NotImplementedError) as error:
@@ -59,15 +57,32 @@ class CachedRead:
             if claimed:
                 await self._keep(claimed)
                 since, turn = time.monotonic(), 0
+            elif not store.can_wait:
+                return await self._fetch_only(missing)
             elif store.locks.stalled_s(since) > store.cache.lock_timeout_s:
-                store.fail(
-                    f"{store.path_of(self._meta.name)} is being fetched by another process, "
-                    f"which has got nowhere for {store.cache.lock_timeout_s:g} s"
-                )
+                before, changed_ns = changed_ns, await self._changed_ns()
+                if changed_ns == before:
+                    store.stop_waiting(
+                        f"{store.path_of(self._meta.name)} is being fetched by another process, "
+                        f"which has got nowhere for {store.cache.lock_timeout_s:g} s"
+                    )
+                since = time.monotonic()
             else:
+                if turn == 0:
+                    changed_ns = await self._changed_ns()
                 await store.locks.wait(self._key, missing, turn)
                 turn += 1
             missing = await self._serve(sorted(set(missing) - set(claimed)))
+
+    async def _changed_ns(self) -> int:
+        try:
+            return await self._store.threads.run(self._store.cache.changed_ns, self._key)
+        except OSError:
+            return 0
+
+    async def _fetch_only(self, blocks: list[int]) -> None:
+        for run in _runs(blocks):
+            await self._fetch(_Run(run, {}, False))
 
     # --- what is there
 

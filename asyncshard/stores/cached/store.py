@@ -53,7 +53,9 @@ class CachedStore(WrapperStore):
         self.can_read = True
         """Whether entries are looked at."""
         self.can_write = True
-        """Whether blocks are kept, and others' waited for."""
+        """Whether blocks are kept, and those that others fetch waited for."""
+        self.can_wait = True
+        """Whether blocks are waited for that others fetch; where not, they are fetched here too."""
         self._write_threads = DaemonThreads(_WRITE_THREADS, "asyncshard-cache-write")
         self._writes: set[asyncio.Task[None]] = set()
         self._keys: list[bytes] = []
@@ -109,6 +111,11 @@ class CachedStore(WrapperStore):
         """Keep nothing more in this load, with a warning; where `can_read` is false, do not look at entries either."""
         self.can_write = False
         self.can_read = self.can_read and can_read
+        self.cache.warn_once(reason)
+
+    def stop_waiting(self, reason: object) -> None:
+        """Fetch here too, from now on in this load, what others are fetching, with a warning."""
+        self.can_wait = False
         self.cache.warn_once(reason)
 
     async def read_into(self, meta: ObjectMeta, start: int, buffers: Sequence[memoryview]) -> None:
