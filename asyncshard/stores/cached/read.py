@@ -48,7 +48,8 @@ class CachedRead:
         changed_ns = turn = 0
         while missing:
             if not store.can_write:
-                return await self._fetch_only(missing)
+                await self._fetch_only(missing)
+                return
             try:
                 claimed = await store.locks.claim(self._key, missing)
             except (OSError, NotImplementedError) as error:
@@ -58,7 +59,8 @@ class CachedRead:
                 await self._keep(claimed)
                 since, turn = time.monotonic(), 0
             elif not store.can_wait:
-                return await self._fetch_only(missing)
+                await self._fetch_only(missing)
+                return
             elif store.locks.stalled_s(since) > store.cache.lock_timeout_s:
                 before, changed_ns = changed_ns, await self._changed_ns()
                 if changed_ns == before:
