@@ -116,28 +116,40 @@ def faults_of_parts(shards: RankShards, own: ShardName, parts: Iterable[int]) ->
         )
 
 
+def absent_ranks(shards: RankShards, world_size: int) -> Iterator[tuple[int, list[int], int]]:
+    """Yield the pipeline stages in which ranks of the world have no file, the first of these, and how many they are."""
+    for stage, ranks in _stages(shards).items():
+        first, total = gaps([rank for rank in ranks if rank < world_size], world_size)
+        if total:
+            yield stage, first, total
+
+
 def missing_ranks(shards: RankShards, world_size: int) -> Iterator[Fault]:
-    """Yield, for each pipeline stage, the ranks of the world that have no file; and the stages that have none."""
+    """Yield what `absent_ranks` finds, and the pipeline stages that have no file at all."""
+    for stage, first, total in absent_ranks(shards, world_size):
+        where = f"pp_rank {stage} has" if shards.pattern.has_pp_rank else "there is"
+        yield CheckpointError(
+            f"{shards.path}: {where} no file of {ranks_of(first, total)}, in a world of {world_size}. "
+            "The checkpoint is incomplete.",
+            path=shards.path,
+        )
+    stages = list(_stages(shards))
+    first, total = gaps(stages, stages[-1] + 1)
+    if total:
+        listed = listing([str(stage) for stage in first], LISTED, total)
+        yield CheckpointError(
+            f"{shards.path}: there is no file of pp_rank {listed}, though there are files of pp_rank {stages[-1]}. "
+            "The checkpoint is incomplete.",
+            path=shards.path,
+        )
+
+
+def _stages(shards: RankShards) -> dict[int, list[int]]:
+    """Return the ranks of each pipeline stage that have a file, in order."""
     stages: dict[int, list[int]] = {}
     for own in shards.owners:
         stages.setdefault(own.pp_rank, []).append(own.rank)
-    for stage, ranks in stages.items():
-        first, total = gaps([rank for rank in ranks if rank < world_size], world_size)
-        if total:
-            where = f"pp_rank {stage} has" if shards.pattern.has_pp_rank else "there is"
-            yield CheckpointError(
-                f"{shards.path}: {where} no file of {ranks_of(first, total)}, in a world of {world_size}. "
-                "The checkpoint is incomplete.",
-                path=shards.path,
-            )
-    first, total = gaps(list(stages), max(stages) + 1)
-    if total:
-        texts = [str(stage) for stage in first]
-        yield CheckpointError(
-            f"{shards.path}: there is no file of pp_rank {listing(texts, LISTED, total)}, though there are files of "
-            f"pp_rank {max(stages)}. The checkpoint is incomplete.",
-            path=shards.path,
-        )
+    return stages
 
 
 def gaps(present: Sequence[int], count: int) -> tuple[list[int], int]:
