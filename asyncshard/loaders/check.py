@@ -17,7 +17,7 @@ from asyncshard.loaders.options import MIB, Options, require_int
 from asyncshard.pipeline.free_memory import default_budget_mb
 from asyncshard.pipeline.header_scan import HeaderLimits, HeaderScan, is_about_the_file
 from asyncshard.pipeline.pace import without_hold
-from asyncshard.plan.completeness import CONFIG_NAME, Evidence, Finding, judge
+from asyncshard.plan.completeness import CONFIG_NAME, Evidence, Finding, Problem, judge
 from asyncshard.plan.file_facts import FileFacts, facts_of
 from asyncshard.plan.layout import INDEX_NAME
 from asyncshard.plan.report import CheckpointReport
@@ -112,7 +112,7 @@ class _Check:
         self._options = options
         self._pattern = pattern
         self._world_size = world_size
-        self._faults: list[str] = []
+        self._problems: list[Problem] = []
 
     async def run(self) -> CheckpointReport:
         listing = await self._store.list()
@@ -125,14 +125,14 @@ class _Check:
         if CONFIG_NAME in listing.names and not listing.is_file:
             config = await self._read_config()
         files = await self._read_headers(survey, weight_map)
-        evidence = Evidence(self._store.url, survey, files, config, self._pattern, tuple(self._faults))
+        evidence = Evidence(self._store.url, survey, files, config, self._pattern, tuple(self._problems))
         return await self._threads.run(judge, evidence)
 
     def _survey(self, listing: Listing, weight_map: WeightMap | None = None) -> Survey:
         if weight_map is not None:
             return survey_index(weight_map.files, listing.names, path=self._store.url)
         names = listing.names
-        if self._faults:  # the index cannot be read: what would the names say without it?
+        if self._problems:  # the index cannot be read: what would the names say without it?
             names = tuple(name for name in names if name != INDEX_NAME)
         return survey_names(
             names,
@@ -148,7 +148,7 @@ class _Check:
             data = await self._store.read(INDEX_NAME, max_bytes=MAX_INDEX_BYTES)
             return await self._threads.run(lambda: parse_index(data, path=path))
         except AsyncShardError as error:
-            self._note(error)
+            self._note(error, is_fatal=True)
             return None
 
     async def _read_config(self) -> Mapping[str, Any] | None:
@@ -156,25 +156,26 @@ class _Check:
         try:
             data = await self._store.read(CONFIG_NAME, max_bytes=_MAX_CONFIG_BYTES)
         except AsyncShardError as error:
-            self._note(error)
+            self._note(error, is_fatal=False)
             return None
         try:
             config = await self._threads.run(json.loads, data)
         except (ValueError, RecursionError) as error:
-            self._faults.append(
-                f"{self._store.path_of(CONFIG_NAME)}: this is no JSON: {error}. Fetch or write it again."
-            )
+            text = f"{self._store.path_of(CONFIG_NAME)}: this is no JSON: {error}. Fetch or write it again."
+            self._problems.append(Problem(text, is_fatal=False))
             return None
         return config if isinstance(config, Mapping) else None
 
-    def _note(self, error: AsyncShardError) -> None:
+    def _note(self, error: AsyncShardError, *, is_fatal: bool) -> None:
         if not is_about_the_file(error):
             raise error
-        self._faults.append(f"{str(error).rstrip('.')}.")
+        self._problems.append(Problem(f"{str(error).rstrip('.')}.", is_fatal))
 
     async def _read_headers(self, survey: Survey, weight_map: WeightMap | None) -> dict[str, Finding]:
         options = self._options
-        budget_mb = options.memory_budget_mb or await self._threads.run(default_budget_mb)
+        budget_mb = options.memory_budget_mb
+        if budget_mb is None:
+            budget_mb = await self._threads.run(default_budget_mb)
 
         def keep(name: str, header: Header) -> FileFacts:
             return facts_of(name, header, without_hold(header), weight_map)

@@ -6,7 +6,7 @@ import asyncio
 import errno
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeGuard, TypeVar
 
 from asyncshard.errors import AsyncShardError, BudgetError, FormatError, ObjectChangedError, StoreError
 from asyncshard.format.header import Header
@@ -118,7 +118,7 @@ class HeaderScan(Generic[T]):
             self._given_back.set()
 
 
-def is_about_the_file(error: Exception) -> bool:
+def is_about_the_file(error: Exception) -> TypeGuard[FormatError | StoreError]:
     """Return whether an error says of one file what is wrong with it; otherwise others would fail in the same way."""
     if isinstance(error, StoreError):
         return isinstance(error, ObjectChangedError) or not (error.retryable or error.errno in _OF_THIS_PROCESS)

@@ -23,6 +23,14 @@ Finding = FileFacts | AsyncShardError
 """What a file turned out to be: valid, or why not."""
 
 
+class Problem(NamedTuple):
+    """One thing that is wrong."""
+
+    text: str
+    is_fatal: bool
+    """Whether the checkpoint is not complete."""
+
+
 @dataclass(frozen=True, slots=True)
 class Evidence:
     """All that is known of a checkpoint."""
@@ -35,8 +43,8 @@ class Evidence:
     """Of ``config.json``; None where there is none."""
     pattern: ShardPattern | None = None
     """What the user asked for."""
-    faults: tuple[str, ...] = ()
-    """Found in the index or in ``config.json``; each says of something that it cannot be read."""
+    problems: tuple[Problem, ...] = ()
+    """The index or ``config.json`` cannot be read."""
 
     def valid(self, group: Group) -> list[FileFacts]:
         """Return what is known of a group's valid files."""
@@ -47,14 +55,6 @@ class Evidence:
         return len(self.valid(group)) == len(group.files)
 
 
-class Problem(NamedTuple):
-    """One thing that is wrong."""
-
-    text: str
-    is_fatal: bool
-    """Whether the checkpoint is not complete."""
-
-
 def judge(evidence: Evidence) -> CheckpointReport:
     """Return the report on a checkpoint. Slow for many tensors: call it in a thread."""
     survey = evidence.survey
@@ -63,8 +63,8 @@ def judge(evidence: Evidence) -> CheckpointReport:
     whole = Tensors(valid)
     ties = _ties(whole, evidence.config)
     problems = [
+        *evidence.problems,
         *(Problem(text, True) for text in survey.faults),
-        *(Problem(text, False) for text in evidence.faults),
         *_file_problems(evidence),
         *_index_problems(evidence),
         *_duplicate_problems(evidence),
