@@ -177,8 +177,10 @@ class _Check:
         if budget_mb is None:
             budget_mb = await self._threads.run(default_budget_mb)
 
+        numbers = {} if weight_map is None else {name: place for place, name in enumerate(weight_map.files)}
+
         def keep(name: str, header: Header) -> FileFacts:
-            return facts_of(name, header, without_hold(header), weight_map)
+            return facts_of(name, header, without_hold(header), weight_map, numbers.get(name))
 
         limits = HeaderLimits(int(budget_mb * MIB), options.max_header_bytes, options.max_tensors)
         names = [*survey.files, *survey.others]

@@ -60,8 +60,7 @@ def judge(evidence: Evidence) -> CheckpointReport:
     survey = evidence.survey
     valid = [facts for group in survey.groups for facts in evidence.valid(group)]
     gone = [name for name in survey.files if isinstance(evidence.files.get(name), ObjectNotFoundError)]
-    whole = Tensors(valid)
-    ties = _ties(whole, evidence.config)
+    ties = _ties(valid, evidence.config)
     problems = [
         *evidence.problems,
         *(Problem(text, True) for text in survey.faults),
@@ -69,7 +68,7 @@ def judge(evidence: Evidence) -> CheckpointReport:
         *_index_problems(evidence),
         *_duplicate_problems(evidence),
         *_rank_problems(evidence),
-        *_output_problems(evidence, whole),
+        *_output_problems(evidence, valid),
         *_other_problems(evidence),
     ]
     return CheckpointReport(
@@ -180,7 +179,7 @@ def _rank_problems(evidence: Evidence) -> Iterator[Problem]:
         )
 
 
-def _output_problems(evidence: Evidence, whole: Tensors) -> Iterator[Problem]:
+def _output_problems(evidence: Evidence, valid: Sequence[FileFacts]) -> Iterator[Problem]:
     """Tell a model that has lost its output layer: config.json says it is not tied, and it is nowhere."""
     config = evidence.config
     if config is None or evidence.survey.kind not in ("index", "single", "shards"):
@@ -189,9 +188,9 @@ def _output_problems(evidence: Evidence, whole: Tensors) -> Iterator[Problem]:
     is_causal = isinstance(names, list) and any(
         isinstance(name, str) and name.endswith("ForCausalLM") for name in names
     )
-    if not is_causal or _is_tied(config) is not False or any(file.ties for file in whole.files):
+    if not is_causal or _is_tied(config) is not False or any(file.ties for file in valid):
         return
-    if _ending(whole, EMBEDDING) and not _ending(whole, OUTPUT) and all(map(evidence.is_whole, evidence.survey.groups)):
+    if _ending(valid, EMBEDDING) and not _ending(valid, OUTPUT) and all(map(evidence.is_whole, evidence.survey.groups)):
         yield Problem(
             f"{evidence.path}: no file holds {OUTPUT}, and {CONFIG_NAME} says tie_word_embeddings is false. The "
             "checkpoint is incomplete.",
@@ -226,10 +225,10 @@ def _called(survey: Survey) -> str:
     return f"{text} ({INDEX_NAME})" if survey.kind == "index" else text
 
 
-def _ties(whole: Tensors, config: Mapping[str, Any] | None) -> tuple[Tie, ...]:
-    ties = {name: kept for file in whole.files for name, kept in file.ties}
-    embeddings = _ending(whole, EMBEDDING)
-    if config is not None and _is_tied(config) and embeddings and not _ending(whole, OUTPUT):
+def _ties(valid: Sequence[FileFacts], config: Mapping[str, Any] | None) -> tuple[Tie, ...]:
+    ties = {name: kept for file in valid for name, kept in file.ties}
+    embeddings = _ending(valid, EMBEDDING)
+    if config is not None and _is_tied(config) and embeddings and not _ending(valid, OUTPUT):
         ties.setdefault(OUTPUT, embeddings[0])
     return tuple(Tie(name, kept) for name, kept in ties.items())
 
@@ -244,8 +243,8 @@ def _is_tied(config: Mapping[str, Any]) -> bool | None:
     return None
 
 
-def _ending(whole: Tensors, end: str) -> list[str]:
-    return [name for file in whole.files for name in file.embeddings if name.endswith(end)]
+def _ending(valid: Sequence[FileFacts], end: str) -> list[str]:
+    return [name for file in valid for name in file.embeddings if name.endswith(end)]
 
 
 def _dtypes(valid: Sequence[FileFacts]) -> tuple[DtypeUse, ...]:

@@ -111,13 +111,17 @@ def survey_index(files: Iterable[str], names: Sequence[str], *, path: str) -> Su
     ordered = sorted(set(files), key=natural_key)
     absent = absent_files(ordered, names)
     gone = set(absent)
+    index_path = f"{path.rstrip('/')}/{INDEX_NAME}"
+    faults = [str(files_not_found(absent, index_path))] if absent else []
+    if not ordered:
+        faults.append(f"{index_path} names no tensor. Fetch it again, or write it anew.")
     return _with_others(
         Survey(
             "index",
             (Group("", tuple(name for name in ordered if name not in gone)),),
             tuple(absent),
             len(absent),
-            faults=(str(files_not_found(absent, f"{path.rstrip('/')}/{INDEX_NAME}")),) if absent else (),
+            faults=tuple(faults),
         ),
         names,
     )
