@@ -145,8 +145,9 @@ class _Check:
     async def _read_index(self) -> WeightMap | None:
         path = self._store.path_of(INDEX_NAME)
         try:
-            data = await self._store.read(INDEX_NAME, max_bytes=MAX_INDEX_BYTES)
-            return await self._threads.run(lambda: parse_index(data, path=path))
+            # The thread gets the only reference: freeing a large index is no work for the loop.
+            holder = [await self._store.read(INDEX_NAME, max_bytes=MAX_INDEX_BYTES)]
+            return await self._threads.run(lambda: parse_index(holder.pop(), path=path))
         except AsyncShardError as error:
             self._note(error, is_fatal=True)
             return None
