@@ -150,15 +150,14 @@ def _duplicate_problems(evidence: Evidence) -> Iterator[Problem]:
 
 def _rank_problems(evidence: Evidence) -> Iterator[Problem]:
     """Compare the ranks of each pipeline stage with its first that is whole."""
-    references: dict[int, tuple[Group, Tensors]] = {}
+    references: dict[tuple[str, int], tuple[Group, Tensors]] = {}
     for group in evidence.survey.groups:
         if not group.label or not evidence.is_whole(group):
             continue
         tensors = Tensors(evidence.valid(group))
-        if group.pp_rank not in references:
-            references[group.pp_rank] = group, tensors
+        reference, expected = references.setdefault((group.template, group.pp_rank), (group, tensors))
+        if reference is group:
             continue
-        reference, expected = references[group.pp_rank]
         difference = expected.difference(tensors)
         texts = []
         for what, (names, total) in zip(
@@ -261,8 +260,10 @@ def _dtypes(valid: Sequence[FileFacts]) -> tuple[DtypeUse, ...]:
 
 
 def _names(names: Sequence[str]) -> str:
-    more = " or more" if len(names) >= MOST else ""
-    return listing(list(map(repr, names[:LISTED])), LISTED, len(names)) + more
+    shown = list(map(repr, names[:LISTED]))
+    if len(names) < MOST:
+        return listing(shown, LISTED, len(names))
+    return f"{', '.join(shown)} and at least {MOST - LISTED} more"
 
 
 def _join(path: str, name: str) -> str:
