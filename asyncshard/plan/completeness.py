@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from asyncshard.errors import AsyncShardError, NamesError, ObjectNotFoundError
+from asyncshard.errors import AsyncShardError, FormatError, NamesError, ObjectNotFoundError
 from asyncshard.format.dtypes import DTYPES
 from asyncshard.format.pattern import ShardPattern
 from asyncshard.plan.file_facts import EMBEDDING, MOST, OUTPUT, FileFacts, Tensors
@@ -126,7 +126,10 @@ def _file_problems(evidence: Evidence) -> Iterator[Problem]:
     own = set(evidence.survey.files)
     for name, finding in evidence.files.items():
         if isinstance(finding, AsyncShardError):
-            yield Problem(f"{str(finding).rstrip('.')}.", name in own)
+            text = str(finding).rstrip(".")
+            if isinstance(finding, FormatError) and ";" not in text:  # a rule of the header that is broken, no remedy
+                text += "; fetch or write it again"
+            yield Problem(f"{text}.", name in own)
 
 
 def _index_problems(evidence: Evidence) -> Iterator[Problem]:
