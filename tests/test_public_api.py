@@ -47,6 +47,7 @@ def test_the_names_of_the_public_api_are_there() -> None:
         "TensorInfo",
         "Update",
         "__version__",
+        "check_checkpoint",
         "compute_shard_assignment",
         "errors",
         "load",
@@ -166,6 +167,7 @@ SIGNATURES: dict[str, tuple[Any, list[tuple[str, str, Any]]]] = {
     ),
     "Update.apply": (asyncshard.Update.apply, []),
     "CheckpointVersion.parse": (asyncshard.CheckpointVersion.parse, [("text", BOTH, "required")]),
+    "check_checkpoint": (asyncshard.check_checkpoint, [("path", BOTH, "required")]),
     "read_header": (asyncshard.read_header, [("path", BOTH, "required")]),
     "parse_header": (asyncshard.parse_header, [("data", BOTH, "required"), ("file_size", BOTH, None)]),
     "verify_cache": (asyncshard.verify_cache, [("cache_dir", BOTH, "required")]),
@@ -188,6 +190,7 @@ def test_signatures_are_kept(name: str) -> None:
 @pytest.mark.parametrize(
     "function",
     [
+        asyncshard.check_checkpoint,
         asyncshard.load,
         asyncshard.read_header,
         asyncshard.verify_cache,
