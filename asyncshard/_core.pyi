@@ -52,6 +52,27 @@ class StopFlag:
 
 def read_vectors(fd: int, offset: int, buffers: Sequence[Buffer], stop: StopFlag) -> tuple[int, int]: ...
 
+# --- runs
+
+def copy_runs(
+    source: Buffer,
+    target: Buffer,
+    source_offsets: NDArray[np.int64],
+    target_offsets: NDArray[np.int64],
+    lengths: NDArray[np.int64],
+) -> None: ...
+def gather_runs(
+    source: Buffer, offsets: NDArray[np.int64], lengths: NDArray[np.int64], buffers: Sequence[Buffer]
+) -> None: ...
+def read_ranges(
+    fd: int,
+    offsets: NDArray[np.int64],
+    lengths: NDArray[np.int64],
+    buffers: Sequence[Buffer],
+    max_gap: int,
+    stop: StopFlag,
+) -> tuple[int, int]: ...
+
 # --- names, json, header
 
 @final
