@@ -50,6 +50,11 @@ class Transfer(ABC):
         return self._store.retries
 
     @property
+    def max_gap_bytes(self) -> int:
+        """Unwanted bytes between slices that are rather read than left out."""
+        return self._store.max_gap_bytes
+
+    @property
     def verified(self) -> tuple[str, ...]:
         """Objects that match their checksums."""
         return self._store.verified

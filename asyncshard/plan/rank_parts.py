@@ -102,6 +102,12 @@ class RankPart:
     digest: str
     """Of all this: parts of equal digests are the same slices."""
 
+    def __eq__(self, other: object) -> bool:
+        return self.digest == other.digest if isinstance(other, RankPart) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
     @property
     def nbytes(self) -> int:
         """Bytes of memory that it holds, its header included."""

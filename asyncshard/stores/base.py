@@ -6,7 +6,6 @@ A store names objects by their path below its root, with ``/`` between parts. It
 
 from __future__ import annotations
 
-import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Self
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 
 from asyncshard.errors import FormatError
 from asyncshard.stores.ranges import Scratch, read_ranges
-from asyncshard.stores.threads import finish
+from asyncshard.stores.threads import DaemonThreads
 
 
 class ObjectMeta(NamedTuple):
@@ -60,6 +59,8 @@ class Store(ABC):
     """Read items ahead of the consumer."""
     max_gap_bytes: int = 0
     """Unwanted bytes between two wanted tensors, or slices of them, that are rather read than left out."""
+    has_own_scratch: bool = False
+    """Whether `read_ranges` leaves the scratch that it is given alone."""
 
     async def __aenter__(self) -> Self:
         return self
@@ -143,19 +144,21 @@ class Store(ABC):
         """
         if not len(offsets):
             return
-        own = Scratch() if scratch is None else scratch
-        try:
-            await read_ranges(
-                lambda start, memory: self.read_into(meta, start, memory),
-                offsets,
-                lengths,
-                buffers,
-                max_gap=self.max_gap_bytes if max_gap is None else max_gap,
-                scratch=own,
-            )
-        finally:
-            if own is not scratch:
-                await finish(asyncio.ensure_future(own.aclose()))
+        if scratch is None:
+            threads = DaemonThreads(1, "asyncshard-gather")
+            try:
+                await self.read_ranges(meta, offsets, lengths, buffers, max_gap=max_gap, scratch=Scratch(threads))
+            finally:
+                await threads.aclose()
+            return
+        await read_ranges(
+            lambda start, memory: self.read_into(meta, start, memory),
+            offsets,
+            lengths,
+            buffers,
+            max_gap=self.max_gap_bytes if max_gap is None else max_gap,
+            scratch=scratch,
+        )
 
     async def read(self, name: str, *, max_bytes: int | None = None) -> bytes:
         """Read a small object whole.

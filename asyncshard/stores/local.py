@@ -46,6 +46,8 @@ class LocalStore(Store):
         copied out of the page cache in the time of a system call.
     """
 
+    has_own_scratch = True
+
     def __init__(
         self,
         path: str,

@@ -33,17 +33,19 @@ class Scratch:
 
     Parameters
     ----------
+    threads : DaemonThreads
+        In which what is wanted is copied out of them.
     slab_bytes : int
         Of one slab, and so of one such read at most.
     slabs : int
         How many there are; whoever finds none free waits for one.
     """
 
-    def __init__(self, slab_bytes: int = _SLAB_BYTES, slabs: int = _SLABS) -> None:
+    def __init__(self, threads: DaemonThreads, slab_bytes: int = _SLAB_BYTES, slabs: int = _SLABS) -> None:
         self.slab_bytes = slab_bytes
+        self._threads = threads
         self._free: list[bytearray] = []
         self._semaphore = asyncio.Semaphore(slabs)
-        self._threads: DaemonThreads | None = None
 
     @asynccontextmanager
     async def slab(self) -> AsyncIterator[memoryview]:
@@ -61,17 +63,8 @@ class Scratch:
         """Fill buffers with pieces of a slab."""
         if source.nbytes < _LARGE_COPY:
             gather_runs(source, offsets, lengths, buffers)
-            return
-        if self._threads is None:
-            self._threads = DaemonThreads(1, "asyncshard-gather")
-        await self._threads.run(gather_runs, source, offsets, lengths, buffers)
-
-    async def aclose(self) -> None:
-        """End the thread that copies, and let go of the slabs. Nobody has one any more."""
-        self._free.clear()
-        if self._threads is not None:
-            await self._threads.aclose()
-            self._threads = None
+        else:
+            await self._threads.run(gather_runs, source, offsets, lengths, buffers)
 
 
 class _Group(NamedTuple):

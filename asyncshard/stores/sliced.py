@@ -38,7 +38,7 @@ class SlicedStore(Store):
     threads : DaemonThreads
         For long lists of ranges.
     scratch : Scratch
-        For reads that cover several ranges; closed with this.
+        For reads that cover several ranges.
     """
 
     def __init__(self, store: Store, threads: DaemonThreads, scratch: Scratch) -> None:
@@ -61,9 +61,6 @@ class SlicedStore(Store):
     @property
     def unverified(self) -> tuple[str, ...]:  # type: ignore[override]
         return self.store.unverified
-
-    async def aclose(self) -> None:
-        await self._scratch.aclose()
 
     def path_of(self, name: str) -> str:
         return self.store.path_of(name)

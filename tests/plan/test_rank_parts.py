@@ -42,7 +42,9 @@ def placed_arrays(draw):
     size = shape[dim]
     first = draw(st.integers(0, size))
     placement = draw(
-        st.sampled_from([Replicate(), Shard(dim), Shard(dim, 2), Shard(dim, 1), PackedShard(dim, (first, size - first))])
+        st.sampled_from(
+            [Replicate(), Shard(dim), Shard(dim, 2), Shard(dim, 1), PackedShard(dim, (first, size - first))]
+        )
     )
     dtype = draw(st.sampled_from(["u1", "<i2", "<f4", "<f8"]))
     return np.random.default_rng(draw(st.integers(0, 9))).integers(0, 200, shape).astype(dtype), placement
@@ -69,9 +71,7 @@ def test_the_ranges_of_any_bytes_of_a_part_are_those_of_the_sliced_tensors(check
     wanted = (lambda name: name not in ("t0", "t3")) if skips else None
     part = part_of(data, placements, rank, wanted)
     local = {
-        name: sliced(array, placements[name], rank)
-        for name, array in tensors.items()
-        if wanted is None or wanted(name)
+        name: sliced(array, placements[name], rank) for name, array in tensors.items() if wanted is None or wanted(name)
     }
     if part is None:
         assert checkpoints.same({k: np.ascontiguousarray(v) for k, v in local.items()}, tensors)
