@@ -423,12 +423,12 @@ async def test_a_version_tells_slices_apart_and_an_unchanged_one_is_read_never(m
         state = await loader.load_weights(model)
         versions.append(loader.last_report.version)
         async with await loader.prepare_refresh(model, state, since=versions[-1]) as update:
-            assert update.names == ()
+            assert update.changed == ()
     assert versions[0] != versions[1]
     assert asyncshard.CheckpointVersion.parse(str(versions[0])) == versions[0]
     state = {name: np.zeros(a.shape, a.dtype) for name, a in expected_of(0).items()}
     async with await loader_of(0).prepare_refresh(model, state, since=versions[1]) as update:
-        assert len(update.names) == len(WHOLE)
+        assert len(update.changed) == len(WHOLE)
 
 
 async def test_digests_of_whole_tensors_are_dropped_with_the_slices(tmp_path, checkpoints):
