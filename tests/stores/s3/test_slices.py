@@ -21,7 +21,7 @@ async def server():
 @pytest.fixture
 def tensors():
     random = np.random.default_rng(0)
-    shapes = {"q": (64, 300), "o": (100, 512), "deep": (3, 40, 64), "norm": (300,)}
+    shapes = {"q": (64, 100), "o": (15, 512), "deep": (2, 5, 64), "norm": (300,)}
     return {
         f"layers.{number}.{name}.weight": random.integers(0, 1000, shape).astype("<i2")
         for number in range(2)
@@ -59,7 +59,7 @@ async def test_all_ranks_put_together_are_the_whole(server, checkpoints, tensors
             rank=rank,
             world_size=WORLD,
             tp_plan=PLAN,
-            chunk_size=20_000,
+            chunk_size=4_000,
             memory_budget_mb=2,
             storage_options=options_on(server, **more),
         )
