@@ -311,6 +311,9 @@ async def test_a_filter_works_on_rank_shards_and_a_plan_does_not(tmp_path, check
     assert list(await ShardedStateLoader(tensor_filter="b").load_weights(path)) == ["b"]
     with pytest.raises(CheckpointError, match="cut already: leave tp_plan out"):
         await ShardedStateLoader(world_size=2, tp_plan={"a": Shard(0)}).load_weights(path)
+    incremental = IncrementalShardLoader(ShardedStateLoader(world_size=2, tp_plan={"a": Shard(0)}))
+    with pytest.raises(CheckpointError, match="cut already"):
+        await incremental.load_shard(path / "model-rank-0-part-0.safetensors")
     assert list(await ShardedStateLoader(tp_plan={"a": Shard(0)}).load_weights(path)) == ["a", "b"]
 
 
