@@ -52,6 +52,27 @@ class StopFlag:
 
 def read_vectors(fd: int, offset: int, buffers: Sequence[Buffer], stop: StopFlag) -> tuple[int, int]: ...
 
+# --- runs
+
+def copy_runs(
+    source: Buffer,
+    target: Buffer,
+    source_offsets: NDArray[np.int64],
+    target_offsets: NDArray[np.int64],
+    lengths: NDArray[np.int64],
+) -> None: ...
+def gather_runs(
+    source: Buffer, offsets: NDArray[np.int64], lengths: NDArray[np.int64], buffers: Sequence[Buffer]
+) -> None: ...
+def read_ranges(
+    fd: int,
+    offsets: NDArray[np.int64],
+    lengths: NDArray[np.int64],
+    buffers: Sequence[Buffer],
+    max_gap: int,
+    stop: StopFlag,
+) -> tuple[int, int]: ...
+
 # --- names, json, header
 
 @final
@@ -101,6 +122,9 @@ class WeightMap:
     def __len__(self) -> int: ...
     def find(self, name: str) -> int:
         """Return the place in `files` of the tensor's file, or -1."""
+
+    def entry(self, index: int) -> tuple[str, int]:
+        """Return a tensor's name, and the place in `files` of its file, for each index below the length."""
 
     def first_name(self, file_index: int) -> str:
         """Return the first tensor that is mapped to the file."""

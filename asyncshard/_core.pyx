@@ -9,6 +9,7 @@ from asyncshard.errors import FormatError
 
 include "_kernels/memory.pxi"
 include "_kernels/reads.pxi"
+include "_kernels/runs.pxi"
 include "_kernels/names.pxi"
 include "_kernels/json.pxi"
 include "_kernels/header.pxi"
