@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple, TypeVar
 import numpy as np
 
 from asyncshard._core import WeightMap, duplicate_names
-from asyncshard.errors import CheckpointError
+from asyncshard.errors import CheckpointError, NamesError
 from asyncshard.format.header import Header, TensorInfo, header_size, parse_header
 from asyncshard.format.index import MAX_INDEX_BYTES, parse_index
 from asyncshard.format.pattern import ShardPattern
