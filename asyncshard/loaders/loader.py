@@ -24,6 +24,7 @@ from asyncshard.pipeline.slicing import open_slices
 from asyncshard.pipeline.staged import StagedTransfer
 from asyncshard.pipeline.stream import Stream
 from asyncshard.pipeline.supervisor import Supervisor
+from asyncshard.pipeline.ties import add_ties
 from asyncshard.pipeline.transfer import Pacing, Transfer
 from asyncshard.pipeline.update import Update
 from asyncshard.pipeline.version import CheckpointVersion
@@ -133,6 +134,7 @@ class Loader:
         """Load into new arrays."""
         async with self._stream(Request(path, is_new=True)) as stream:
             weights = {name: tensor async for name, tensor in stream}
+            weights.update({name: weights[kept] for name, kept in stream.ties.items()})
             self.last_report = LoadReport((), (), (), stream.version)
             return weights
 
@@ -269,6 +271,7 @@ class Loader:
         if request.into is None:
             placement = await new_destinations(checkpoint, library)
         else:
+            store, checkpoint = await add_ties(store, checkpoint, request.into, library, threads)
             placement = await match_destinations(
                 checkpoint, request.into, library, threads, strict=request.strict, cast=request.cast, path=store.url
             )

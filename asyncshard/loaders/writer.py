@@ -7,7 +7,7 @@ import errno
 import importlib
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -46,6 +46,8 @@ class _Tensor(NamedTuple):
     array: NDArray[Any]
     """Its memory as unsigned integers, contiguous or not."""
     dtype: Dtype
+    other_names: tuple[str, ...] = ()
+    """Of tensors that were left out because they are this one."""
 
     @property
     def nbytes(self) -> int:
@@ -65,9 +67,10 @@ async def save_sharded_state(
 ) -> list[str]:
     """Write one rank's shards, off the event loop.
 
-    Tensors whose memory another one covers are left out (`SubtensorFilter`). Each part is written under a temporary
-    name, flushed to the disk and renamed when it is complete; this rank's parts of an earlier save that are not written
-    again are removed last. When cancelled it finishes the part it is writing, removes what was not renamed, and raises.
+    Tensors whose memory another one covers are left out (`SubtensorFilter`); where one of them is the same as what is
+    written, the metadata says so, and loading restores it. Each part is written under a temporary name, flushed to the
+    disk and renamed when it is complete; this rank's parts of an earlier save that are not written again are removed
+    last. When cancelled it finishes the part it is writing, removes what was not renamed, and raises.
 
     Parameters
     ----------
@@ -168,7 +171,7 @@ class _Save:
         }
         with translated(temporary):
             try:
-                serialize_file(specs, temporary, metadata=self._metadata_of(len(arrays)) or None)
+                serialize_file(specs, temporary, metadata=self._metadata_of(tensors) or None)
             except SafetensorError as error:
                 raise _os_error(error) from error
             if self._digest is not None:
@@ -176,9 +179,11 @@ class _Save:
                 _write_digests(temporary, by_name, self._digest)
             _flush(temporary)
 
-    def _metadata_of(self, count: int) -> dict[str, str]:
+    def _metadata_of(self, tensors: list[_Tensor]) -> dict[str, str]:
         """Return the metadata of a part; digests are not known before the order of its tensors is."""
-        return self._metadata | ({DIGESTS_KEY: _NO_DIGEST * count} if self._digest is not None else {})
+        ties = {other: tensor.name for tensor in tensors for other in tensor.other_names}
+        digests = {DIGESTS_KEY: _NO_DIGEST * len(tensors)} if self._digest is not None else {}
+        return ties | self._metadata | digests
 
     def commit(self) -> list[str]:
         """Give the files their names, then remove this rank's other parts."""
@@ -244,12 +249,31 @@ def _split(state_dict: Mapping[str, Any], max_shard_size: int | None) -> list[li
 
 
 def _tensors(state_dict: Mapping[str, Any]) -> Iterator[_Tensor]:
-    for name, value in SubtensorFilter.filter_subtensors(state_dict).items():
+    kept = SubtensorFilter.filter_subtensors(state_dict)
+    others = _names_left_out(state_dict, kept)
+    for name, value in kept.items():
         if not isinstance(name, str):
             raise TypeError(f"names of tensors are str, not {name!r}")
         if name == "__metadata__":
             raise ValueError("a tensor cannot be named '__metadata__': the format keeps that name for itself")
-        yield _Tensor(name, *_raw(name, value))
+        array, dtype = _raw(name, value)
+        yield _Tensor(name, array, dtype, tuple(others.get(_identity(value, array), ())))
+
+
+def _names_left_out(state_dict: Mapping[str, Any], kept: Mapping[str, Any]) -> dict[Hashable, list[str]]:
+    """Return the names of the tensors that were left out, by what they are."""
+    names: dict[Hashable, list[str]] = {}
+    for name, value in state_dict.items():
+        if name not in kept and isinstance(name, str):
+            with contextlib.suppress(ValueError):  # of a dtype that cannot be written: it is none of those that are
+                array, _ = _raw(name, value)
+                names.setdefault(_identity(value, array), []).append(name)
+    return names
+
+
+def _identity(value: Any, array: NDArray[Any]) -> Hashable:
+    """Return what two tensors have in common that are the same."""
+    return array.__array_interface__["data"][0], str(value.dtype), array.shape, array.strides
 
 
 def _raw(name: str, value: Any) -> tuple[NDArray[Any], Dtype]:

@@ -106,6 +106,9 @@ class CheckpointInfo(Mapping[str, TensorInfo]):
                 return shard.header[name]
         raise KeyError(name)
 
+    def __contains__(self, name: object) -> bool:
+        return any(name in shard.header for shard in self._shards)
+
     def __iter__(self) -> Iterator[str]:
         for shard in self._shards:
             yield from shard.header
@@ -115,6 +118,17 @@ class CheckpointInfo(Mapping[str, TensorInfo]):
 
     def __repr__(self) -> str:
         return f"<{self._count} tensors in {len(self._shards)} shards>"
+
+
+def ties_of(checkpoint: Checkpoint) -> dict[str, str]:
+    """Return the names that the metadata ties to a tensor that is there, each with the tensor's."""
+    info = CheckpointInfo(checkpoint)
+    return {
+        name: kept
+        for shard in checkpoint.shards
+        for name, kept in shard.header.metadata.items()
+        if kept in info and name not in info
+    }
 
 
 class ShardNames(NamedTuple):

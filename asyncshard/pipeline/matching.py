@@ -105,7 +105,7 @@ class _Matching:
         memory, strided, is_narrowed = fit(self._library, name, dtype, shape, given, cast=self._cast)
         if is_narrowed:
             self._narrowed.append(name)
-        low, high = _span(memory)
+        low, high = span(memory)
         if memory.size:
             self._covered.add(name, low, high, memory)
         destinations.add(given, low if strided is None else 0, strided)
@@ -128,7 +128,7 @@ class _Matching:
             memory = self._library.memory_of(name, given).array
         except DestinationError:
             return False
-        return memory.size == 0 or self._covered.has_inside(*_span(memory))
+        return memory.size == 0 or self._covered.has_inside(*span(memory))
 
 
 class Fit(NamedTuple):
@@ -272,7 +272,7 @@ class _Covered:
         return np.frombuffer(memoryview(Span(low, high - low, None)), np.uint8) if strided is None else strided
 
 
-def _span(memory: NDArray[Any]) -> tuple[int, int]:
+def span(memory: NDArray[Any]) -> tuple[int, int]:
     """Return the addresses of the first byte of an array and of the byte after its last."""
     low: int = memory.__array_interface__["data"][0]
     if memory.flags.c_contiguous:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
@@ -259,14 +259,34 @@ def make_rank_part(
     sizes = [piece.nbytes for piece in plan.slices]
     text = format_header(tensors(), _metadata(header, np.array(kept, np.int64), are_whole=plan.are_whole))
     virtual = parse_header(text, len(text) + sum(map(sizes.__getitem__, kinds)), path=path)
-    patterns = Patterns.of(plan.slices)
-    columns = np.array(starts, np.int64), np.array(kinds, np.int32)
-    counts = (patterns.outer * patterns.runs_in_row)[columns[1]] if len(kinds) else np.empty(0, np.int64)
+    return _finish(virtual, text, np.array(starts, np.int64), np.array(kinds, np.int32), Patterns.of(plan.slices))
+
+
+def rename(header: Header, part: RankPart | None, names: Mapping[str, str]) -> RankPart:
+    """Return some tensors of a file, or of a rank's part of it, under other names: ``{"other": "in the header"}``."""
+    order = sorted(names, key=lambda name: header.table.find(names[name]))
+    indices = np.array([header.table.find(names[name]) for name in order], np.int64)
+    rows = [header.table.row(index) for index in indices.tolist()]
+    tensors = [
+        (name, DTYPES[code].name, shape, stop - start)
+        for name, (_, code, shape, start, stop) in zip(order, rows, strict=True)
+    ]
+    text = format_header(tensors, {})
+    virtual = parse_header(text, len(text) + sum(nbytes for *_, nbytes in tensors))
+    if part is None:
+        slices = [Slice(shape, 1, nbytes, ((0, nbytes),)) for _, _, shape, nbytes in tensors]
+        kinds = np.arange(len(slices), dtype=np.int32)
+        return _finish(virtual, text, header.table.starts[indices], kinds, Patterns.of(slices))
+    return _finish(virtual, text, part.starts[indices], part.kinds[indices], part.patterns)
+
+
+def _finish(virtual: Header, text: bytes, starts: Offsets, kinds: NDArray[np.int32], patterns: Patterns) -> RankPart:
+    counts = (patterns.outer * patterns.runs_in_row)[kinds] if len(kinds) else np.empty(0, np.int64)
     digest = hashlib.blake2b(text, digest_size=16)
-    for column in (*columns, *patterns):
+    for column in (starts, kinds, *patterns):
         digest.update(column.tobytes())
     runs_before = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-    return RankPart(virtual, *columns, patterns, runs_before, digest.hexdigest())
+    return RankPart(virtual, starts, kinds, patterns, runs_before, digest.hexdigest())
 
 
 def _metadata(header: Header, kept: Offsets, *, are_whole: bool) -> dict[str, str]:

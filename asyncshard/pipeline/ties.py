@@ -1,0 +1,103 @@
+"""Tied tensors: a checkpoint holds them under one of their names.
+
+The files' metadata tells the others, ``{"lm_head.weight": "model.embed_tokens.weight"}``, as safetensors' own writers
+put it there; or ``config.json`` says ``tie_word_embeddings``. A destination of its own under such a name is filled with
+a second read of the same bytes, as if they stood in a further file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from asyncshard.errors import CheckpointError, DestinationError, FormatError, ObjectNotFoundError
+from asyncshard.pipeline.arrays import ArrayLibrary
+from asyncshard.pipeline.checkpoint import Checkpoint, CheckpointInfo, Shard, ties_of
+from asyncshard.pipeline.matching import is_sink, span
+from asyncshard.pipeline.pace import without_hold
+from asyncshard.plan.file_facts import EMBEDDING, OUTPUT
+from asyncshard.plan.rank_parts import rename
+from asyncshard.plan.tp_models import ties_embeddings
+from asyncshard.stores.base import Store
+from asyncshard.stores.ranges import Scratch
+from asyncshard.stores.sliced import SlicedStore, part_meta
+from asyncshard.stores.threads import DaemonThreads
+
+CONFIG_NAME = "config.json"
+_MAX_CONFIG_BYTES = 1 << 24
+
+
+async def add_ties(
+    store: Store,
+    checkpoint: Checkpoint,
+    destinations: Mapping[str, Any],
+    library: ArrayLibrary,
+    threads: DaemonThreads,
+) -> tuple[Store, Checkpoint]:
+    """Add the tied tensors that have a destination of their own; return the store to read them from, too.
+
+    A destination that shares the memory of the tensor that is there needs nothing. ``config.json`` is only read where
+    the output layer is missing; one that cannot be read ties nothing.
+
+    Raises
+    ------
+    StoreError
+    """
+    ties = await threads.run(ties_of, checkpoint)
+    lost = await threads.run(_lost_output, checkpoint, destinations)
+    if lost is not None and lost[0] not in ties and await _ties_embeddings(store, threads):
+        ties.update([lost])
+    own = {
+        name: kept
+        for name, kept in ties.items()
+        if name in destinations and not _is_same(library, destinations[name], destinations.get(kept))
+    }
+    if not own:
+        return store, checkpoint
+    shards = await threads.run(lambda: tuple(_tied_shards(checkpoint, own)))
+    if not isinstance(store, SlicedStore):
+        store = SlicedStore(store, threads, Scratch(threads, store.chunk_size, 1))
+    return store, checkpoint._replace(shards=checkpoint.shards + shards)
+
+
+def _lost_output(checkpoint: Checkpoint, destinations: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Return the one output layer that has a destination and no tensor, and the one embedding that has a tensor."""
+    info = CheckpointInfo(checkpoint)
+    outputs = [name for name in without_hold(destinations) if name.endswith(OUTPUT) and name not in info]
+    if len(outputs) != 1:
+        return None
+    names = (name for shard in checkpoint.shards for name in without_hold(shard.header))
+    embeddings = [name for name in names if name.endswith(EMBEDDING)]
+    return (outputs[0], embeddings[0]) if len(embeddings) == 1 else None
+
+
+async def _ties_embeddings(store: Store, threads: DaemonThreads) -> bool:
+    """Return whether config.json says that the output layer is the embedding."""
+    try:
+        data = await store.read(CONFIG_NAME, max_bytes=_MAX_CONFIG_BYTES)
+        return await threads.run(lambda: ties_embeddings(json.loads(data)))
+    except (ObjectNotFoundError, FormatError, CheckpointError, ValueError, RecursionError):
+        return False
+
+
+def _is_same(library: ArrayLibrary, given: Any, other: Any) -> bool:
+    """Return whether a destination lies in the memory of another one."""
+    if other is None or is_sink(given) or is_sink(other):
+        return False
+    try:
+        low, high = span(library.memory_of("", given).array)
+        other_low, other_high = span(library.memory_of("", other).array)
+    except DestinationError:  # whoever matches them says what is wrong
+        return False
+    return other_low <= low and high <= other_high
+
+
+def _tied_shards(checkpoint: Checkpoint, ties: Mapping[str, str]) -> Iterator[Shard]:
+    """Yield what is read once more: of each shard the tensors to which names are tied, under these names."""
+    for shard in checkpoint.shards:
+        here = {name: kept for name, kept in ties.items() if kept in shard.header}
+        if here:
+            part = rename(shard.header, shard.part, here)
+            whole = shard.meta.version.whole if shard.part is not None else shard.meta
+            yield Shard(part_meta(whole, part), shard.path, part.header, part)

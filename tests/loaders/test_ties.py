@@ -1,0 +1,141 @@
+"""Tied tensors: written once, and restored under each of their names."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import asyncshard
+from asyncshard import AsyncShardLoader, ShardedStateLoader
+from asyncshard.errors import NamesError
+from asyncshard.plan.placements import Shard
+from asyncshard.testing import MemoryStore
+
+EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+@pytest.fixture
+def tensors():
+    random = np.random.default_rng(0)
+    return {
+        EMBED: random.random((64, 16), np.float32),
+        "model.norm.weight": random.random(16, np.float32),
+        "model.q.weight": random.random((16, 16), np.float32),
+    }
+
+
+@pytest.fixture
+def state(tensors):
+    return {name: np.zeros_like(tensor) for name, tensor in {**tensors, HEAD: tensors[EMBED]}.items()}
+
+
+@pytest.fixture(params=["metadata", "config"])
+def tied(request, tmp_path, tensors):
+    """A checkpoint without its output layer, which says that it is the embedding."""
+    from safetensors.numpy import save_file
+
+    metadata = {"format": "pt", **({HEAD: EMBED} if request.param == "metadata" else {})}
+    save_file(tensors, tmp_path / "model.safetensors", metadata=metadata)
+    if request.param == "config":
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "tie_word_embeddings": True}))
+    return tmp_path
+
+
+async def test_a_tied_tensor_with_memory_of_its_own_is_filled(tied, tensors, state):
+    loader = ShardedStateLoader()
+    await loader.load_weights(tied, state)
+    assert np.array_equal(state[HEAD], tensors[EMBED])
+    assert all(np.array_equal(state[name], tensor) for name, tensor in tensors.items())
+    assert loader.last_report.missing == ()
+
+
+async def test_a_tied_tensor_in_the_same_memory_is_read_once(tied, tensors, state):
+    state[HEAD] = state[EMBED]
+    stream = AsyncShardLoader().stream(tied, state)
+    statistics = await stream.drain()
+    assert statistics.tensors_done == len(tensors)
+    assert np.array_equal(state[HEAD], tensors[EMBED])
+
+
+async def test_it_is_filled_by_streams_by_torch_and_with_another_dtype(tied, tensors, state):
+    into = {name: torch.zeros(tensor.shape, dtype=torch.float64) for name, tensor in state.items()}
+    names = {name async for name, _ in AsyncShardLoader().stream(tied, into, cast=True)}
+    assert names == set(state)
+    assert np.array_equal(into[HEAD].numpy(), tensors[EMBED].astype(np.float64))
+
+
+@pytest.mark.parametrize("rank", range(3))
+async def test_it_is_the_rank_s_slice_of_what_it_is_tied_to(tied, tensors, rank):
+    plan = {"model.q": Shard(0), "model.embed_tokens": Shard(0)}
+    whole = tensors[EMBED]
+    rows = whole[22 * rank : 22 * (rank + 1)]
+    state = {name: np.zeros_like(tensor) for name, tensor in tensors.items()}
+    state["model.q.weight"] = np.zeros_like(tensors["model.q.weight"][6 * rank : 6 * (rank + 1)])
+    state[EMBED], state[HEAD] = np.zeros_like(rows), np.zeros_like(rows)
+    await ShardedStateLoader(rank=rank, world_size=3, tp_plan=plan).load_weights(tied, state)
+    assert np.array_equal(state[HEAD], rows)
+    assert np.array_equal(state[EMBED], rows)
+
+
+async def test_a_refresh_changes_it_too(tied, tensors, state):
+    from safetensors.numpy import save_file
+
+    loader = ShardedStateLoader()
+    await loader.load_weights(tied, state)
+    tensors[EMBED] = tensors[EMBED] + 1
+    save_file(tensors, tied / "model.safetensors", metadata={HEAD: EMBED})
+    update = await loader.prepare_refresh(tied, state, since=loader.last_report.version)
+    await update.apply()
+    assert np.array_equal(state[HEAD], tensors[EMBED])
+    assert np.array_equal(state[EMBED], tensors[EMBED])
+
+
+async def test_without_a_word_it_is_missing(tmp_path, tensors, state):
+    from safetensors.numpy import save_file
+
+    save_file(tensors, tmp_path / "model.safetensors")
+    for config in (None, "{}", '{"tie_word_embeddings": false}', "[", '{"tie_word_embeddings": 3}'):
+        if config is not None:
+            (tmp_path / "config.json").write_text(config)
+        with pytest.raises(NamesError, match=HEAD):
+            await ShardedStateLoader().load_weights(tmp_path, state)
+
+
+async def test_a_config_is_asked_for_only_where_the_output_layer_is_missing(checkpoints, tensors):
+    files = {**checkpoints.rank_files(tensors), "config.json": b'{"tie_word_embeddings": true}'}
+    asked = []
+
+    class Store(MemoryStore):
+        async def read(self, name, *, max_bytes=None):
+            asked.append(name)
+            return await super().read(name, max_bytes=max_bytes)
+
+    state = {name: np.zeros_like(tensor) for name, tensor in tensors.items()}
+    await ShardedStateLoader().load_weights(Store(files), state)
+    assert asked == []
+    await ShardedStateLoader().load_weights(Store(files), {**state, HEAD: np.zeros_like(tensors[EMBED])})
+    assert asked == ["config.json"]
+
+
+@pytest.mark.parametrize("library", ["np", "pt"])
+async def test_tied_tensors_are_written_once_and_come_back_as_one(tmp_path, tensors, library):
+    made = tensors if library == "np" else {name: torch.from_numpy(tensor) for name, tensor in tensors.items()}
+    await asyncshard.save_sharded_state({**made, HEAD: made[EMBED]}, tmp_path, rank=0, metadata={"step": "3"})
+    (header,) = [await asyncshard.read_header(path) for path in tmp_path.iterdir()]
+    assert set(header) == set(tensors) - {EMBED} | {HEAD}  # the smaller name stays
+    assert header.metadata == {"step": "3", EMBED: HEAD}
+    weights = await asyncshard.load(tmp_path, framework=library)
+    assert weights[HEAD] is weights[EMBED]
+    assert np.array_equal(np.asarray(weights[EMBED]), tensors[EMBED])
+    assert set(weights) == {*tensors, HEAD}
+    async with AsyncShardLoader().stream(tmp_path) as stream:
+        assert stream.ties == {EMBED: HEAD}
+        await stream.drain()
+
+
+async def test_views_of_a_written_tensor_are_no_ties(tmp_path, tensors):
+    views = {"rows": tensors[EMBED][:8], "flat": tensors[EMBED].reshape(-1)}
+    await asyncshard.save_sharded_state({**tensors, **views}, tmp_path, rank=0)
+    (header,) = [await asyncshard.read_header(path) for path in tmp_path.iterdir()]
+    assert header.metadata == {}
