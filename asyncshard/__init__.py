@@ -21,6 +21,7 @@ from asyncshard.pipeline.stream import Stream
 from asyncshard.pipeline.update import Update
 from asyncshard.pipeline.version import CheckpointVersion
 from asyncshard.plan.assignment import compute_shard_assignment
+from asyncshard.plan.placements import PackedShard, Replicate, Shard
 from asyncshard.plan.sharding import ShardedTensor, validate_shard_shapes
 from asyncshard.plan.subtensors import SubtensorFilter
 
@@ -32,6 +33,9 @@ __all__ = [
     "Header",
     "IncrementalShardLoader",
     "MemoryBudget",
+    "PackedShard",
+    "Replicate",
+    "Shard",
     "ShardPattern",
     "ShardedStateLoader",
     "ShardedTensor",

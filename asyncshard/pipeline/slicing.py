@@ -44,7 +44,7 @@ async def open_slices(
     found = await find_shards(store, selection, threads)
     plan = await find_plan(store, selection, threads)
     whole = await open_found(store, found, selection, threads, account)
-    if plan is not None and selection.tp_plan != "auto":
+    if plan is not None:
         names = _names(whole, found.weight_map)
         await threads.run(lambda: plan.check(names, path=store.url))
     shards = [await threads.run(slice_shard, shard, selection, plan) for shard in whole.shards]
@@ -86,7 +86,7 @@ def slice_shard(shard: Shard, selection: Selection, plan: TpPlan | None) -> Shar
     """Return a rank's part of a shard, or the shard where that is all of it. Slow: not for the event loop."""
     part = make_rank_part(
         shard.header,
-        None if plan is None else plan.placement_of,
+        plan,
         selection.tensor_filter,
         rank=selection.rank,
         world_size=selection.world_size,

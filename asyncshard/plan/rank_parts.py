@@ -23,6 +23,7 @@ from asyncshard.format.dtypes import DTYPES
 from asyncshard.format.header import Header, format_header, parse_header
 from asyncshard.plan.placements import Placement
 from asyncshard.plan.slices import Slice, slice_tensor
+from asyncshard.plan.tp_plan import TpPlan
 
 Offsets = NDArray[np.int64]
 Paced = Callable[[Iterable[int]], Iterable[int]]
@@ -206,7 +207,7 @@ def _joined(offsets: Offsets, lengths: Offsets) -> Ranges:
 
 def make_rank_part(
     header: Header,
-    placement_of: Callable[[str, tuple[int, ...]], Placement] | None,
+    plan: TpPlan | None,
     is_wanted: Callable[[str], bool] | None,
     *,
     rank: int,
@@ -223,8 +224,8 @@ def make_rank_part(
     ----------
     header : Header
         Of the real file.
-    placement_of : callable, optional
-        From name and shape to placement; None leaves tensors whole.
+    plan : TpPlan, optional
+        Where tensors are placed; None leaves them whole.
     is_wanted : callable, optional
         Whether a tensor of this name is in the part; None for all.
     path : str
@@ -235,31 +236,31 @@ def make_rank_part(
     CheckpointError
         A tensor cannot be divided as its placement says.
     """
-    plan = _Planner(placement_of, rank, world_size)
+    planner = _Planner(plan, rank, world_size)
     row, name_of = header.table.row, header.table.name
     starts, kinds, kept = array("q"), array("i"), array("q")
     try:
         for index in paced(range(len(header))):
             name, code, shape, start, stop = row(index)
             if is_wanted is None or is_wanted(name):
-                kinds.append(plan.kind_of(name, code, shape, stop - start))
+                kinds.append(planner.kind_of(name, code, shape, stop - start))
                 starts.append(start)
                 kept.append(index)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}", path=path, tensor=error.tensor) from None
-    if len(kept) == len(header) and plan.are_whole:
+    if len(kept) == len(header) and planner.are_whole:
         return None
 
     def tensors() -> Iterator[tuple[str, str, tuple[int, ...], int]]:
         # In a second pass: a list of them would set off the garbage collector.
         for number in paced(range(len(kept))):
             kind = kinds[number]
-            yield name_of(kept[number]), plan.dtypes[kind], plan.slices[kind].shape, sizes[kind]
+            yield name_of(kept[number]), planner.dtypes[kind], planner.slices[kind].shape, sizes[kind]
 
-    sizes = [piece.nbytes for piece in plan.slices]
-    text = format_header(tensors(), _metadata(header, np.array(kept, np.int64), are_whole=plan.are_whole))
+    sizes = [piece.nbytes for piece in planner.slices]
+    text = format_header(tensors(), _metadata(header, np.array(kept, np.int64), are_whole=planner.are_whole))
     virtual = parse_header(text, len(text) + sum(map(sizes.__getitem__, kinds)), path=path)
-    return _finish(virtual, text, np.array(starts, np.int64), np.array(kinds, np.int32), Patterns.of(plan.slices))
+    return _finish(virtual, text, np.array(starts, np.int64), np.array(kinds, np.int32), Patterns.of(planner.slices))
 
 
 def rename(header: Header, part: RankPart | None, names: Mapping[str, str]) -> RankPart:
@@ -303,13 +304,12 @@ def _metadata(header: Header, kept: Offsets, *, are_whole: bool) -> dict[str, st
 class _Planner:
     """Slices, made once for all tensors of the same dtype, shape and placement."""
 
-    def __init__(
-        self, placement_of: Callable[[str, tuple[int, ...]], Placement] | None, rank: int, world_size: int
-    ) -> None:
-        self._placement_of = placement_of
+    def __init__(self, plan: TpPlan | None, rank: int, world_size: int) -> None:
+        self._plan = plan
         self._rank = rank
         self._world_size = world_size
         self._kinds: dict[tuple[int, tuple[int, ...], Placement | None], int] = {}
+        self._kinds_of_groups: dict[tuple[int, tuple[int, ...], str], int] = {}
         self.slices: list[Slice] = []
         self.dtypes: list[str] = []
         """Of the tensors of each slice."""
@@ -317,7 +317,14 @@ class _Planner:
 
     def kind_of(self, name: str, code: int, shape: tuple[int, ...], nbytes: int) -> int:
         """Return the place in `slices` of a tensor's."""
-        placement = None if self._placement_of is None else self._placement_of(name, shape)
+        key = code, shape, "" if self._plan is None else self._plan.group_of(name)
+        kind = self._kinds_of_groups.get(key)
+        if kind is None:
+            kind = self._kinds_of_groups[key] = self._find(name, code, shape, nbytes)
+        return kind
+
+    def _find(self, name: str, code: int, shape: tuple[int, ...], nbytes: int) -> int:
+        placement = None if self._plan is None else self._plan.placement_of(name, shape)
         kind = self._kinds.get((code, shape, placement))
         if kind is None:
             if placement is None:

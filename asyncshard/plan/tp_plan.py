@@ -93,7 +93,10 @@ class TpPlan:
         alike = _without_digits if any(map(_WITHIN_WORD.search, read)) else _without_numbers
         object.__setattr__(self, "_alike", alike)
         object.__setattr__(self, "_index", _indexed(read, alike))
-        has_numbers = any(rule.pattern for rules in self._index.values() for rule in rules)
+        has_numbers = any(
+            alike(spelling) != spelling or any(rule.pattern for rule in rules)
+            for spelling, rules in self._index.items()
+        )
         object.__setattr__(self, "_has_numbers", has_numbers)
 
     @property
@@ -124,6 +127,10 @@ class TpPlan:
             raise _unmatched_error([name], None)
         return _WHOLE
 
+    def group_of(self, name: str) -> str:
+        """Return what the names have in common that the same rules match: tensors of one shape are placed alike."""
+        return name if self._has_numbers else self._alike(name)
+
     def match(self, names: Iterable[str]) -> TpMatch:
         """Return which rules match none of the names, and which names no rule matches.
 
@@ -134,12 +141,12 @@ class TpPlan:
         unmatched = []
         seen: dict[str, bool] = {}
         for name in names:
-            alike = name if self._has_numbers else self._alike(name)
-            is_matched = seen.get(alike)
+            group = self.group_of(name)
+            is_matched = seen.get(group)
             if is_matched is None:
                 found = self._rules_of(name)
                 used.update(rule.key for rule in found)
-                is_matched = seen[alike] = bool(found)
+                is_matched = seen[group] = bool(found)
             if not is_matched:
                 unmatched.append(name)
         return TpMatch(tuple(key for key in self._rules if key not in used), tuple(unmatched))
@@ -167,12 +174,15 @@ class TpPlan:
     def _rules_of(self, name: str) -> tuple[_Rule, ...]:
         """Return the rules that match, the most exact first."""
         alike = self._alike(name)
-        module = alike.rpartition(".")[0]
-        found = self._index.get(alike, ()) + self._index.get(module, ())
-        if self._has_numbers and found:
-            names = (name, name.rpartition(".")[0])
-            return tuple(rule for rule in found if rule.pattern is None or any(map(rule.pattern.fullmatch, names)))
-        return found
+        alike_module = alike.rpartition(".")[0]
+        if not self._has_numbers:
+            return self._index.get(alike, ()) + self._index.get(alike_module, ())
+        return self._rules_for(name, alike) + self._rules_for(name.rpartition(".")[0], alike_module)
+
+    def _rules_for(self, name: str, alike: str) -> tuple[_Rule, ...]:
+        numbered = self._index.get(name, ()) if name != alike else ()
+        others = self._index.get(alike, ())
+        return numbered + tuple(rule for rule in others if rule.pattern is None or rule.pattern.fullmatch(name))
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"a TpPlan does not change: cannot set {name!r}")
@@ -247,15 +257,17 @@ def _without_digits(name: str) -> str:
 
 
 def _indexed(rules: Mapping[str, str | Placement], alike_of: Callable[[str], str]) -> Mapping[str, tuple[_Rule, ...]]:
-    """Return the rules by the names they match, with ``*`` for numbers; the most exact first."""
+    """Return the rules by the names they match, with ``*`` for numbers where the rule has one; the most exact first."""
     ranked: dict[str, list[tuple[tuple[int, bool, str], _Rule]]] = {}
     for key, value in rules.items():
         for spelling in {key, _PREFIX + key, key.removeprefix(_PREFIX)} - {""}:
             alike = alike_of(spelling)
-            literals = map(re.escape, spelling.split("*"))
-            pattern = None if alike == spelling else re.compile(r"\d+".join(literals))
             order = (spelling.count("*"), spelling != key, key)
-            ranked.setdefault(alike, []).append((order, _Rule(key, value, pattern)))
+            if "*" in spelling and alike != spelling:
+                literals = map(re.escape, spelling.split("*"))
+                ranked.setdefault(alike, []).append((order, _Rule(key, value, re.compile(r"\d+".join(literals)))))
+            else:
+                ranked.setdefault(spelling, []).append((order, _Rule(key, value, None)))
     return {
         alike: tuple(rule for _, rule in sorted(found, key=lambda item: item[0])) for alike, found in ranked.items()
     }

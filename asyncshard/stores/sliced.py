@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from asyncshard.plan.rank_parts import RankPart
-from asyncshard.stores.base import Listing, ObjectMeta, Store
+from asyncshard.stores.base import ObjectMeta, Store
 from asyncshard.stores.ranges import Scratch, cutter
 from asyncshard.stores.threads import DaemonThreads
+from asyncshard.stores.wrapper import WrapperStore
 
 _MAX_RANGES = 1 << 15
 """Listed at once: they take 16 bytes each, and several times that while they are found."""
@@ -29,7 +30,7 @@ def part_meta(whole: ObjectMeta, part: RankPart) -> ObjectMeta:
     return ObjectMeta(whole.name, part.header.file_size, SlicedVersion(whole, part))
 
 
-class SlicedStore(Store):
+class SlicedStore(WrapperStore):
     """Reads parts of another store's objects; objects that are no parts pass through. Closing it leaves that open.
 
     Parameters
@@ -42,28 +43,12 @@ class SlicedStore(Store):
     """
 
     def __init__(self, store: Store, threads: DaemonThreads, scratch: Scratch) -> None:
-        self.store = store
-        self.url = store.url
-        self.chunk_size = store.chunk_size
-        self.prefetch_count = store.prefetch_count
-        self.max_gap_bytes = store.max_gap_bytes
+        super().__init__(store)
         self._threads = threads
         self._scratch = scratch
 
-    @property
-    def retries(self) -> int:  # type: ignore[override]
-        return self.store.retries
-
-    @property
-    def verified(self) -> tuple[str, ...]:  # type: ignore[override]
-        return self.store.verified
-
-    @property
-    def unverified(self) -> tuple[str, ...]:  # type: ignore[override]
-        return self.store.unverified
-
-    def path_of(self, name: str) -> str:
-        return self.store.path_of(name)
+    async def aclose(self) -> None:
+        """Leave the other store open."""
 
     def fingerprint(self, meta: ObjectMeta) -> str | None:
         # The slices belong to it: two ranks' parts of one file are not the same.
@@ -71,15 +56,6 @@ class SlicedStore(Store):
             return self.store.fingerprint(meta)
         whole = self.store.fingerprint(meta.version.whole)
         return None if whole is None else f"{whole} sliced:{meta.version.part.digest}"
-
-    async def list(self) -> Listing:
-        return await self.store.list()
-
-    async def open(self, name: str, nbytes: int) -> tuple[ObjectMeta, bytes]:
-        return await self.store.open(name, nbytes)
-
-    async def read(self, name: str, *, max_bytes: int | None = None) -> bytes:
-        return await self.store.read(name, max_bytes=max_bytes)
 
     async def read_into(self, meta: ObjectMeta, start: int, buffers: Sequence[memoryview]) -> None:
         if not isinstance(meta.version, SlicedVersion):

@@ -144,7 +144,9 @@ async def test_what_another_tensor_holds_is_not_written(tmp_path):
         "other": np.ones(2),
     }
     await save_sharded_state(state, tmp_path, rank=0)
-    assert set(await asyncshard.load(tmp_path)) == {"qkv", "other"}
+    weights = await asyncshard.load(tmp_path)
+    assert set(weights) == {"qkv", "tied", "other"}
+    assert weights["tied"] is weights["qkv"]
     memory = np.zeros((10, 3), np.float32)
     back = {
         "v": memory[5:],

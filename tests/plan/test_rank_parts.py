@@ -16,6 +16,7 @@ from asyncshard.plan.placements import PackedShard, Replicate, Shard
 from asyncshard.plan.rank_parts import make_rank_part
 from asyncshard.plan.sharding import chunk_bounds
 from asyncshard.plan.tensor_filter import TensorFilter
+from asyncshard.plan.tp_plan import TpPlan
 
 WORLD = 4
 
@@ -52,8 +53,8 @@ def placed_arrays(draw):
 
 def part_of(data, placements, rank=0, wanted=None, world_size=WORLD, **options):
     header = parse_header(data)
-    find = None if placements is None else lambda name, shape: placements[name]
-    return make_rank_part(header, find, wanted, rank=rank, world_size=world_size, path="x", **options)
+    plan = None if placements is None else TpPlan(placements)
+    return make_rank_part(header, plan, wanted, rank=rank, world_size=world_size, path="x", **options)
 
 
 def read(data, part, start, stop):
@@ -152,7 +153,9 @@ def test_a_large_header_is_planned_with_few_objects_and_lets_others_run(checkpoi
         return iter(numbers)
 
     began = time.process_time()
-    part = make_rank_part(header, lambda name, shape: Shard(0), None, rank=3, world_size=64, path="x", paced=paced)
+    part = make_rank_part(
+        header, TpPlan({name: Shard(0) for name in header}), None, rank=3, world_size=64, path="x", paced=paced
+    )
     assert time.process_time() - began < 5
     assert seen == [count, count]
     assert part.bytes_needed == part.bytes_read(0) == count * 64 * 4
