@@ -8,8 +8,10 @@ by the compiled core, without the GIL.
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from json.encoder import encode_basestring_ascii
 from typing import TYPE_CHECKING, NamedTuple
 
 from asyncshard._core import HeaderTable, parse_header_table
@@ -23,6 +25,8 @@ PREFIX_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000
 """The format's own limit on ``n``."""
 
+_ALIGNMENT = 8
+"""Of the data: the format's widest element has as many bytes."""
 _DTYPE_NAMES = tuple(dtype.name for dtype in DTYPES)
 _REMEDY = "the file is damaged or no safetensors file: fetch or write it again"
 
@@ -184,6 +188,33 @@ def parse_header(
             except FormatError as error:
                 raise _error(str(error), path, tensor=error.tensor, offset=error.offset) from None
     return Header(table, size=size, file_size=whole)
+
+
+def format_header(
+    tensors: Iterable[tuple[str, str, tuple[int, ...], int]], metadata: Mapping[str, str] | None = None
+) -> bytes:
+    """Return the header of a file that holds these tensors one after the other, up to where their data begins.
+
+    Parameters
+    ----------
+    tensors : iterable of (name, dtype, shape, nbytes)
+        In the order of their data; `dtype` as the format spells it. Nothing of them is checked.
+    metadata : mapping of str to str, optional
+
+    The JSON text is padded with spaces so that the data begins at a multiple of 8.
+    """
+    parts = [f'"__metadata__":{json.dumps(dict(metadata))}'] if metadata else []
+    start = 0
+    for name, dtype, shape, nbytes in tensors:
+        sizes = ",".join(map(str, shape))
+        stop = start + nbytes
+        parts.append(
+            f'{encode_basestring_ascii(name)}:{{"dtype":"{dtype}","shape":[{sizes}],"data_offsets":[{start},{stop}]}}'
+        )
+        start = stop
+    text = f"{{{','.join(parts)}}}".encode("ascii")
+    text += b" " * (-len(text) % _ALIGNMENT)
+    return len(text).to_bytes(PREFIX_BYTES, "little") + text
 
 
 def _error(message: str, path: str | None, *, tensor: str | None = None, offset: int | None = None) -> FormatError:

@@ -25,6 +25,8 @@ from asyncshard.plan.sharding import whole_number
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+INCOMPLETE_NAME = "asyncshard.incomplete"
+"""A file that stands in a directory for as long as it is being written by `reshard`."""
 
 _KNOWN_PATTERNS = (ShardPattern(DEFAULT_TEMPLATE), ShardPattern(PP_TEMPLATE))
 _LISTED = 20  # how many faults a message names
@@ -100,7 +102,7 @@ def choose_layout(
     ObjectNotFoundError
         There is no checkpoint, or none of this rank.
     CheckpointError
-        Parts are missing, two names mean the same part, the set is of a larger world than ``world_size``, both patterns
+        A reshard has left it incomplete, parts are missing, two names mean the same part, the set is of a larger world than ``world_size``, both patterns
         occur, or a pattern was given for a single file.
     ValueError
         The ranks are out of range, or ``names`` is not one name where ``path`` is a file.
@@ -116,7 +118,13 @@ def choose_layout(
                 path=path,
             )
         return Layout("single", tuple(names))
-    matched = _match(names, path, pattern)
+    if INCOMPLETE_NAME in names:
+        raise CheckpointError(
+            f"{path} is incomplete: a reshard into it was stopped, or has not ended yet. Run reshard again, or wait "
+            "for it.",
+            path=path,
+        )
+    matched = rank_shards(names, path, pattern)
     if matched is not None:
         found, shards = matched
         own = ShardName(pp_rank, rank, 0)
@@ -157,10 +165,16 @@ def index_files(weight_map_files: Iterable[str], names: Iterable[str], path: str
     return tuple(files)
 
 
-def _match(
+def rank_shards(
     names: Sequence[str], path: str, pattern: ShardPattern | None
 ) -> tuple[ShardPattern, dict[str, ShardName]] | None:
-    """Find the pattern that the names follow, and what each says; None if there is none."""
+    """Find the pattern that the names of rank shards follow, and what each says; None if there are no such names.
+
+    Raises
+    ------
+    CheckpointError
+        There are names of two patterns.
+    """
     matches = []
     for candidate in _KNOWN_PATTERNS if pattern is None else (pattern,):
         shards = {name: shard for name in names if (shard := candidate.parse(name)) is not None}
