@@ -6,6 +6,7 @@ from asyncshard.errors import AsyncShardError
 from asyncshard.format.header import Header, TensorInfo, parse_header
 from asyncshard.format.pattern import ShardPattern
 from asyncshard.loaders import load, stream
+from asyncshard.loaders.check import check_checkpoint
 from asyncshard.loaders.files import read_header
 from asyncshard.loaders.incremental import IncrementalShardLoader
 from asyncshard.loaders.sharded_state import ShardedStateLoader
@@ -40,6 +41,7 @@ __all__ = [
     "TensorInfo",
     "Update",
     "__version__",
+    "check_checkpoint",
     "compute_shard_assignment",
     "errors",
     "load",

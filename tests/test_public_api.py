@@ -29,7 +29,7 @@ def test_all_names_what_there_is_and_nothing_else() -> None:
     public = {name for name in vars(asyncshard) if not name.startswith("_")} - rooms
     assert public | {"__version__"} == set(asyncshard.__all__)
     assert len(asyncshard.__all__) == len(set(asyncshard.__all__))
-    assert len(asyncshard.__all__) <= 25
+    assert len(asyncshard.__all__) <= 32
 
 
 def test_the_names_of_the_public_api_are_there() -> None:
@@ -47,6 +47,7 @@ def test_the_names_of_the_public_api_are_there() -> None:
         "TensorInfo",
         "Update",
         "__version__",
+        "check_checkpoint",
         "compute_shard_assignment",
         "errors",
         "load",
@@ -165,6 +166,7 @@ SIGNATURES: dict[str, tuple[Any, list[tuple[str, str, Any]]]] = {
     ),
     "Update.apply": (asyncshard.Update.apply, []),
     "CheckpointVersion.parse": (asyncshard.CheckpointVersion.parse, [("text", BOTH, "required")]),
+    "check_checkpoint": (asyncshard.check_checkpoint, [("path", BOTH, "required")]),
     "read_header": (asyncshard.read_header, [("path", BOTH, "required")]),
     "parse_header": (asyncshard.parse_header, [("data", BOTH, "required"), ("file_size", BOTH, None)]),
     "load": (asyncshard.load, [("path", BOTH, "required"), ("options", ANY, "required")]),
@@ -186,6 +188,7 @@ def test_signatures_are_kept(name: str) -> None:
 @pytest.mark.parametrize(
     "function",
     [
+        asyncshard.check_checkpoint,
         asyncshard.load,
         asyncshard.read_header,
         asyncshard.save_sharded_state,

@@ -6,20 +6,23 @@ No tensor data is read here. All that can be known to be wrong without it is rai
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from asyncshard._core import WeightMap, duplicate_names
-from asyncshard.errors import CheckpointError, NamesError
+from asyncshard.errors import CheckpointError
 from asyncshard.format.header import Header, TensorInfo, header_size, parse_header
 from asyncshard.format.index import MAX_INDEX_BYTES, parse_index
 from asyncshard.format.pattern import ShardPattern
 from asyncshard.pipeline.budget import Account
+from asyncshard.plan.completeness import index_disagreement
 from asyncshard.plan.layout import choose_layout, index_files
 from asyncshard.stores.base import ObjectMeta, Store
 from asyncshard.stores.threads import DaemonThreads
+
+T = TypeVar("T")
 
 _FIRST_READ = 64 << 10
 """Enough for the header of most shards in one read."""
@@ -151,8 +154,64 @@ async def open_checkpoint(store: Store, selection: Selection, threads: DaemonThr
             missing, unexpected = await threads.run(
                 weight_map.compare, numbers[shard.meta.name], shard.header.table, _LISTED
             )
-            _require_match(shard.path, missing, unexpected)
+            disagreement = index_disagreement(shard.path, missing, unexpected)
+            if disagreement is not None:
+                raise disagreement
     return Checkpoint(tuple(shards))
+
+
+class OpenedHeader(NamedTuple):
+    """A file that is open, and how large its header is."""
+
+    meta: ObjectMeta
+    path: str
+    head: bytes
+    """The file's first bytes."""
+    size: int
+    """Bytes of the file before the tensors' data."""
+
+    @property
+    def parse_bytes(self) -> int:
+        """Bytes of memory that it takes to read and parse the header."""
+        return int(self.size * _PARSE_FACTOR)
+
+
+async def open_header(store: Store, name: str, *, max_header_bytes: int | None = None) -> OpenedHeader:
+    """Open a file and read the length of its header."""
+    path = store.path_of(name)
+    meta, head = await store.open(name, _FIRST_READ)
+    limit = {} if max_header_bytes is None else {"max_header_bytes": max_header_bytes}
+    return OpenedHeader(meta, path, head, header_size(head, meta.size, path=path, **limit))
+
+
+async def parse_opened(
+    store: Store,
+    opened: OpenedHeader,
+    threads: DaemonThreads,
+    then: Callable[[Header], T],
+    *,
+    max_header_bytes: int | None = None,
+    max_tensors: int | None = None,
+) -> T:
+    """Read and validate the rest of a header, and return what `then` makes of it, in the same thread."""
+    meta, path, head, size = opened
+    if size > len(head):
+        data = np.empty(size, np.uint8)
+        data[: len(head)] = np.frombuffer(head, np.uint8)
+        await store.read_into(meta, len(head), [data.data[len(head) :]])
+    else:
+        data = np.frombuffer(head, np.uint8)
+    # The thread gets the only reference: freeing a large header is no work for the loop.
+    holder = [data]
+    del data, head
+
+    def parse() -> T:
+        header = parse_header(
+            holder.pop().data, meta.size, max_tensors=max_tensors, max_header_bytes=max_header_bytes, path=path
+        )
+        return then(header)
+
+    return await threads.run(parse)
 
 
 async def read_header_of(
@@ -165,29 +224,15 @@ async def read_header_of(
     account: Account | None = None,
 ) -> Shard:
     """Read and validate the header of one file."""
-    path = store.path_of(name)
-    meta, head = await store.open(name, _FIRST_READ)
-    limit = {} if max_header_bytes is None else {"max_header_bytes": max_header_bytes}
-    size = header_size(head, meta.size, path=path, **limit)
+    opened = await open_header(store, name, max_header_bytes=max_header_bytes)
     if account is not None:
-        account.charge_headers(int(size * _PARSE_FACTOR), path)
-    if size > len(head):
-        data = np.empty(size, np.uint8)
-        data[: len(head)] = np.frombuffer(head, np.uint8)
-        await store.read_into(meta, len(head), [data.data[len(head) :]])
-    else:
-        data = np.frombuffer(head, np.uint8)
-    # The thread gets the only reference: freeing a large header is no work for the loop.
-    holder = [data]
-    del data, head
-
-    def parse() -> Header:
-        return parse_header(holder.pop().data, meta.size, max_tensors=max_tensors, path=path, **limit)
-
-    header = await threads.run(parse)
+        account.charge_headers(opened.parse_bytes, opened.path)
+    header: Header = await parse_opened(
+        store, opened, threads, lambda parsed: parsed, max_header_bytes=max_header_bytes, max_tensors=max_tensors
+    )
     if account is not None:
-        account.charge_headers(header.nbytes - int(size * _PARSE_FACTOR), path)
-    return Shard(meta, path, header)
+        account.charge_headers(header.nbytes - opened.parse_bytes, opened.path)
+    return Shard(opened.meta, opened.path, header)
 
 
 async def _open_shards(
@@ -220,18 +265,3 @@ async def _open_shards(
         if isinstance(result, Exception):
             raise result
     return [result for result in results if isinstance(result, Shard)]
-
-
-def _require_match(path: str, missing: Sequence[str], unexpected: Sequence[str]) -> None:
-    if missing or unexpected:
-        parts = []
-        if missing:
-            parts.append(f"weight_map places {', '.join(map(repr, missing))} in it, but its header does not")
-        if unexpected:
-            parts.append(f"it holds {', '.join(map(repr, unexpected))}, which weight_map does not place there")
-        raise NamesError(
-            f"{path}: the index and the file disagree: {'; '.join(parts)}",
-            path=path,
-            missing=tuple(missing),
-            unexpected=tuple(unexpected),
-        )

@@ -16,20 +16,19 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
 from typing import Literal
 
 from asyncshard.errors import CheckpointError, ObjectNotFoundError
-from asyncshard.format.pattern import DEFAULT_TEMPLATE, PP_TEMPLATE, ShardName, ShardPattern
+from asyncshard.format.pattern import ShardName, ShardPattern
+from asyncshard.plan.listing import count_of, listing
+from asyncshard.plan.rank_shards import KNOWN_PATTERNS, faults_of_rank, find_rank_shards, two_patterns
 from asyncshard.plan.sharding import whole_number
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 INCOMPLETE_NAME = "asyncshard.incomplete"
-"""A file that stands in a directory for as long as it is being written by `reshard`."""
+"""A file that stands in a directory for as long as `reshard` has not ended writing it."""
 
-_KNOWN_PATTERNS = (ShardPattern(DEFAULT_TEMPLATE), ShardPattern(PP_TEMPLATE))
-_LISTED = 20  # how many faults a message names
 _SHOWN = 10  # how many files it shows of those that are there
 
 
@@ -102,7 +101,7 @@ def choose_layout(
     ObjectNotFoundError
         There is no checkpoint, or none of this rank.
     CheckpointError
-        A reshard has left it incomplete, parts are missing, two names mean the same part, the set is of a larger world than ``world_size``, both patterns
+        `reshard` has left it incomplete, parts are missing, two names mean the same part, the set is of a larger world than ``world_size``, both patterns
         occur, or a pattern was given for a single file.
     ValueError
         The ranks are out of range, or ``names`` is not one name where ``path`` is a file.
@@ -119,21 +118,21 @@ def choose_layout(
             )
         return Layout("single", tuple(names))
     if INCOMPLETE_NAME in names:
-        raise CheckpointError(
-            f"{path} is incomplete: a reshard into it was stopped, or has not ended yet. Run reshard again, or wait "
-            "for it.",
-            path=path,
-        )
-    matched = rank_shards(names, path, pattern)
-    if matched is not None:
-        found, shards = matched
+        raise incomplete(path)
+    matches = find_rank_shards(names, path, pattern)
+    if len(matches) > 1:
+        raise two_patterns(path)
+    if matches:
+        (shards,) = matches
         own = ShardName(pp_rank, rank, 0)
-        return Layout("ranks", _rank_files(shards, own, world_size, path=path, pattern=found))
+        for fault in faults_of_rank(shards, own, world_size):
+            raise fault
+        return Layout("ranks", tuple(shards.parts_of(own).values()))
     if pattern is None and INDEX_NAME in names:
         return Layout("index", (INDEX_NAME,))
     if pattern is None and SINGLE_NAME in names:
         return Layout("single", (SINGLE_NAME,))
-    raise _nothing_found(names, path, pattern)
+    raise nothing_found(names, path, pattern)
 
 
 def index_files(weight_map_files: Iterable[str], names: Iterable[str], path: str) -> tuple[str, ...]:
@@ -154,130 +153,43 @@ def index_files(weight_map_files: Iterable[str], names: Iterable[str], path: str
         The index names files that are not there.
     """
     files = sorted(set(weight_map_files), key=natural_key)
-    present = set(names)
-    absent = [name for name in files if name not in present and "/" not in name]
+    absent = absent_files(files, names)
     if absent:
-        raise ObjectNotFoundError(
-            f"{path}: {INDEX_NAME} names {_count(len(absent), 'file')} that the directory lacks: "
-            f"{_listing(absent, _LISTED)}. Download them, or mend the index.",
-            path=path,
-        )
+        raise files_not_found(absent, path)
     return tuple(files)
 
 
-def rank_shards(
-    names: Sequence[str], path: str, pattern: ShardPattern | None
-) -> tuple[ShardPattern, dict[str, ShardName]] | None:
-    """Find the pattern that the names of rank shards follow, and what each says; None if there are no such names.
-
-    Raises
-    ------
-    CheckpointError
-        There are names of two patterns.
-    """
-    matches = []
-    for candidate in _KNOWN_PATTERNS if pattern is None else (pattern,):
-        shards = {name: shard for name in names if (shard := candidate.parse(name)) is not None}
-        if shards:
-            matches.append((candidate, shards))
-    if len(matches) > 1:
-        raise CheckpointError(
-            f"{path} holds rank shards of two checkpoints, {_KNOWN_PATTERNS[0].template} and "
-            f"{_KNOWN_PATTERNS[1].template}: pass the pattern of the one to load.",
-            path=path,
-        )
-    return matches[0] if matches else None
+def absent_files(files: Iterable[str], names: Iterable[str]) -> list[str]:
+    """Return the files that an index names and the directory's `names` lack, in the order of `files`."""
+    present = set(names)
+    return [name for name in files if name not in present and "/" not in name]
 
 
-def _rank_files(
-    shards: dict[str, ShardName], own: ShardName, world_size: int, *, path: str, pattern: ShardPattern
-) -> tuple[str, ...]:
-    """Return the files of one rank by number of part, after checking what can be told from the names."""
-    ranks = sorted({shard.rank for shard in shards.values()})
-    outside = [rank for rank in ranks if rank >= world_size]
-    if outside:
-        raise CheckpointError(
-            f"{path} holds files of {_ranks(outside)}, outside a world of {world_size}: pass the world_size that the "
-            "checkpoint was written with.",
-            path=path,
-        )
-    _check_duplicates(shards, path)
-    parts = {shard.part: name for name, shard in shards.items() if shard[:2] == own[:2]}
-    if not parts:
-        raise _rank_not_found(shards, own, path, pattern)
-    _check_gaps(parts, own, path, pattern)
-    return tuple(parts[part] for part in sorted(parts))
-
-
-def _check_duplicates(shards: dict[str, ShardName], path: str) -> None:
-    by_shard: dict[ShardName, list[str]] = {}
-    for name, shard in shards.items():
-        by_shard.setdefault(shard, []).append(name)
-    twice = [sorted(names) for _, names in sorted(by_shard.items()) if len(names) > 1]
-    if twice:
-        groups = [" and ".join(names) for names in twice]
-        raise CheckpointError(
-            f"{path} holds more than one file for the same rank and part: {_listing(groups, _LISTED)}. Remove the "
-            "ones that do not belong.",
-            path=path,
-        )
-
-
-def _check_gaps(parts: dict[int, str], own: ShardName, path: str, pattern: ShardPattern) -> None:
-    present = sorted(parts)
-    num_missing = present[-1] + 1 - len(present)
-    if not num_missing:
-        return
-    # Lazily: one stray name may stand for 10**18 missing parts.
-    gaps = (range(before + 1, after) for before, after in zip([-1, *present], present, strict=False))
-    listed = [str(part) for part in islice(chain.from_iterable(gaps), _LISTED)]
-    raise CheckpointError(
-        f"{path}: {_owner(own, pattern)} lacks {_count(num_missing, 'part')} of 0 to {present[-1]}: "
-        f"{_listing(listed, _LISTED, num_missing)}. The checkpoint is incomplete.",
+def files_not_found(absent: Sequence[str], path: str) -> ObjectNotFoundError:
+    """Return the error for files that only the index knows."""
+    return ObjectNotFoundError(
+        f"{path}: {INDEX_NAME} names {count_of(len(absent), 'file')} that the directory lacks: {listing(absent)}. "
+        "Download them, or mend the index.",
         path=path,
     )
 
 
-def _rank_not_found(
-    shards: dict[str, ShardName], own: ShardName, path: str, pattern: ShardPattern
-) -> ObjectNotFoundError:
-    if pattern.has_pp_rank:
-        pairs = sorted({shard[:2] for shard in shards.values()})
-        there = _listing([f"pp_rank {pp_rank} rank {rank}" for pp_rank, rank in pairs], _LISTED)
-    else:
-        there = _ranks(sorted({shard.rank for shard in shards.values()}))
-    message = f"{path} holds no file of {_owner(own, pattern)} by the pattern {pattern.template!r}; it has {there}."
-    if own.pp_rank and not pattern.has_pp_rank:
-        message += " The pattern has no {pp_rank}."
-    return ObjectNotFoundError(message, path=path)
+def incomplete(path: str) -> CheckpointError:
+    """Return the error for a directory with the mark that `reshard` removes when it has ended."""
+    return CheckpointError(
+        f"{path} is incomplete: it holds {INCOMPLETE_NAME}, since a reshard into it was stopped or has not ended yet. "
+        "Run reshard again, or wait for it.",
+        path=path,
+    )
 
 
-def _nothing_found(names: Sequence[str], path: str, pattern: ShardPattern | None) -> ObjectNotFoundError:
+def nothing_found(names: Sequence[str], path: str, pattern: ShardPattern | None) -> ObjectNotFoundError:
+    """Return the error for a directory that holds none of the layouts."""
     if pattern is None:
-        templates = " or ".join(known.template for known in _KNOWN_PATTERNS)
+        templates = " or ".join(known.template for known in KNOWN_PATTERNS)
         wanted = f"{templates}, {INDEX_NAME} or {SINGLE_NAME}"
     else:
         wanted = pattern.template
     others = sorted((name for name in set(names) if name.endswith(".safetensors")), key=natural_key)
-    there = f"has {_listing(others, _SHOWN)}" if others else "has no .safetensors file"
+    there = f"has {listing(others, _SHOWN)}" if others else "has no .safetensors file"
     return ObjectNotFoundError(f"{path} holds no checkpoint: looked for {wanted}; the directory {there}.", path=path)
-
-
-def _owner(own: ShardName, pattern: ShardPattern) -> str:
-    if pattern.has_pp_rank or own.pp_rank:
-        return f"pp_rank {own.pp_rank} rank {own.rank}"
-    return f"rank {own.rank}"
-
-
-def _ranks(ranks: Sequence[int]) -> str:
-    return ("rank " if len(ranks) == 1 else "ranks ") + _listing([str(rank) for rank in ranks], _LISTED)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def _listing(texts: Sequence[str], limit: int, total: int | None = None) -> str:
-    shown = texts[:limit]
-    rest = (len(texts) if total is None else total) - len(shown)
-    return ", ".join(shown) + (f" and {rest} more" if rest else "")

@@ -1,0 +1,186 @@
+"""Check a checkpoint: all ranks, all headers, every fault at once."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from asyncshard._core import WeightMap
+from asyncshard.errors import AsyncShardError
+from asyncshard.format.header import Header
+from asyncshard.format.index import MAX_INDEX_BYTES, parse_index
+from asyncshard.format.pattern import ShardPattern
+from asyncshard.loaders.files import ModelPath, open_store
+from asyncshard.loaders.options import MIB, Options, require_int
+from asyncshard.pipeline.free_memory import default_budget_mb
+from asyncshard.pipeline.header_scan import HeaderLimits, HeaderScan, is_about_the_file
+from asyncshard.pipeline.pace import without_hold
+from asyncshard.plan.completeness import CONFIG_NAME, Evidence, Finding, Problem, judge
+from asyncshard.plan.file_facts import FileFacts, facts_of
+from asyncshard.plan.layout import INDEX_NAME
+from asyncshard.plan.report import CheckpointReport
+from asyncshard.plan.survey import Survey, survey_index, survey_names
+from asyncshard.stores import Listing, Store
+from asyncshard.stores.threads import DaemonThreads, finish
+
+_MAX_CONFIG_BYTES = 1 << 20
+
+
+async def check_checkpoint(
+    path: ModelPath,
+    *,
+    pattern: str | ShardPattern | None = None,
+    world_size: int | None = None,
+    memory_budget_mb: float | None = None,
+    max_workers: int | None = None,
+    max_header_bytes: int | None = None,
+    max_tensors: int | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+) -> CheckpointReport:
+    """Read every header of a checkpoint, of all its ranks, and report what it is and all that is wrong with it.
+
+    No tensor is read, and damaged files do not stop it: they are listed, each with its error. Headers are read a few at
+    a time, off the event loop, and let go of: of each tensor some bytes are kept until the report is made.
+
+    Parameters
+    ----------
+    path : str, path or Store
+        A directory or prefix, or one file. A store of one's own is left open.
+    pattern : str or ShardPattern, optional
+        Names of rank shards; by default those that loaders know, or a Hugging Face checkpoint.
+    world_size : int, optional
+        Of the rank shards; by default as many ranks as the names show, so that a last rank without any file is only
+        missed where it is given.
+    memory_budget_mb : float, optional
+        MiB for the headers that are read at once; by default the smaller of 2048 and a quarter of the free memory.
+    max_workers, max_header_bytes, max_tensors, storage_options
+        As for `ShardedStateLoader`.
+
+    Returns
+    -------
+    CheckpointReport
+        Its ``problems`` are sentences, ``is_ok`` tells that there are none, ``is_complete`` that loaders would load it.
+
+    Raises
+    ------
+    ObjectNotFoundError, AccessDeniedError
+        There is no such path, or it may not be listed.
+    BudgetError
+        One header alone takes more than `memory_budget_mb`.
+    StoreError
+        The storage does not answer.
+    TypeError, ValueError
+        An argument is out of range.
+    """
+    options = Options().override(
+        {
+            "memory_budget_mb": memory_budget_mb,
+            "max_workers": max_workers,
+            "max_header_bytes": max_header_bytes,
+            "max_tensors": max_tensors,
+            "storage_options": storage_options,
+        }
+    )
+    if world_size is not None:
+        require_int("world_size", world_size, 1)
+    shard_pattern = ShardPattern(pattern) if isinstance(pattern, str) else pattern
+    store = open_store(path, options)
+    threads = DaemonThreads(2, "asyncshard-check")
+    try:
+        return await _Check(store, threads, options, shard_pattern, world_size).run()
+    finally:
+        await threads.aclose()
+        if store is not path:
+            await finish(asyncio.ensure_future(store.aclose()))
+
+
+class _Check:
+    """One check."""
+
+    def __init__(
+        self,
+        store: Store,
+        threads: DaemonThreads,
+        options: Options,
+        pattern: ShardPattern | None,
+        world_size: int | None,
+    ) -> None:
+        self._store = store
+        self._threads = threads
+        self._options = options
+        self._pattern = pattern
+        self._world_size = world_size
+        self._problems: list[Problem] = []
+
+    async def run(self) -> CheckpointReport:
+        listing = await self._store.list()
+        survey = await self._threads.run(self._survey, listing)
+        weight_map: WeightMap | None = None
+        if survey.kind == "index":
+            weight_map = await self._read_index()
+            survey = await self._threads.run(self._survey, listing, weight_map)
+        config = None
+        if CONFIG_NAME in listing.names and not listing.is_file:
+            config = await self._read_config()
+        files = await self._read_headers(survey, weight_map)
+        evidence = Evidence(self._store.url, survey, files, config, self._pattern, tuple(self._problems))
+        return await self._threads.run(judge, evidence)
+
+    def _survey(self, listing: Listing, weight_map: WeightMap | None = None) -> Survey:
+        if weight_map is not None:
+            return survey_index(weight_map.files, listing.names, path=self._store.url)
+        names = listing.names
+        if self._problems:  # the index cannot be read: what would the names say without it?
+            names = tuple(name for name in names if name != INDEX_NAME)
+        return survey_names(
+            names,
+            path=self._store.url,
+            is_file=listing.is_file,
+            pattern=self._pattern,
+            world_size=self._world_size,
+        )
+
+    async def _read_index(self) -> WeightMap | None:
+        path = self._store.path_of(INDEX_NAME)
+        try:
+            data = await self._store.read(INDEX_NAME, max_bytes=MAX_INDEX_BYTES)
+            return await self._threads.run(lambda: parse_index(data, path=path))
+        except AsyncShardError as error:
+            self._note(error, is_fatal=True)
+            return None
+
+    async def _read_config(self) -> Mapping[str, Any] | None:
+        """Return what config.json says; None if it cannot be read."""
+        try:
+            data = await self._store.read(CONFIG_NAME, max_bytes=_MAX_CONFIG_BYTES)
+        except AsyncShardError as error:
+            self._note(error, is_fatal=False)
+            return None
+        try:
+            config = await self._threads.run(json.loads, data)
+        except (ValueError, RecursionError) as error:
+            text = f"{self._store.path_of(CONFIG_NAME)}: this is no JSON: {error}. Fetch or write it again."
+            self._problems.append(Problem(text, is_fatal=False))
+            return None
+        return config if isinstance(config, Mapping) else None
+
+    def _note(self, error: AsyncShardError, *, is_fatal: bool) -> None:
+        if not is_about_the_file(error):
+            raise error
+        self._problems.append(Problem(f"{str(error).rstrip('.')}.", is_fatal))
+
+    async def _read_headers(self, survey: Survey, weight_map: WeightMap | None) -> dict[str, Finding]:
+        options = self._options
+        budget_mb = options.memory_budget_mb
+        if budget_mb is None:
+            budget_mb = await self._threads.run(default_budget_mb)
+
+        def keep(name: str, header: Header) -> FileFacts:
+            return facts_of(name, header, without_hold(header), weight_map)
+
+        limits = HeaderLimits(int(budget_mb * MIB), options.max_header_bytes, options.max_tensors)
+        names = [*survey.files, *survey.others]
+        findings = await HeaderScan(self._store, self._threads, limits, keep).run(names)
+        return dict(zip(names, findings, strict=True))

@@ -1,0 +1,205 @@
+"""What is kept of a file's header after it was checked: a few bytes for each tensor, so that thousands fit in memory.
+
+Names are compared by Python's own hash of 64 bits, whose key differs from process to process: nobody can make two names
+meet. The names themselves, for messages, are kept compressed, to about a twentieth.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from asyncshard._core import WeightMap
+from asyncshard.format.dtypes import DTYPES
+from asyncshard.format.header import Header
+from asyncshard.plan.listing import LISTED
+
+EMBEDDING, OUTPUT = "embed_tokens.weight", "lm_head.weight"
+"""How the names end of the two tensors that a model may share."""
+
+MOST = 4096
+"""How many names are kept of those that disagree with the index, or are tied, in one file."""
+_BLOCK = 256  # names at once: the GIL is held for some tens of microseconds
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedNames:
+    """The names of one file's tensors, in file order."""
+
+    hashes: NDArray[np.int64]
+    _lengths: NDArray[np.uint32]
+    _text: bytes
+
+    def at(self, rows: Iterable[int]) -> list[str]:
+        """Return the names at some rows. Slow: it unpacks all."""
+        text = zlib.decompress(self._text).decode("utf-8", "surrogatepass")
+        stops = np.cumsum(self._lengths, dtype=np.int64)
+        return [text[int(stops[row]) - int(self._lengths[row]) : int(stops[row])] for row in rows]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FileFacts:
+    """One file whose header is valid."""
+
+    name: str
+    names: PackedNames
+    dtype_codes: NDArray[np.uint8]
+    """Of each tensor: its place in `DTYPES`."""
+    dtype_bytes: NDArray[np.int64]
+    """Bytes of the tensors of each of the `DTYPES`."""
+    nbytes: int
+    """Bytes of all tensors."""
+    ties: tuple[tuple[str, str], ...] = ()
+    """Names that the metadata ties to a tensor of the file, each with the tensor's."""
+    embeddings: tuple[str, ...] = ()
+    """Names that end like `EMBEDDING` or `OUTPUT`."""
+    absent: tuple[str, ...] = ()
+    """Names that the index places in the file and that it lacks, at most `MOST`."""
+    unexpected: tuple[str, ...] = ()
+    """Those that it has and the index does not place there, at most `MOST`."""
+
+    def __len__(self) -> int:
+        return len(self.dtype_codes)
+
+
+def facts_of(name: str, header: Header, names: Iterable[str], weight_map: WeightMap | None = None) -> FileFacts:
+    """Return what is kept of a header.
+
+    Parameters
+    ----------
+    name : str
+        The file's.
+    names : iterable of str
+        The header's names, in order; a wrapper of the header may let go of the GIL between them.
+    weight_map : WeightMap, optional
+        Of the index. A file that it does not name is not compared.
+    """
+    packed, embeddings = _pack(iter(names), len(header))
+    ties = dict(_ties(header))
+    absent: Sequence[str] = ()
+    unexpected: Sequence[str] = ()
+    if weight_map is not None and name in weight_map.files:
+        absent, unexpected = weight_map.compare(weight_map.files.index(name), header.table, MOST)
+    codes = np.array(header.table.dtype_codes)  # a copy: the header is let go of
+    sizes = header.table.stops - header.table.starts
+    return FileFacts(
+        name,
+        packed,
+        codes,
+        np.array([sizes[codes == code].sum() for code in range(len(DTYPES))], np.int64),
+        int(sizes.sum()),
+        tuple(ties.items()),
+        embeddings,
+        tuple(text for text in absent if text not in ties),
+        tuple(unexpected),
+    )
+
+
+def _pack(names: Iterator[str], count: int) -> tuple[PackedNames, tuple[str, ...]]:
+    hashes = np.empty(count, np.int64)
+    lengths = np.empty(count, np.uint32)
+    embeddings: list[str] = []
+    packer = zlib.compressobj(1)
+    pieces = []
+    start = 0
+    while block := list(islice(names, _BLOCK)):
+        stop = start + len(block)
+        hashes[start:stop] = [hash(name) for name in block]
+        lengths[start:stop] = [len(name) for name in block]
+        embeddings += [name for name in block if name.endswith((EMBEDDING, OUTPUT))]
+        pieces.append(packer.compress("".join(block).encode("utf-8", "surrogatepass")))
+        start = stop
+    pieces.append(packer.flush())
+    return PackedNames(hashes, lengths, b"".join(pieces)), tuple(embeddings[:MOST])
+
+
+def _ties(header: Header) -> Iterator[tuple[str, str]]:
+    """Yield the names that safetensors left out because another tensor is the same: ``{"absent": "present"}``."""
+    found = ((name, kept) for name, kept in header.metadata.items() if kept in header and name not in header)
+    return islice(found, MOST)
+
+
+class Duplicate(NamedTuple):
+    """A tensor that two files hold."""
+
+    name: str
+    first: str
+    """The file that comes first."""
+    second: str
+
+
+class Difference(NamedTuple):
+    """How the tensors of some files differ from those of others: the first names of each kind, and how many."""
+
+    lacks: tuple[list[str], int]
+    adds: tuple[list[str], int]
+    retyped: tuple[list[str], int]
+    """In both, of another dtype."""
+
+
+class Tensors:
+    """The tensors of several files taken together, in order."""
+
+    def __init__(self, files: Sequence[FileFacts]) -> None:
+        self.files = tuple(files)
+        self._offsets = np.cumsum([0, *map(len, files)])
+        self._hashes = np.concatenate([np.empty(0, np.int64), *(file.names.hashes for file in files)])
+        self._codes = np.concatenate([np.empty(0, np.uint8), *(file.dtype_codes for file in files)])
+
+    def __contains__(self, name: str) -> bool:
+        return bool(np.any(self._hashes == hash(name)))
+
+    def duplicates(self) -> tuple[list[Duplicate], int]:
+        """Return the first tensors that two files hold, in the order of the files, and how many there are."""
+        order = np.argsort(self._hashes, kind="stable")
+        same = np.flatnonzero(self._hashes[order[1:]] == self._hashes[order[:-1]])
+        pairs = sorted(
+            (int(order[place + 1]), int(order[place])) for place in same[np.argsort(order[same + 1])][:LISTED]
+        )
+        names = self._names([second for second, _ in pairs])
+        return [
+            Duplicate(name, self._file_of(first).name, self._file_of(second).name)
+            for name, (second, first) in zip(names, pairs, strict=True)
+        ], len(same)
+
+    def difference(self, other: Tensors) -> Difference:
+        """Return how `other` differs from this."""
+        order, others = np.argsort(self._hashes, kind="stable"), np.argsort(other._hashes, kind="stable")
+        mine, theirs = self._hashes[order], other._hashes[others]
+        if np.array_equal(mine, theirs):
+            lacking, added = np.empty(0, np.int64), np.empty(0, np.int64)
+            retyped = order[self._codes[order] != other._codes[others]]
+        else:
+            lacking, added = order[~_is_in(mine, theirs)], others[~_is_in(theirs, mine)]
+            _, own, their = np.intersect1d(self._hashes, other._hashes, return_indices=True)
+            retyped = own[self._codes[own] != other._codes[their]]
+        return Difference(self._first(lacking), other._first(added), self._first(retyped))
+
+    def _first(self, rows: NDArray[np.int64]) -> tuple[list[str], int]:
+        return self._names(np.sort(rows)[:LISTED].tolist()), len(rows)
+
+    def _file_of(self, row: int) -> FileFacts:
+        return self.files[int(np.searchsorted(self._offsets, row, "right")) - 1]
+
+    def _names(self, rows: Sequence[int]) -> list[str]:
+        """Return the names at rows that are in order."""
+        by_file: dict[int, list[int]] = {}
+        for row in rows:
+            number = int(np.searchsorted(self._offsets, row, "right")) - 1
+            by_file.setdefault(number, []).append(row - int(self._offsets[number]))
+        return [name for number, own in by_file.items() for name in self.files[number].names.at(own)]
+
+
+def _is_in(values: NDArray[np.int64], others: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Return which of the values are among the others; both are sorted."""
+    if not len(others):
+        return np.zeros(len(values), np.bool_)
+    places = np.minimum(np.searchsorted(others, values), len(others) - 1)
+    found: NDArray[np.bool_] = others[places] == values
+    return found
