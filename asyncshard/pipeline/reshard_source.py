@@ -21,9 +21,10 @@ from asyncshard.pipeline.reshard_jobs import run_all
 from asyncshard.plan.blocks import Side
 from asyncshard.plan.divisions import Division, Shape, divide, fitted, whole_shape
 from asyncshard.plan.placement_text import PLACEMENT_KEY, WORLD_SIZE_KEY, parse_placements, parse_world_size
-from asyncshard.plan.placements import Placement, Replicate
+from asyncshard.plan.placements import PackedShard, Placement, Replicate
 from asyncshard.plan.placements import Shard as ShardPlacement
 from asyncshard.plan.sharding import validate_shard_shapes
+from asyncshard.plan.survey import Survey
 from asyncshard.stores.base import Store
 from asyncshard.stores.threads import DaemonThreads
 
@@ -47,7 +48,8 @@ class Tensors(NamedTuple):
     """Its row there."""
 
     def name(self, tensor: int) -> str:
-        return self.shards[self.files[tensor]].header.table.name(int(self.rows[tensor]))
+        name: str = self.shards[self.files[tensor]].header.table.name(int(self.rows[tensor]))
+        return name
 
 
 class Source(NamedTuple):
@@ -105,32 +107,31 @@ class Faults:
 
 
 async def open_source(
-    store: Store,
-    pattern: ShardPattern | None,
-    world_size: int | None,
-    limits: Selection,
-    threads: DaemonThreads,
-    account: Account,
+    store: Store, survey: Survey, pattern: ShardPattern | None, threads: DaemonThreads, account: Account
 ) -> list[Checkpoint]:
     """Open the files of all ranks, or those of a Hugging Face checkpoint, as of one rank.
-
-    `world_size` is None for a Hugging Face checkpoint.
 
     Raises
     ------
     CheckpointError
         Ranks or parts are missing: all of them are named.
     """
-    if world_size is None:
-        return [await open_checkpoint(store, limits, threads, account)]
+    if survey.kind != "ranks":
+        return [await open_checkpoint(store, Selection(), threads, account)]
     faults = Faults(store.url)
+    for text in survey.faults:
+        faults.add(text)
+    if survey.has_pp_ranks and len({group.pp_rank for group in survey.groups}) > 1:
+        faults.add("it has pipeline stages: reshard each of them by itself, with a pattern that names its pp_rank")
+    faults.require_none()
+    world_size = len(survey.groups)
     found: dict[int, Checkpoint] = {}
 
     async def open_rank(rank: int) -> None:
-        selection = limits._replace(pattern=pattern, rank=rank, world_size=world_size)
+        selection = Selection(pattern=pattern, rank=rank, world_size=world_size, pp_rank=survey.groups[0].pp_rank)
         try:
             found[rank] = await open_checkpoint(store, selection, threads, account)
-        except (CheckpointError, FileNotFoundError) as error:
+        except (CheckpointError, FormatError) as error:
             faults.add(str(error))
 
     await run_all(_RANKS_AT_ONCE, (open_rank(rank) for rank in range(world_size)))
@@ -154,16 +155,20 @@ def join_source(checkpoints: Sequence[Checkpoint], place: PlaceTensor | None, *,
     faults = Faults(path)
     shards = tuple(shard for checkpoint in checkpoints for shard in checkpoint.shards)
     tensors = _list_tensors(checkpoints[0])
-    texts = _written_placements(checkpoints, faults) if is_ranks else None
+    written: dict[str, Placement] | None = None
+    if is_ranks:
+        written = _written_placements(checkpoints, faults)
+    else:
+        _require_whole(shards, faults)
     files, rows = _match(checkpoints, tensors, faults)
     faults.require_none()
-    if is_ranks and texts is None and place is None:
+    if is_ranks and written is None and place is None:
         raise CheckpointError(
             f"{path}: its files do not say how the tensors are divided (the metadata {PLACEMENT_KEY!r}, which reshard "
             "writes): pass the tp_plan that they were written with",
             path=path,
         )
-    divider = _Divider(shards, files, rows, texts, place, faults)
+    divider = _Divider(shards, files, rows, written, place, faults)
     which = np.array([divider.find(tensor, tensors.name(tensor)) for tensor in range(len(tensors.rows))], np.int32)
     faults.require_none()
     tables = [shard.header.table for shard in shards]
@@ -180,7 +185,7 @@ def join_source(checkpoints: Sequence[Checkpoint], place: PlaceTensor | None, *,
         tuple(divider.shapes),
         tuple(divider.codes),
         _merged_metadata(shards),
-        texts is not None,
+        written is not None,
         rows,
     )
 
@@ -238,6 +243,7 @@ def _written_placements(checkpoints: Sequence[Checkpoint], faults: Faults) -> di
     for path in silent:
         faults.add(f"{path} has no metadata {PLACEMENT_KEY!r}, and other files of the checkpoint have it")
     first: dict[str, Placement] = {}
+    worlds: set[int] = set()
     for rank, checkpoint in enumerate(checkpoints):
         own: dict[str, Placement] = {}
         for shard in checkpoint.shards:
@@ -248,8 +254,8 @@ def _written_placements(checkpoints: Sequence[Checkpoint], faults: Faults) -> di
             except FormatError as error:
                 faults.add(str(error))
                 continue
-            if world_size not in (None, len(checkpoints)):
-                faults.add(f"{shard.path} is of a world of {world_size} ranks, and there are {len(checkpoints)}")
+            if world_size is not None:
+                worlds.add(world_size)
         if rank == 0:
             first = own
         for name in sorted(own.keys() | first.keys()) if own != first else ():
@@ -258,7 +264,22 @@ def _written_placements(checkpoints: Sequence[Checkpoint], faults: Faults) -> di
                     f"tensor {name!r} is placed by {first.get(name, Replicate())} on rank 0 and by "
                     f"{own.get(name, Replicate())} on rank {rank}"
                 )
+    if len(worlds) > 1:
+        faults.add(f"its files are of worlds of {' and of '.join(map(str, sorted(worlds)))} ranks")
+    elif worlds and worlds != {len(checkpoints)}:
+        faults.add(f"it is of a world of {worlds.pop()} ranks, and holds the files of {len(checkpoints)}")
     return first
+
+
+def _require_whole(shards: Sequence[Shard], faults: Faults) -> None:
+    """Add a fault for a file that is a rank's, though it is not named like one."""
+    for shard in shards:
+        world_size = parse_world_size(shard.header.metadata, path=shard.path)
+        if world_size not in (None, 1):
+            faults.add(
+                f"{shard.path} holds a rank's part of a world of {world_size}: pass the directory with all of them, "
+                "and the pattern of their names"
+            )
 
 
 class _Divider:
@@ -308,25 +329,14 @@ class _Divider:
             return -1
 
     def _placement(self, name: str, locals_: tuple[Shape, ...]) -> Placement:
-        written = None if self._written is None else self._written.get(name, Replicate())
-        if self._place is None:
-            return written or Replicate()
-        world_size = len(locals_)
-        # A word such as packed_colwise is a placement of its own for each shape: of the whole, when that is known.
-        planned = self._place(name, locals_[0])
-        if written is None or fitted(written, world_size) != planned:
-            fit = planned
-            if isinstance(planned, ShardPlacement) or isinstance(planned, Replicate):
-                fit = fitted(planned, world_size)
-                planned = self._place(name, whole_shape(name, locals_, fit))
-            else:
-                joined = whole_shape(name, locals_, ShardPlacement(planned.dim))
-                planned = self._place(name, joined)
-        if written is not None and fitted(written, world_size) != fitted(planned, world_size):
-            raise CheckpointError(
-                f"tensor {name!r} is placed by {planned} in the tp_plan, and by {written} in the files' own metadata"
-            )
-        return planned if written is None else written
+        if self._written is not None or self._place is None:
+            return (self._written or {}).get(name, Replicate())
+        placement = self._place(name, locals_[0])
+        if isinstance(placement, PackedShard):
+            # Of a word: its sizes are those of the shape, which is known only now that it is to be joined here.
+            joined = whole_shape(name, locals_, ShardPlacement(placement.dim))
+            placement = self._place(name, joined)
+        return placement
 
     def _add(self, name: str, locals_: tuple[Shape, ...], code: int, placement: Placement) -> int:
         world_size = len(locals_)

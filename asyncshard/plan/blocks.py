@@ -74,7 +74,9 @@ class Moves(NamedTuple):
 class Side:
     """Where all tensors are in one checkpoint, the one that is read or the one that is written."""
 
-    def __init__(self, divisions: Sequence[Division], which: NDArray[np.int32], files: Numbers, starts: Numbers) -> None:
+    def __init__(
+        self, divisions: Sequence[Division], which: NDArray[np.int32], files: Numbers, starts: Numbers
+    ) -> None:
         self.divisions = divisions
         """The distinct ones."""
         self.which = which

@@ -101,8 +101,8 @@ def choose_layout(
     ObjectNotFoundError
         There is no checkpoint, or none of this rank.
     CheckpointError
-        `reshard` has left it incomplete, parts are missing, two names mean the same part, the set is of a larger world than ``world_size``, both patterns
-        occur, or a pattern was given for a single file.
+        `reshard` has left it incomplete, parts are missing, two names mean the same part, the set is of a larger world
+        than ``world_size``, both patterns occur, or a pattern was given for a single file.
     ValueError
         The ranks are out of range, or ``names`` is not one name where ``path`` is a file.
     """

@@ -130,7 +130,8 @@ def test_ranges_out_of_order_or_of_another_sum_are_an_error(tmp_path, ranges, nb
 
 
 @pytest.mark.parametrize(
-    ("source", "target", "length"), [(0, 0, 11), (11, 0, 1), (-1, 0, 1), (0, -1, 1), (0, 5, 1), (0, 0, -1), (0, 0, 2**62)]
+    ("source", "target", "length"),
+    [(0, 0, 11), (11, 0, 1), (-1, 0, 1), (0, -1, 1), (0, 5, 1), (0, 0, -1), (0, 0, 2**62)],
 )
 def test_a_run_outside_its_buffer_is_an_error(source, target, length):
     with pytest.raises(ValueError, match="run 0 lies outside"):
