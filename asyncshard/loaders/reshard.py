@@ -165,7 +165,8 @@ async def reshard(
         await threads.run(output.require_other_than, store.url)
         await threads.run(output.check)
         if budget is None:
-            budget = MemoryBudget(memory_budget_mb or await threads.run(default_budget_mb))
+            default_mb = await threads.run(default_budget_mb)
+            budget = MemoryBudget(default_mb if memory_budget_mb is None else memory_budget_mb)
         account = budget.open_account()
         return await _Run(store, output, wanted, threads, account).run()
     finally:
