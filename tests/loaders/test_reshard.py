@@ -237,9 +237,7 @@ async def test_tied_tensors_and_metadata_are_kept_and_digests_are_not(tmp_path: 
     metadata = {"lm_head.weight": "model.embed_tokens.weight", "format": "pt", "asyncshard.xxh3_128": "0" * 32}
     (tmp_path / "hf").mkdir()
     save_file({"model.embed_tokens.weight": np.zeros((4, 2))}, tmp_path / "hf" / "model.safetensors", metadata)
-    await reshard(
-        tmp_path / "hf", tmp_path / "two", world_size=2, tp_plan={"model.embed_tokens.weight": Shard(0)}
-    )
+    await reshard(tmp_path / "hf", tmp_path / "two", world_size=2, tp_plan={"model.embed_tokens.weight": Shard(0)})
     for rank in range(2):
         with safe_open(tmp_path / "two" / f"model-rank-{rank}-part-0.safetensors", "np") as file:
             assert list(file.keys()) == ["model.embed_tokens.weight"]
@@ -381,3 +379,367 @@ async def test_real_weights_come_back_from_four_two_and_eight_ranks(tmp_path: Pa
         assert got[name].dtype == tensor.dtype
         assert got[name].tobytes() == tensor.tobytes(), name
     assert (path / "config.json").read_bytes() == (source / "config.json").read_bytes()
+
+
+# --- refusals: nothing is written
+
+
+@pytest.fixture
+async def two_ranks(hugging_face: Path, tmp_path: Path) -> Path:
+    """A checkpoint of two ranks, which says how it is divided."""
+    await reshard(hugging_face, tmp_path / "two", world_size=2, tp_plan=PLAN, max_shard_size=8000)
+    return tmp_path / "two"
+
+
+def rewrite(path: Path, change: Any) -> None:
+    """Change a file's tensors and metadata."""
+    with safe_open(path, "np") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    change(tensors, metadata)
+    save_file(tensors, path, metadata)
+
+
+def file_of(directory: Path, rank: int, name: str) -> Path:
+    for path in directory.glob(f"model-rank-{rank}-part-*.safetensors"):
+        if name in load_file(path):
+            return path
+    raise AssertionError(name)
+
+
+async def refused(source: Path, target: Path, **options: Any) -> str:
+    """Return why a reshard is refused; it must have left no trace."""
+    with pytest.raises(errors.CheckpointError) as caught:
+        await reshard(source, target, **{"world_size": 1, **options})
+    assert not target.exists()
+    assert caught.value.path is not None
+    return str(caught.value)
+
+
+async def test_missing_ranks_and_parts_are_all_named(two_ranks: Path, tmp_path: Path) -> None:
+    await reshard(two_ranks, tmp_path / "four", world_size=4, max_shard_size=4000)
+    for path in (tmp_path / "four").glob("model-rank-1-*"):
+        path.unlink()
+    (tmp_path / "four" / "model-rank-2-part-0.safetensors").unlink()
+    text = await refused(tmp_path / "four", tmp_path / "x")
+    assert "rank 1" in text
+    assert "rank 2 lacks 1 part" in text
+
+
+async def test_the_last_rank_is_missed_too(two_ranks: Path, tmp_path: Path) -> None:
+    for path in two_ranks.glob("model-rank-1-*"):
+        path.unlink()
+    assert "a world of 2 ranks, and holds the files of 1" in await refused(two_ranks, tmp_path / "x")
+
+
+async def test_tensors_that_one_rank_lacks_are_named(two_ranks: Path, tmp_path: Path) -> None:
+    name, other = "model.layers.1.q_proj.bias", "model.norm.weight"
+    rewrite(file_of(two_ranks, 1, name), lambda tensors, _: tensors.pop(name))
+    rewrite(file_of(two_ranks, 0, other), lambda tensors, _: tensors.pop(other))
+    text = await refused(two_ranks, tmp_path / "x")
+    assert f"rank 1 lacks tensor {name!r}, which rank 0 has" in text
+    assert f"rank 0 lacks tensor {other!r}, which rank 1 has" in text
+
+
+async def test_shapes_that_do_not_add_up_are_named(two_ranks: Path, tmp_path: Path) -> None:
+    replicated, columns, packed = "model.norm.weight", "model.layers.0.q_proj.weight", "model.layers.2.qkv.weight"
+    for rank, name in ((1, replicated), (0, columns), (1, packed)):
+        rewrite(
+            file_of(two_ranks, rank, name),
+            lambda tensors, _, name=name: tensors.update({name: tensors[name][:-1].copy()}),
+        )
+    text = await refused(two_ranks, tmp_path / "x")
+    assert f"rank 1: tensor {replicated!r}: local_shape is (15,), must be (16,)" in text
+    assert f"rank 0: tensor {columns!r}: local_shape is (11, 16), must be (12, 16)" in text
+    assert f"rank 1: tensor {packed!r} has shape (15, 16), must be (16, 16)" in text
+
+
+async def test_ranks_that_disagree_on_a_dtype_are_named(two_ranks: Path, tmp_path: Path) -> None:
+    name = "model.layers.0.q_proj.weight"
+    rewrite(file_of(two_ranks, 1, name), lambda tensors, _: tensors.update({name: tensors[name].view(np.int32)}))
+    text = await refused(two_ranks, tmp_path / "x")
+    assert f"the ranks disagree on the dtype of tensor {name!r}: F32 on rank 0, I32 on rank 1" in text
+
+
+async def test_copies_that_are_not_alike_are_all_named(two_ranks: Path, tmp_path: Path) -> None:
+    for name in ("model.norm.weight", "model.scale"):
+        rewrite(
+            file_of(two_ranks, 1, name),
+            lambda tensors, _, name=name: tensors.update({name: np.asarray(tensors[name] + 1)}),
+        )
+    text = await refused(two_ranks, tmp_path / "x", chunk_size=64)
+    for name in ("model.norm.weight", "model.scale"):
+        assert f"rank 0 and rank 1 hold other bytes of tensor {name!r}" in text
+
+
+async def test_digests_are_compared_instead_of_bytes(tmp_path: Path) -> None:
+    for rank in range(2):
+        await asyncshard.save_sharded_state(
+            {"norm.weight": np.arange(9)}, tmp_path / "two", rank=rank, metadata={"asyncshard.placement": "{}"},
+            digests=True,
+        )  # fmt: skip
+    report = await reshard(tmp_path / "two", tmp_path / "one", world_size=1)
+    assert report.bytes_compared == 0
+    path = tmp_path / "two" / "model-rank-1-part-0.safetensors"
+    data = path.read_bytes()
+    place = data.index(b'asyncshard.xxh3_128":"') + 22
+    path.write_bytes(data[:place] + (b"1" if data[place : place + 1] != b"1" else b"2") + data[place + 1 :])
+    assert "hold other bytes of tensor 'norm.weight'" in await refused(tmp_path / "two", tmp_path / "x")
+
+
+async def test_ranks_that_disagree_on_a_placement_are_named(two_ranks: Path, tmp_path: Path) -> None:
+    name = "model.layers.0.q_proj.weight"
+    rewrite(
+        file_of(two_ranks, 1, name),
+        lambda _, metadata: metadata.update({"asyncshard.placement": json.dumps({name: {"dim": 1}})}),
+    )
+    assert f"tensor {name!r} is placed by Shard(dim=-2, pieces=None) on rank 0 and by Shard(dim=1" in await refused(
+        two_ranks, tmp_path / "x"
+    )
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"a": 1}', '{"a": {"dim": "x"}}', '{"a": {"dim": 0, "sizes": 1}}'])
+async def test_placements_that_cannot_be_read_are_an_error(two_ranks: Path, tmp_path: Path, text: str) -> None:
+    for path in two_ranks.iterdir():
+        rewrite(path, lambda _, metadata: metadata.update({"asyncshard.placement": text}))
+    assert "'asyncshard.placement' cannot be read" in await refused(two_ranks, tmp_path / "x")
+
+
+async def test_one_file_of_a_rank_is_no_checkpoint(two_ranks: Path, tmp_path: Path) -> None:
+    text = await refused(two_ranks / "model-rank-1-part-0.safetensors", tmp_path / "x")
+    assert "a rank's part of a world of 2" in text
+
+
+async def test_a_checkpoint_is_not_divided_without_a_plan(hugging_face: Path, tmp_path: Path) -> None:
+    assert "tp_plan" in await refused(hugging_face, tmp_path / "x", world_size=2)
+
+
+async def test_a_rule_that_matches_nothing_is_an_error(hugging_face: Path, tmp_path: Path) -> None:
+    text = await refused(hugging_face, tmp_path / "x", world_size=2, tp_plan={"layers.*.q_prj": "colwise"})
+    assert "layers.*.q_prj" in text
+
+
+async def test_tensors_that_cannot_be_divided_are_all_named(hugging_face: Path, tmp_path: Path) -> None:
+    plan = {"model.norm.weight": Shard(1), "layers.*.qkv": PackedShard(0, (16, 8))}
+    text = await refused(hugging_face, tmp_path / "x", world_size=2, tp_plan=plan)
+    assert "'model.norm.weight'" in text
+    assert text.count(".qkv.weight'") == 3
+
+
+async def test_pieces_that_cannot_be_shared_out_are_an_error(two_ranks: Path, tmp_path: Path) -> None:
+    (tmp_path / "hf").rename(tmp_path / "hf3")
+    await reshard(tmp_path / "hf3", tmp_path / "four", world_size=4, tp_plan={"layers.*.q_proj": Shard(0, pieces=4)})
+    text = await refused(tmp_path / "four", tmp_path / "x", world_size=3)
+    assert "4 pieces cannot be shared out among 3 ranks" in text
+
+
+async def test_source_and_target_must_differ(hugging_face: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(hugging_face)
+    for source in (hugging_face, hugging_face / "model.safetensors"):
+        with pytest.raises(errors.CheckpointError, match="same directory"):
+            await reshard(source, tmp_path / "link", world_size=1, overwrite=True)
+    assert names_in(hugging_face) == {"model.safetensors"}
+
+
+async def test_a_url_is_no_target(hugging_face: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="local directory"):
+        await reshard(hugging_face, "s3://bucket/model", world_size=1)
+    await reshard(hugging_face, (tmp_path / "a b").as_uri(), world_size=1)
+    assert everything(tmp_path / "a b") == everything(hugging_face)
+
+
+async def test_a_target_with_anything_in_it_is_refused(hugging_face: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes").write_text("mine")
+    with pytest.raises(errors.TargetExistsError, match="overwrite=True") as caught:
+        await reshard(hugging_face, tmp_path / "out", world_size=1)
+    assert isinstance(caught.value, FileExistsError)
+    assert names_in(tmp_path / "out") == {"notes"}
+
+
+async def test_overwrite_replaces_the_weights_alone(hugging_face: Path, two_ranks: Path, tmp_path: Path) -> None:
+    (two_ranks / "notes").write_text("mine")
+    (two_ranks / "adapter.safetensors").write_text("mine too")
+    (two_ranks / INDEX_NAME).write_text('{"weight_map": {"a": "old.safetensors"}}')
+    (two_ranks / "old.safetensors").write_text("named by the index")
+    await reshard(hugging_face, two_ranks, world_size=1, overwrite=True)
+    assert names_in(two_ranks) == {"notes", "adapter.safetensors", "model.safetensors"}
+    assert load_file(two_ranks / "model.safetensors").keys() == model().keys()
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"world_size": 0}, ValueError),
+        ({"world_size": True}, TypeError),
+        ({"max_shard_size": 0}, ValueError),
+        ({"layout": "gguf"}, ValueError),
+        ({"tp_plan": "colwise"}, TypeError),
+        ({"chunk_size": 1}, ValueError),
+        ({"memory_budget_mb": -1}, ValueError),
+        ({"storage_options": {"nonsense": 1}}, TypeError),
+    ],
+)
+async def test_arguments_out_of_range_are_errors(
+    hugging_face: Path, tmp_path: Path, options: dict[str, Any], error: type[Exception]
+) -> None:
+    with pytest.raises(error):
+        await reshard(hugging_face, tmp_path / "x", **{"world_size": 2, "tp_plan": {}, **options})
+    assert not (tmp_path / "x").exists()
+
+
+async def test_a_budget_without_room_for_a_block_is_refused(hugging_face: Path, tmp_path: Path) -> None:
+    with pytest.raises(errors.BudgetError):
+        await reshard(hugging_face, tmp_path / "x", world_size=1, memory_budget_mb=0.008)
+    assert not (tmp_path / "x").exists()
+
+
+# --- failures, cancels
+
+
+def in_memory(hugging_face: Path) -> MemoryStore:
+    return MemoryStore({path.name: path.read_bytes() for path in hugging_face.iterdir()})
+
+
+async def test_a_read_that_fails_leaves_nothing_behind(hugging_face: Path, tmp_path: Path) -> None:
+    for number in range(4):
+        store = FaultyStore(in_memory(hugging_face), {number: Fault(error=errors.StoreError("broken"))})
+        with pytest.raises(errors.StoreError, match="broken"):
+            await reshard(store, tmp_path / "out", world_size=2, tp_plan=PLAN, chunk_size=4096)
+        assert not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()  # an empty one stays
+    store = FaultyStore(in_memory(hugging_face), {0: Fault(error=errors.StoreError("broken"))})
+    with pytest.raises(errors.StoreError, match="broken"):
+        await reshard(store, tmp_path / "out", world_size=2, tp_plan=PLAN, chunk_size=4096)
+    assert names_in(tmp_path / "out") == set()
+
+
+async def test_a_failure_leaves_what_was_to_be_overwritten(hugging_face: Path, two_ranks: Path) -> None:
+    before = {path.name: path.read_bytes() for path in two_ranks.iterdir()}
+    store = FaultyStore(in_memory(hugging_face), {0: Fault(error=errors.StoreError("broken"))})
+    with pytest.raises(errors.StoreError, match="broken"):
+        await reshard(store, two_ranks, world_size=1, overwrite=True)
+    assert {path.name: path.read_bytes() for path in two_ranks.iterdir()} == before
+
+
+async def test_a_disk_that_is_full_is_an_error_that_names_the_file(
+    hugging_face: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> int:
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(os, "pwritev", fail)
+    with pytest.raises(errors.StoreError, match="No space left") as caught:
+        await reshard(hugging_face, tmp_path / "out", world_size=1)
+    assert "model.safetensors" in str(caught.value.path)
+    assert not (tmp_path / "out").exists()
+
+
+async def test_writes_that_come_short_go_on(
+    hugging_face: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.pwritev
+
+    def write_a_little(fd: int, buffers: Any, offset: int) -> int:
+        return real(fd, [buffers[0][:100]], offset)
+
+    monkeypatch.setattr(os, "pwritev", write_a_little)
+    await reshard(hugging_face, tmp_path / "out", world_size=2, tp_plan=PLAN)
+    monkeypatch.undo()
+    await reshard(tmp_path / "out", tmp_path / "back", world_size=1)
+    assert everything(tmp_path / "back") == everything(hugging_face)
+
+
+async def test_a_cancel_leaves_nothing_behind(hugging_face: Path, tmp_path: Path) -> None:
+    store = GatedStore(in_memory(hugging_face))
+    task = asyncio.ensure_future(reshard(store, tmp_path / "out", world_size=2, tp_plan=PLAN, chunk_size=4096))
+    gates = await store.waiting(2)
+    assert INCOMPLETE_NAME in names_in(tmp_path / "out")
+    with pytest.raises(errors.CheckpointError, match=r"Run reshard again"):
+        await asyncshard.load(tmp_path / "out")
+    gates[0].open()
+    await store.waiting(2)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert not (tmp_path / "out").exists()
+    assert not store.gates
+
+
+async def test_two_runs_into_one_target_are_refused(hugging_face: Path, tmp_path: Path) -> None:
+    store = GatedStore(in_memory(hugging_face))
+    task = asyncio.ensure_future(reshard(store, tmp_path / "out", world_size=2, tp_plan=PLAN))
+    await store.waiting(1)
+    with pytest.raises(errors.StoreError, match="another reshard"):
+        await reshard(hugging_face, tmp_path / "out", world_size=1)
+    store.open_all()
+    await task
+    assert names_in(tmp_path / "out") == {f"model-rank-{rank}-part-0.safetensors" for rank in range(2)}
+
+
+async def test_a_run_that_was_killed_is_run_again(hugging_face: Path, two_ranks: Path, tmp_path: Path) -> None:
+    (two_ranks / INCOMPLETE_NAME).touch()
+    (two_ranks / ".asyncshard-reshard").mkdir()
+    (two_ranks / ".asyncshard-reshard" / "model.safetensors").write_bytes(b"half")
+    for refused_by in (
+        asyncshard.load(two_ranks),
+        asyncshard.stream(two_ranks, world_size=2).drain(),
+        reshard(two_ranks, tmp_path / "x", world_size=1),
+        asyncshard.ShardedStateLoader(rank=0, world_size=2).discover_shards(two_ranks),
+        asyncshard.IncrementalShardLoader().load_weights_incremental(two_ranks, lambda *_: None),
+    ):
+        with pytest.raises(errors.CheckpointError, match="incomplete"):
+            await refused_by
+    assert not (await asyncshard.check_checkpoint(two_ranks)).is_complete
+    await reshard(hugging_face, two_ranks, world_size=1)
+    assert names_in(two_ranks) == {"model.safetensors"}
+    assert everything(two_ranks) == everything(hugging_face)
+
+
+# --- how it goes about it
+
+
+async def test_each_byte_is_read_once_and_files_in_few_reads(hugging_face: Path, tmp_path: Path) -> None:
+    reads: list[int] = []
+
+    class Counting(FaultyStore):
+        async def read_into(self, meta: Any, start: int, buffers: Any) -> None:
+            reads.append(sum(buffer.nbytes for buffer in buffers))
+            await super().read_into(meta, start, buffers)
+
+    report = await reshard(Counting(in_memory(hugging_face)), tmp_path / "out", world_size=4, tp_plan=PLAN)
+    assert sum(reads) == report.bytes_read == sum(tensor.nbytes for tensor in model().values())
+    assert len(reads) == 1
+
+
+async def test_reads_go_on_while_a_block_is_awaited(hugging_face: Path, tmp_path: Path) -> None:
+    store = GatedStore(in_memory(hugging_face))
+    task = asyncio.ensure_future(reshard(store, tmp_path / "out", world_size=2, tp_plan=PLAN, chunk_size=4096))
+    await store.waiting(3)
+    store.open_all()
+    await task
+
+
+async def test_a_shared_budget_is_given_back(hugging_face: Path, tmp_path: Path) -> None:
+    budget = asyncshard.MemoryBudget(1)
+    await reshard(hugging_face, tmp_path / "out", world_size=2, tp_plan=PLAN, budget=budget)
+    assert budget.bytes_used == budget.bytes_held == 0
+
+
+async def test_the_event_loop_runs_no_file_call(
+    hugging_face: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    main = threading.get_ident()
+    called: set[str] = set()
+    for name in ("pwritev", "fsync", "open", "replace", "listdir", "unlink", "makedirs"):
+        real = getattr(os, name)
+
+        def watched(*args: Any, name: str = name, real: Any = real, **options: Any) -> Any:
+            assert threading.get_ident() != main, name
+            called.add(name)
+            return real(*args, **options)
+
+        monkeypatch.setattr(os, name, watched)
+    await reshard(hugging_face, tmp_path / "out", world_size=2, tp_plan=PLAN)
+    monkeypatch.undo()
+    assert called == {"pwritev", "fsync", "open", "replace", "listdir", "unlink", "makedirs"}
