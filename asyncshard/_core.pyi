@@ -123,6 +123,9 @@ class WeightMap:
     def find(self, name: str) -> int:
         """Return the place in `files` of the tensor's file, or -1."""
 
+    def entry(self, index: int) -> tuple[str, int]:
+        """Return a tensor's name, and the place in `files` of its file, for each index below the length."""
+
     def first_name(self, file_index: int) -> str:
         """Return the first tensor that is mapped to the file."""
 

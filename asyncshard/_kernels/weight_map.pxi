@@ -153,6 +153,11 @@ cdef class WeightMap:
         cdef Py_ssize_t row = strings_find_str(&self.names, name)
         return -1 if row < 0 else self.file_of[row]
 
+    def entry(self, Py_ssize_t index):
+        if index < 0 or <size_t> index >= self.names.count:
+            raise IndexError(f"no entry {index} in the weight_map")
+        return text_to_str(strings_at(&self.names, index)), self.file_of[index]
+
     def first_name(self, Py_ssize_t file_index):
         return text_to_str(strings_at(&self.names, self.first[self.checked(file_index)]))
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import inspect
 import os
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Any, NamedTuple, Self, TypeVar, Unpack
 
@@ -23,6 +24,7 @@ from asyncshard.pipeline.shard_cache import CachedFile, CacheStatistics, ShardCa
 from asyncshard.pipeline.shard_reads import read_one, read_whole, unknown
 from asyncshard.pipeline.shard_tensors import ShardTensors
 from asyncshard.pipeline.single_flight import SingleFlight
+from asyncshard.pipeline.slicing import find_plan, slice_shard, slices_of
 from asyncshard.pipeline.staged import StagedTransfer
 from asyncshard.stores import Store
 from asyncshard.stores.threads import DaemonThreads, finish
@@ -173,7 +175,8 @@ class IncrementalShardLoader(Loader):
         self._cache.misses += 1
 
         async def read_it(opened: Opened, file: CachedFile) -> ShardTensors:
-            return await read_one(self._transfer(opened, file), file, self._cache, name)
+            async with self._transfer(opened, file) as transfer:
+                return await read_one(transfer, file, self._cache, name)
 
         tensors = await self._reads.run((key, name), lambda: self._read(key, path, read_it))
         return tensors[name]
@@ -249,7 +252,7 @@ class IncrementalShardLoader(Loader):
     async def _read_header(self, opened: Opened) -> Shard:
         account = self._cache.open_account()  # while it is parsed
         try:
-            return await read_header_of(
+            shard = await read_header_of(
                 opened.store,
                 opened.name,
                 opened.threads,
@@ -257,15 +260,27 @@ class IncrementalShardLoader(Loader):
                 max_tensors=self._options.max_tensors,
                 account=account,
             )
+            if self._selection.is_sliced:
+                plan = await find_plan(opened.store, self._selection, opened.threads)
+                shard = await opened.threads.run(slice_shard, shard, self._selection, plan)
+            return shard
         finally:
             self._cache.discard(account)
 
     async def _read_whole(self, opened: Opened, file: CachedFile) -> ShardTensors:
-        return await read_whole(self._transfer(opened, file), file, self._cache, opened.threads)
+        async with self._transfer(opened, file) as transfer:
+            return await read_whole(transfer, file, self._cache, opened.threads)
 
-    def _transfer(self, opened: Opened, file: CachedFile) -> StagedTransfer:
-        pacing = self._pacing(opened.store)
-        return StagedTransfer(Checkpoint((file.shard,)), opened.store, pacing, opened.library, opened.threads)
+    @asynccontextmanager
+    async def _transfer(self, opened: Opened, file: CachedFile) -> AsyncIterator[StagedTransfer]:
+        store, checkpoint, pacing = opened.store, Checkpoint((file.shard,)), self._pacing(opened.store)
+        account = self._cache.open_account()  # of the scratch for slices
+        try:
+            if file.shard.part is not None:
+                store, checkpoint = slices_of(store, checkpoint, opened.threads, account, chunk_size=pacing.chunk_size)
+            yield StagedTransfer(checkpoint, store, pacing, opened.library, opened.threads)
+        finally:
+            self._cache.discard(account)
 
     # Where files are
 
@@ -277,8 +292,8 @@ class IncrementalShardLoader(Loader):
             located = await self._headers.run(("located", key), lambda: self._locate(key, path))
         if located.weight_map is not None:
             place = located.weight_map.find(name)
-            if place >= 0:
-                return located.paths[located.weight_map.files[place]]
+            if place >= 0 and (file := located.weight_map.files[place]) in located.paths:
+                return located.paths[file]
         else:
             for file_path in located.paths.values():
                 if name in await self._read(key_of(file_path), file_path, _header_of):

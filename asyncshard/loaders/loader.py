@@ -15,9 +15,11 @@ from asyncshard.pipeline.budget import Account, MemoryBudget
 from asyncshard.pipeline.checkpoint import Checkpoint, Selection, open_checkpoint
 from asyncshard.pipeline.destinations import Placement, new_destinations
 from asyncshard.pipeline.free_memory import default_budget_mb
+from asyncshard.pipeline.load_plan import LoadPlan
 from asyncshard.pipeline.matching import match_destinations
 from asyncshard.pipeline.placed import PlacedTransfer
 from asyncshard.pipeline.refresh import Refresh
+from asyncshard.pipeline.slicing import open_slices
 from asyncshard.pipeline.staged import StagedTransfer
 from asyncshard.pipeline.stream import Stream
 from asyncshard.pipeline.supervisor import Supervisor
@@ -182,15 +184,41 @@ class Loader:
                 transfer = stream.statistics()
                 self.last_report = LoadReport(transfer.missing, transfer.unexpected, stream.narrowed, version)
 
+    async def plan_weights(self, path: ModelPath) -> LoadPlan:
+        """Open a checkpoint and plan its load, and read no tensor: which bytes of which files.
+
+        Raises
+        ------
+        NamesError, CheckpointError, FormatError, BudgetError, StoreError
+        """
+        account = self._budget.open_account()
+        threads = DaemonThreads(1, "asyncshard-work")
+        try:
+            async with self._opened(path, account, threads) as (store, checkpoint):
+                return await threads.run(LoadPlan.of, checkpoint, store.max_gap_bytes)
+        finally:
+            account.close()
+            await threads.aclose()
+
     @asynccontextmanager
     async def _open(self, request: Request, account: Account, threads: DaemonThreads) -> AsyncIterator[Transfer]:
         """Open the checkpoint and plan its transfer; the store is open until the end."""
-        store = open_store(request.path, self._options)
-        try:
-            checkpoint = await open_checkpoint(store, self._selection, threads, account)
+        async with self._opened(request.path, account, threads) as (store, checkpoint):
             yield await self._plan(request, store, checkpoint, threads)
+
+    @asynccontextmanager
+    async def _opened(
+        self, path: ModelPath, account: Account, threads: DaemonThreads
+    ) -> AsyncIterator[tuple[Store, Checkpoint]]:
+        store = open_store(path, self._options)
+        try:
+            if self._selection.is_sliced:
+                chunk_size = self._options.chunk_size or store.chunk_size
+                yield await open_slices(store, self._selection, threads, account, chunk_size=chunk_size)
+            else:
+                yield store, await open_checkpoint(store, self._selection, threads, account)
         finally:
-            if store is not request.path:
+            if store is not path:
                 await finish(asyncio.ensure_future(store.aclose()))
 
     def _pacing(self, store: Store) -> Pacing:

@@ -32,6 +32,7 @@ from asyncshard.pipeline.reshard_target import Target, index_text
 from asyncshard.plan.completeness import CONFIG_NAME
 from asyncshard.plan.layout import INDEX_NAME, SINGLE_NAME
 from asyncshard.plan.survey import Survey, survey_names
+from asyncshard.plan.tp_models import auto_plan
 from asyncshard.plan.tp_plan import TpPlan
 from asyncshard.stores import Listing, Store
 from asyncshard.stores.threads import DaemonThreads, finish
@@ -268,8 +269,6 @@ class _Run:
 
     def _tp_plan(self, world_size: int) -> TpPlan | None:
         if self._config is not None:
-            from asyncshard.plan.tp_models import auto_plan
-
             return auto_plan(self._config, world_size)
         return self._wanted.tp_plan if isinstance(self._wanted.tp_plan, TpPlan) else None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypeVar, Unpack, overload
+from typing import Any, Literal, TypeVar, Unpack, overload
 
 from asyncshard.format.pattern import ShardPattern
 from asyncshard.loaders.files import ModelPath, discover
@@ -12,6 +12,8 @@ from asyncshard.loaders.options import Options, Tuning
 from asyncshard.pipeline.checkpoint import Selection
 from asyncshard.pipeline.stream import Stream
 from asyncshard.plan.layout import validate_rank
+from asyncshard.plan.tensor_filter import TensorFilter, Wanted
+from asyncshard.plan.tp_plan import TpPlan
 
 StateDict = TypeVar("StateDict", bound=Mapping[str, Any])
 
@@ -31,6 +33,14 @@ class ShardedStateLoader(Loader):
         Which rank of how many.
     pp_rank : int
         The pipeline-parallel rank, for patterns that have one.
+    tp_plan : mapping of str to placement, TpPlan, or "auto", optional
+        How the tensors of a checkpoint that was not cut for ranks are divided among them: this rank's slices are
+        loaded. "auto" takes our own plan for the model that ``config.json`` names.
+    unmatched : {"replicate", "error"}
+        What becomes of tensors that no rule of a mapping matches.
+    tensor_filter : str, iterable of str, or callable, optional
+        Which tensors are wanted: names, globs, or a predicate of a name. Others are not read, and files of an index
+        without a wanted one are not opened.
     **tuning
         See `Options`.
 
@@ -49,6 +59,9 @@ class ShardedStateLoader(Loader):
         world_size: int = 1,
         *,
         pp_rank: int = 0,
+        tp_plan: Mapping[str, Any] | TpPlan | Literal["auto"] | None = None,
+        unmatched: Literal["replicate", "error"] = "replicate",
+        tensor_filter: Wanted | None = None,
         **tuning: Unpack[Tuning],
     ) -> None:
         validate_rank(rank, world_size, pp_rank)
@@ -60,6 +73,8 @@ class ShardedStateLoader(Loader):
             pp_rank=pp_rank,
             max_header_bytes=options.max_header_bytes,
             max_tensors=options.max_tensors,
+            tp_plan=_plan_of(tp_plan, unmatched),
+            tensor_filter=None if tensor_filter is None else TensorFilter(tensor_filter),
         )
         super().__init__(selection, options)
 
@@ -127,3 +142,13 @@ class ShardedStateLoader(Loader):
     def iterate_weights(self, path: ModelPath) -> Stream:
         """Return a stream over this rank's tensors: ``async for name, tensor in loader.iterate_weights(path)``."""
         return self._stream(Request(path))
+
+
+def _plan_of(given: Any, unmatched: str) -> TpPlan | Literal["auto"] | None:
+    if given is None or isinstance(given, TpPlan) or given == "auto":
+        if unmatched != "replicate":
+            raise ValueError("unmatched goes with a tp_plan that is a mapping; a TpPlan has its own")
+        return given  # type: ignore[no-any-return]
+    if isinstance(given, str):
+        raise ValueError(f'tp_plan must be "auto", or a mapping of names to placements, not {given!r}')
+    return TpPlan(given, unmatched=unmatched)

@@ -7,18 +7,22 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 
 from asyncshard._core import WeightMap, duplicate_names
-from asyncshard.errors import CheckpointError
+from asyncshard.errors import CheckpointError, NamesError
 from asyncshard.format.header import Header, TensorInfo, header_size, parse_header
 from asyncshard.format.index import MAX_INDEX_BYTES, parse_index
 from asyncshard.format.pattern import ShardPattern
 from asyncshard.pipeline.budget import Account
+from asyncshard.pipeline.pace import without_hold
 from asyncshard.plan.completeness import index_disagreement
 from asyncshard.plan.layout import choose_layout, index_files
+from asyncshard.plan.rank_parts import RankPart
+from asyncshard.plan.tensor_filter import TensorFilter
+from asyncshard.plan.tp_plan import TpPlan
 from asyncshard.stores.base import ObjectMeta, Store
 from asyncshard.stores.threads import DaemonThreads
 
@@ -44,6 +48,15 @@ class Selection(NamedTuple):
     """For each shard; None for the format's own limit."""
     max_tensors: int | None = None
     """For each shard."""
+    tp_plan: TpPlan | Literal["auto"] | None = None
+    """How tensors are divided among the ranks; None where the files are the rank's already."""
+    tensor_filter: TensorFilter | None = None
+    """Which tensors are wanted; None for all."""
+
+    @property
+    def is_sliced(self) -> bool:
+        """Whether less than the files' tensors may be wanted of them."""
+        return self.tp_plan is not None or self.tensor_filter is not None
 
 
 class Shard(NamedTuple):
@@ -53,12 +66,22 @@ class Shard(NamedTuple):
     path: str
     """Its full path or URL."""
     header: Header
+    """Of the file; or of the rank's part of it."""
+    part: RankPart | None = None
+    """What of the file is read, where that is not all of it; `meta` then stands for the part."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that its facts take."""
+        return self.header.nbytes if self.part is None else self.part.nbytes
 
 
 class Checkpoint(NamedTuple):
     """The shards of one rank, in delivery order."""
 
     shards: tuple[Shard, ...]
+    scratch_bytes: int = 0
+    """Of the memory through which slices are read."""
 
     @property
     def tensors_total(self) -> int:
@@ -106,10 +129,12 @@ class ShardNames(NamedTuple):
 
 
 async def find_shards(store: Store, selection: Selection, threads: DaemonThreads) -> ShardNames:
-    """List a path and choose the files to load.
+    """List a path and choose the files to load: of those in an index, the ones that hold a wanted tensor.
 
     Raises
     ------
+    NamesError
+        No tensor of the index is wanted, or one that is wanted by its name is not there.
     ObjectNotFoundError, CheckpointError, FormatError
     """
     listing = await store.list()
@@ -125,13 +150,21 @@ async def find_shards(store: Store, selection: Selection, threads: DaemonThreads
             path=store.url,
         )
     )
+    if layout.kind == "ranks" and selection.tp_plan is not None and selection.world_size > 1:
+        raise CheckpointError(
+            f"{store.url} holds rank shards, whose tensors are cut already: leave tp_plan out to load them as they are",
+            path=store.url,
+        )
     if layout.kind != "index":
         return ShardNames(layout.files, None, 0)
     (index_name,) = layout.files
     path = store.path_of(index_name)
     data = await store.read(index_name, max_bytes=MAX_INDEX_BYTES)
     weight_map = await threads.run(lambda: parse_index(data, path=path))
-    return ShardNames(tuple(index_files(weight_map.files, listing.names, path)), weight_map, len(data))
+    files = weight_map.files
+    if selection.tensor_filter is not None:
+        files = await threads.run(wanted_files, weight_map, selection.tensor_filter, path)
+    return ShardNames(tuple(index_files(files, listing.names, path)), weight_map, len(data))
 
 
 async def open_checkpoint(store: Store, selection: Selection, threads: DaemonThreads, account: Account) -> Checkpoint:
@@ -141,7 +174,14 @@ async def open_checkpoint(store: Store, selection: Selection, threads: DaemonThr
     ------
     ObjectNotFoundError, CheckpointError, FormatError, BudgetError, StoreError
     """
-    files, weight_map, _ = await find_shards(store, selection, threads)
+    return await open_found(store, await find_shards(store, selection, threads), selection, threads, account)
+
+
+async def open_found(
+    store: Store, found: ShardNames, selection: Selection, threads: DaemonThreads, account: Account
+) -> Checkpoint:
+    """Do so for files that have been found; their tensors are whole."""
+    files, weight_map, _ = found
     shards = await _open_shards(store, files, selection, threads, account)
     tables = [shard.header.table for shard in shards]
     twice = await threads.run(duplicate_names, tables, _LISTED)
@@ -212,6 +252,29 @@ async def parse_opened(
         return then(header)
 
     return await threads.run(parse)
+
+
+def wanted_files(weight_map: WeightMap, is_wanted: TensorFilter, path: str) -> tuple[str, ...]:
+    """Return the files of an index that hold a wanted tensor. Slow for many tensors: not for the event loop."""
+    counts = [0] * len(weight_map.files)
+    for index in without_hold(range(len(weight_map))):
+        name, file = weight_map.entry(index)
+        counts[file] += is_wanted(name)
+    require_wanted(sum(counts), [name for name in is_wanted.names if weight_map.find(name) < 0], path)
+    return tuple(name for name, count in zip(weight_map.files, counts, strict=True) if count)
+
+
+def require_wanted(count: int, missing: Sequence[str], path: str) -> None:
+    """Raise NamesError where a filter finds no tensor, or lacks some that it names."""
+    if missing:
+        names = tuple(sorted(missing))
+        raise NamesError(
+            f"{path}: the tensor_filter names tensors that are not there: {', '.join(map(repr, names[:_LISTED]))}",
+            path=path,
+            missing=names,
+        )
+    if not count:
+        raise NamesError(f"{path}: the tensor_filter matches no tensor of the checkpoint", path=path)
 
 
 async def read_header_of(

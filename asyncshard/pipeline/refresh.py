@@ -107,7 +107,7 @@ class Refresh:
     async def _allocate(self, nbytes: int, checkpoint: Checkpoint, store: Store) -> Lease | None:
         if not nbytes:
             return None
-        needed = charge_of(nbytes) + sum(shard.header.nbytes for shard in checkpoint.shards)
+        needed = charge_of(nbytes) + sum(shard.nbytes for shard in checkpoint.shards) + checkpoint.scratch_bytes
         if needed > self._budget.nbytes:
             raise BudgetError(
                 f"{store.url}: what has changed and the headers need {needed:,} bytes at once, more than the memory "

@@ -10,9 +10,8 @@ from asyncshard.pipeline.budget import charge_of
 from asyncshard.pipeline.shard_cache import CachedFile, ShardCache
 from asyncshard.pipeline.shard_tensors import ShardTensors
 from asyncshard.pipeline.staged import StagedTransfer
-from asyncshard.pipeline.transfer import all_of
 from asyncshard.plan.items import ReadItem
-from asyncshard.stores.threads import DaemonThreads
+from asyncshard.stores.threads import DaemonThreads, all_of
 
 
 async def read_whole(

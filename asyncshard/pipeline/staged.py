@@ -87,7 +87,7 @@ class StagedTransfer(Transfer):
         )
 
     def _require_pairs(self, budget: MemoryBudget) -> None:
-        headers = sum(shard.header.nbytes for shard in self.checkpoint.shards)
+        headers = sum(shard.nbytes for shard in self.checkpoint.shards) + self.checkpoint.scratch_bytes
         charges = [charge_of(self.buffer_bytes(item)) for item in self.items]
         for index, pair in enumerate(zip(charges, charges[1:] or [0], strict=False)):
             if headers + sum(pair) > budget.nbytes:

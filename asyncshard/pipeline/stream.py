@@ -11,6 +11,7 @@ from typing import Any, Self
 from asyncshard.errors import StreamClosedError, UnsupportedTensorError
 from asyncshard.format.header import TensorInfo
 from asyncshard.pipeline.checkpoint import CheckpointInfo
+from asyncshard.pipeline.load_plan import LoadPlan
 from asyncshard.pipeline.pace import Pace
 from asyncshard.pipeline.statistics import Counters, Statistics
 from asyncshard.pipeline.supervisor import Supervisor
@@ -108,6 +109,12 @@ class Stream:
     def info(self) -> Mapping[str, TensorInfo]:
         """Facts of each tensor by name: dtype and shape as in the file, and its byte range there."""
         return CheckpointInfo(self._transfer().checkpoint)
+
+    @property
+    def plan(self) -> LoadPlan:
+        """What is read for it: how many bytes of which files."""
+        transfer = self._transfer()
+        return LoadPlan.of(transfer.checkpoint, transfer.max_gap_bytes)
 
     @property
     def version(self) -> CheckpointVersion:

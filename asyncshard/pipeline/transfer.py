@@ -12,7 +12,7 @@ from asyncshard.pipeline.checkpoint import Checkpoint
 from asyncshard.pipeline.version import CheckpointVersion
 from asyncshard.plan.items import ReadItem
 from asyncshard.stores.base import Store
-from asyncshard.stores.threads import finish
+from asyncshard.stores.threads import all_of
 
 
 class Pacing(NamedTuple):
@@ -48,6 +48,11 @@ class Transfer(ABC):
     def retries(self) -> int:
         """Requests that the store made again."""
         return self._store.retries
+
+    @property
+    def max_gap_bytes(self) -> int:
+        """Unwanted bytes between slices that are rather read than left out."""
+        return self._store.max_gap_bytes
 
     @property
     def verified(self) -> tuple[str, ...]:
@@ -94,14 +99,3 @@ class Transfer(ABC):
             for at in range(0, item.nbytes, chunk)
         ]
         await all_of(reads)
-
-
-async def all_of(tasks: Sequence[asyncio.Task[None]]) -> None:
-    """Wait for all; at the first failure, or when cancelled, cancel the others, wait for them, and raise it."""
-    try:
-        await asyncio.gather(*tasks)
-    except BaseException:
-        for task in tasks:
-            task.cancel()
-        await finish(asyncio.gather(*tasks, return_exceptions=True))
-        raise

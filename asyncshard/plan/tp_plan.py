@@ -13,7 +13,7 @@ before the name of its module; and either side may leave a leading ``model.`` ou
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from reprlib import repr as short_repr
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -22,7 +22,8 @@ from asyncshard.errors import NamesError
 from asyncshard.plan.placements import PackedShard, Placement, Replicate, Shard
 from asyncshard.plan.tp_words import check_word, placement_of_word
 
-_NUMBER = re.compile("[0-9]+")
+_DIGITS = re.compile(r"\d+")
+_WITHIN_WORD = re.compile(r"[^.]\*|\*[^.]")
 _PREFIX = "model."
 _LISTED = 20
 _UNMATCHED = ("replicate", "error")
@@ -43,9 +44,6 @@ class _Rule(NamedTuple):
     value: str | Placement
     pattern: re.Pattern[str] | None
     """Of the names that it matches; None for all that are alike but for their numbers."""
-
-    def matches(self, name: str) -> bool:
-        return self.pattern is None or self.pattern.fullmatch(name) is not None
 
 
 class TpPlan:
@@ -76,7 +74,9 @@ class TpPlan:
         The rules are not a mapping, a key is not a text, or a value neither a word nor a placement.
     """
 
-    __slots__ = ("_index", "_rules", "_unmatched")
+    __slots__ = ("_alike", "_has_numbers", "_index", "_rules", "_unmatched")
+    _alike: Callable[[str], str]
+    _has_numbers: bool
     _index: Mapping[str, tuple[_Rule, ...]]
     _rules: Mapping[str, str | Placement]
     _unmatched: str
@@ -90,7 +90,11 @@ class TpPlan:
         _check_conflicts(read)
         object.__setattr__(self, "_rules", MappingProxyType(read))
         object.__setattr__(self, "_unmatched", unmatched)
-        object.__setattr__(self, "_index", _indexed(read))
+        alike = _without_digits if any(map(_WITHIN_WORD.search, read)) else _without_numbers
+        object.__setattr__(self, "_alike", alike)
+        object.__setattr__(self, "_index", _indexed(read, alike))
+        has_numbers = any(rule.pattern for rules in self._index.values() for rule in rules)
+        object.__setattr__(self, "_has_numbers", has_numbers)
 
     @property
     def rules(self) -> Mapping[str, str | Placement]:
@@ -112,9 +116,9 @@ class TpPlan:
         CheckpointError
             The shape is not one that the word of the rule can place.
         """
-        rule = next(self._rules_of(name), None)
-        if rule is not None:
-            value = rule.value
+        found = self._rules_of(name)
+        if found:
+            value = found[0].value
             return placement_of_word(value, name, shape) if isinstance(value, str) else value
         if self._unmatched == "error":
             raise _unmatched_error([name], None)
@@ -129,9 +133,9 @@ class TpPlan:
         used: set[str] = set()
         unmatched = []
         for name in names:
-            keys = [rule.key for rule in self._rules_of(name)]
-            used.update(keys)
-            if not keys:
+            found = self._rules_of(name)
+            used.update([rule.key for rule in found])
+            if not found:
                 unmatched.append(name)
         return TpMatch(tuple(key for key in self._rules if key not in used), tuple(unmatched))
 
@@ -155,15 +159,15 @@ class TpPlan:
         if unmatched and self._unmatched == "error":
             raise _unmatched_error(unmatched, path)
 
-    def _rules_of(self, name: str) -> Iterator[_Rule]:
-        """Yield the rules that match, the most exact first."""
-        alike = _NUMBER.sub("*", name)
-        for rule in self._index.get(alike, ()):
-            if rule.matches(name):
-                yield rule
-        for rule in self._index.get(alike.rpartition(".")[0], ()):
-            if rule.matches(name.rpartition(".")[0]):
-                yield rule
+    def _rules_of(self, name: str) -> tuple[_Rule, ...]:
+        """Return the rules that match, the most exact first."""
+        alike = self._alike(name)
+        module = alike.rpartition(".")[0]
+        found = self._index.get(alike, ()) + self._index.get(module, ())
+        if self._has_numbers and found:
+            names = (name, name.rpartition(".")[0])
+            return tuple(rule for rule in found if rule.pattern is None or any(map(rule.pattern.fullmatch, names)))
+        return found
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"a TpPlan does not change: cannot set {name!r}")
@@ -227,14 +231,24 @@ def _check_conflicts(rules: Mapping[str, str | Placement]) -> None:
             raise ValueError(f"tp_plan: {key!r} and {other!r} mean the same names but differ; keep one of them")
 
 
-def _indexed(rules: Mapping[str, str | Placement]) -> Mapping[str, tuple[_Rule, ...]]:
-    """Return the rules by the names they match, with ``*`` for each number; the most exact first."""
+def _without_numbers(name: str) -> str:
+    """Return a name with ``*`` for each number that is a layer's or an expert's: ``w1`` stays."""
+    return ".".join(["*" if part.isdecimal() else part for part in name.split(".")])
+
+
+def _without_digits(name: str) -> str:
+    """Return a name with ``*`` for each number, as transformers did before 5: ``w*`` was how to say ``w1``."""
+    return _DIGITS.sub("*", name)
+
+
+def _indexed(rules: Mapping[str, str | Placement], alike_of: Callable[[str], str]) -> Mapping[str, tuple[_Rule, ...]]:
+    """Return the rules by the names they match, with ``*`` for numbers; the most exact first."""
     ranked: dict[str, list[tuple[tuple[int, bool, str], _Rule]]] = {}
     for key, value in rules.items():
-        spellings = {key, _PREFIX + key, key.removeprefix(_PREFIX)} - {""}
-        for spelling in spellings:
-            alike = _NUMBER.sub("*", spelling)
-            pattern = None if alike == spelling else re.compile("[0-9]+".join(map(re.escape, spelling.split("*"))))
+        for spelling in {key, _PREFIX + key, key.removeprefix(_PREFIX)} - {""}:
+            alike = alike_of(spelling)
+            literals = map(re.escape, spelling.split("*"))
+            pattern = None if alike == spelling else re.compile(r"\d+".join(literals))
             order = (spelling.count("*"), spelling != key, key)
             ranked.setdefault(alike, []).append((order, _Rule(key, value, pattern)))
     return {

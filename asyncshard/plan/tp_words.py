@@ -7,7 +7,9 @@ nothing to a loader: ``colwise`` and ``colwise_gather_output`` place the same by
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from reprlib import repr as short_repr
+from types import MappingProxyType
 
 from asyncshard.errors import CheckpointError
 from asyncshard.plan.placements import PackedShard, Placement, Replicate, Shard
@@ -87,10 +89,9 @@ def placement_of_word(word: str, name: str, shape: tuple[int, ...]) -> Placement
     CheckpointError
         The dimension that packs two tensors has an odd size.
     """
-    if word in _COLWISE:
-        return _COLWISE_BY_NDIM[min(len(shape), 2)]
-    if word in _ROWWISE:
-        return _ROWWISE_BY_NDIM[min(len(shape), 2)]
+    by_ndim = _BY_NDIM.get(word)
+    if by_ndim is not None:
+        return by_ndim[min(len(shape), 2)]
     if word in _PACKED_COLWISE and shape:
         return _halves(word, name, shape, -2 if len(shape) > 1 else 0)
     if word in _PACKED_ROWWISE and len(shape) > 1:
@@ -99,8 +100,14 @@ def placement_of_word(word: str, name: str, shape: tuple[int, ...]) -> Placement
 
 
 _WHOLE = Replicate()
-_COLWISE_BY_NDIM = (_WHOLE, Shard(0), Shard(-2))
-_ROWWISE_BY_NDIM = (_WHOLE, _WHOLE, Shard(-1))
+_BY_NDIM: Mapping[str, tuple[Placement, Placement, Placement]] = MappingProxyType(
+    {
+        **dict.fromkeys(_COLWISE, (_WHOLE, Shard(0), Shard(-2))),
+        **dict.fromkeys(_ROWWISE, (_WHOLE, _WHOLE, Shard(-1))),
+        **dict.fromkeys(_REPLICATING, (_WHOLE, _WHOLE, _WHOLE)),
+    }
+)
+"""The placement of a scalar, of a bias, and of a weight."""
 
 
 def _halves(word: str, name: str, shape: tuple[int, ...], dim: int) -> PackedShard:

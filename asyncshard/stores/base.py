@@ -10,7 +10,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Self
 
+import numpy as np
+from numpy.typing import NDArray
+
 from asyncshard.errors import FormatError
+from asyncshard.stores.ranges import Scratch, read_ranges
+from asyncshard.stores.threads import DaemonThreads
 
 
 class ObjectMeta(NamedTuple):
@@ -53,7 +58,9 @@ class Store(ABC):
     prefetch_count: int = 8
     """Read items ahead of the consumer."""
     max_gap_bytes: int = 0
-    """Unwanted bytes between two wanted tensors that are rather read than left out."""
+    """Unwanted bytes between two wanted tensors, or slices of them, that are rather read than left out."""
+    has_own_scratch: bool = False
+    """Whether `read_ranges` leaves the scratch that it is given alone."""
 
     async def __aenter__(self) -> Self:
         return self
@@ -107,6 +114,51 @@ class Store(ABC):
             The object is not the one that was opened.
         TruncatedError, StoreError
         """
+
+    async def read_ranges(
+        self,
+        meta: ObjectMeta,
+        offsets: NDArray[np.int64],
+        lengths: NDArray[np.int64],
+        buffers: Sequence[memoryview],
+        *,
+        max_gap: int | None = None,
+        scratch: Scratch | None = None,
+    ) -> None:
+        """Fill `buffers`, one after the other, with byte ranges of an object, one after the other.
+
+        All of it or an error; when this returns or raises, cancelled or not, nothing writes into the buffers any more.
+
+        Parameters
+        ----------
+        offsets, lengths : arrays of int64
+            The ranges: ascending, no two overlap, none is empty. Together they have as many bytes as the buffers.
+        max_gap : int, optional
+            Ranges at most as many bytes apart are read together with what lies between; by default `max_gap_bytes`.
+        scratch : Scratch, optional
+            Memory for that; by default its own, of 16 MiB at most, for this call.
+
+        Raises
+        ------
+        ObjectChangedError, TruncatedError, StoreError
+        """
+        if not len(offsets):
+            return
+        if scratch is None:
+            threads = DaemonThreads(1, "asyncshard-gather")
+            try:
+                await self.read_ranges(meta, offsets, lengths, buffers, max_gap=max_gap, scratch=Scratch(threads))
+            finally:
+                await threads.aclose()
+            return
+        await read_ranges(
+            lambda start, memory: self.read_into(meta, start, memory),
+            offsets,
+            lengths,
+            buffers,
+            max_gap=self.max_gap_bytes if max_gap is None else max_gap,
+            scratch=scratch,
+        )
 
     async def read(self, name: str, *, max_bytes: int | None = None) -> bytes:
         """Read a small object whole.

@@ -10,16 +10,21 @@ import asyncio
 import errno
 import os
 from collections.abc import Sequence
+from typing import NoReturn
 
 import aiofiles
+import numpy as np
+from numpy.typing import NDArray
 
-from asyncshard._core import StopFlag, read_vectors
+from asyncshard._core import StopFlag, read_ranges, read_vectors
 from asyncshard.errors import TruncatedError
 from asyncshard.stores import files
 from asyncshard.stores.base import Listing, ObjectMeta, Store, require_small
+from asyncshard.stores.ranges import Scratch
 from asyncshard.stores.threads import DaemonThreads, finish
 
 DEFAULT_MAX_WORKERS = 2
+DEFAULT_MAX_GAP_BYTES = 8 << 10
 _MAX_OPEN_FILES = 8
 
 
@@ -36,7 +41,12 @@ class LocalStore(Store):
         Whether the kernel keeps what was read in its page cache. "drop" suits weights larger than memory.
     allow_symlinks : bool
         Whether links among the files may lead outside the directory.
+    max_gap_bytes : int
+        Unwanted bytes between two wanted tensors, or slices of them, that are rather read than left out. As many are
+        copied out of the page cache in the time of a system call.
     """
+
+    has_own_scratch = True
 
     def __init__(
         self,
@@ -45,11 +55,15 @@ class LocalStore(Store):
         max_workers: int | None = None,
         page_cache: str = "keep",
         allow_symlinks: bool = False,
+        max_gap_bytes: int = DEFAULT_MAX_GAP_BYTES,
     ) -> None:
         if page_cache not in ("keep", "drop"):
             raise ValueError(f'page_cache must be "keep" or "drop", not {page_cache!r}')
         if page_cache == "drop" and not hasattr(os, "posix_fadvise"):
             raise ValueError('page_cache="drop" needs posix_fadvise, which this system does not have')
+        if max_gap_bytes < 0:
+            raise ValueError(f"max_gap_bytes must be 0 or more, not {max_gap_bytes}")
+        self.max_gap_bytes = max_gap_bytes
         self.url = os.path.abspath(path)
         self._root = self.url
         self._drops_cache = page_cache == "drop"
@@ -127,22 +141,50 @@ class LocalStore(Store):
             if self._drops_cache:
                 os.posix_fadvise(fd, start, count, os.POSIX_FADV_DONTNEED)
 
+    async def read_ranges(
+        self,
+        meta: ObjectMeta,
+        offsets: NDArray[np.int64],
+        lengths: NDArray[np.int64],
+        buffers: Sequence[memoryview],
+        *,
+        max_gap: int | None = None,
+        scratch: Scratch | None = None,
+    ) -> None:
+        if not len(offsets):
+            return
+        stop = StopFlag()
+        gap = self.max_gap_bytes if max_gap is None else max_gap
+        await self._threads.run(self._read_ranges, meta, offsets, lengths, buffers, gap, stop, on_cancel=stop.set)
+
+    def _read_ranges(
+        self,
+        meta: ObjectMeta,
+        offsets: NDArray[np.int64],
+        lengths: NDArray[np.int64],
+        buffers: Sequence[memoryview],
+        max_gap: int,
+        stop: StopFlag,
+    ) -> None:
+        path = self.path_of(meta.name)
+        with self._files.borrow(path, meta.version) as fd:
+            count, number = read_ranges(fd, offsets, lengths, buffers, max_gap, stop)
+            if number or (count < lengths.sum() and not stop.is_set()):
+                done = np.cumsum(lengths)
+                index = int(np.searchsorted(done, count, side="right"))
+                start, end = int(offsets[index]), int(offsets[index] + lengths[index])
+                _raise_short(path, start, end, count - int(done[index] - lengths[index]), number)
+            files.require_unchanged(fd, path, meta.version)
+            if self._drops_cache:
+                first = int(offsets[0])
+                os.posix_fadvise(fd, first, int(offsets[-1] + lengths[-1]) - first, os.POSIX_FADV_DONTNEED)
+
     @staticmethod
     def _fill(fd: int, path: str, start: int, buffers: Sequence[memoryview], stop: StopFlag) -> int:
         wanted = sum(buffer.nbytes for buffer in buffers)
         count, number = read_vectors(fd, start, buffers, stop)
-        if number:
-            error = OSError(number, os.strerror(number))
-            raise files.translate(error, path, start=start + count, stop=start + wanted)
-        if count < wanted and not stop.is_set():
-            raise TruncatedError(
-                f"{path}: the file ends at byte {start + count:,}, {wanted - count:,} bytes before the end of the "
-                f"range {start:,}-{start + wanted:,}; it was truncated while it was being loaded",
-                path=path,
-                start=start,
-                stop=start + wanted,
-                errno=errno.ENODATA,
-            )
+        if number or (count < wanted and not stop.is_set()):
+            _raise_short(path, start, start + wanted, count, number)
         return count
 
     async def read(self, name: str, *, max_bytes: int | None = None) -> bytes:
@@ -164,3 +206,17 @@ class LocalStore(Store):
 
 def _open_regular(path: str, flags: int) -> int:
     return files.open_regular(path)
+
+
+def _raise_short(path: str, start: int, stop: int, count: int, number: int) -> NoReturn:
+    """Raise the error for a range of which `count` bytes were read, and then came an errno, or the file's end."""
+    if number:
+        raise files.translate(OSError(number, os.strerror(number)), path, start=start + count, stop=stop)
+    raise TruncatedError(
+        f"{path}: the file ends at byte {start + count:,}, {stop - start - count:,} bytes before the end of the "
+        f"range {start:,}-{stop:,}; it was truncated while it was being loaded",
+        path=path,
+        start=start,
+        stop=stop,
+        errno=errno.ENODATA,
+    )

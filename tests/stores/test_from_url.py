@@ -59,7 +59,9 @@ def test_what_is_no_text_is_an_error(path):
 
 
 def test_an_unknown_storage_option_is_an_error_that_lists_the_known_ones():
-    with pytest.raises(TypeError, match=r"unknown storage option endpoint; this store knows allow_symlinks$"):
+    with pytest.raises(
+        TypeError, match=r"unknown storage option endpoint; this store knows allow_symlinks, max_gap_bytes$"
+    ):
         from_url("/tmp", endpoint="x")
     with pytest.raises(TypeError, match=r"unknown storage options a, b;"):
         from_url("/tmp", b=1, a=2)

@@ -1,0 +1,52 @@
+"""What a load reads, to look at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+
+from asyncshard.pipeline.checkpoint import Checkpoint, Shard
+
+
+@dataclass(frozen=True, slots=True)
+class FilePlan:
+    """What is read of one file."""
+
+    path: str
+    """Its full path or URL."""
+    tensors: int
+    """How many are wanted of it, those that are empty included."""
+    bytes_needed: int
+    """Bytes of these tensors, or of the rank's slices of them."""
+    bytes_read: int
+    """With what lies between slices that are read together, at most; headers are not counted."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadPlan:
+    """What is read of a checkpoint."""
+
+    files: tuple[FilePlan, ...]
+    """In delivery order; files of which nothing is wanted are left out."""
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, max_gap: int) -> Self:
+        return cls(tuple(_file_plan(shard, max_gap) for shard in checkpoint.shards))
+
+    @property
+    def tensors(self) -> int:
+        return sum(file.tensors for file in self.files)
+
+    @property
+    def bytes_needed(self) -> int:
+        return sum(file.bytes_needed for file in self.files)
+
+    @property
+    def bytes_read(self) -> int:
+        return sum(file.bytes_read for file in self.files)
+
+
+def _file_plan(shard: Shard, max_gap: int) -> FilePlan:
+    needed = shard.meta.size - shard.header.size
+    read = needed if shard.part is None else shard.part.bytes_read(max_gap)
+    return FilePlan(shard.path, len(shard.header), needed, read)

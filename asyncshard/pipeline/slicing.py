@@ -1,0 +1,126 @@
+"""Open a checkpoint that was not cut for ranks as if it had been: each shard is the rank's part of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from asyncshard._core import WeightMap
+from asyncshard.errors import CheckpointError
+from asyncshard.pipeline.budget import Account
+from asyncshard.pipeline.checkpoint import Checkpoint, Selection, Shard, find_shards, open_found, require_wanted
+from asyncshard.pipeline.pace import without_hold
+from asyncshard.plan.rank_parts import make_rank_part
+from asyncshard.plan.tp_models import auto_plan
+from asyncshard.plan.tp_plan import TpPlan
+from asyncshard.stores.base import Store
+from asyncshard.stores.ranges import Scratch
+from asyncshard.stores.sliced import SlicedStore, part_meta
+from asyncshard.stores.threads import DaemonThreads
+
+_CONFIG_NAME = "config.json"
+_MAX_CONFIG_BYTES = 1 << 24
+_SHARE = 8
+"""The scratch takes an eighth of the budget at most."""
+_SLABS = 16
+_LEAST_SLABS = 4
+_LEAST_SLAB = 4 << 10
+
+
+async def open_slices(
+    store: Store, selection: Selection, threads: DaemonThreads, account: Account, *, chunk_size: int
+) -> tuple[Store, Checkpoint]:
+    """Do what `open_checkpoint` does, and leave of every shard what is this rank's and wanted.
+
+    Returns the store to read it from, which is open as long as `store` is.
+
+    Raises
+    ------
+    NamesError
+        A rule of the plan matches no tensor, or the filter none.
+    ObjectNotFoundError, CheckpointError, FormatError, BudgetError, StoreError
+    """
+    found = await find_shards(store, selection, threads)
+    plan = await find_plan(store, selection, threads)
+    whole = await open_found(store, found, selection, threads, account)
+    if plan is not None and selection.tp_plan != "auto":
+        names = _names(whole, found.weight_map)
+        await threads.run(lambda: plan.check(names, path=store.url))
+    shards = [await threads.run(slice_shard, shard, selection, plan) for shard in whole.shards]
+    if selection.tensor_filter is not None and found.weight_map is None:
+        wanted = selection.tensor_filter.names
+        missing = [name for name in wanted if not any(name in shard.header for shard in whole.shards)]
+        require_wanted(sum(len(shard.header) for shard in shards), missing, store.url)
+    checkpoint = Checkpoint(tuple(shard for shard in shards if len(shard.header) or shard.part is None))
+    before, after = (sum(shard.nbytes for shard in each.shards) for each in (whole, checkpoint))
+    account.charge_headers(after - before, store.url)
+    return slices_of(store, checkpoint, threads, account, chunk_size=chunk_size)
+
+
+async def find_plan(store: Store, selection: Selection, threads: DaemonThreads) -> TpPlan | None:
+    """Return the plan of a selection: for "auto" the one for the model that config.json describes.
+
+    Raises
+    ------
+    CheckpointError
+        It is not JSON, or there is no plan for such a model.
+    ObjectNotFoundError, AccessDeniedError, StoreError
+    """
+    if selection.tp_plan != "auto":
+        return selection.tp_plan
+    path = store.path_of(_CONFIG_NAME)
+    data = await store.read(_CONFIG_NAME, max_bytes=_MAX_CONFIG_BYTES)
+
+    def parse() -> TpPlan:
+        try:
+            config: Any = json.loads(data)
+        except ValueError as error:
+            raise CheckpointError(f"{path}: this is not JSON: {error}", path=path) from None
+        return auto_plan(config, selection.world_size, path=path)
+
+    return await threads.run(parse)
+
+
+def slice_shard(shard: Shard, selection: Selection, plan: TpPlan | None) -> Shard:
+    """Return a rank's part of a shard, or the shard where that is all of it. Slow: not for the event loop."""
+    part = make_rank_part(
+        shard.header,
+        None if plan is None else plan.placement_of,
+        selection.tensor_filter,
+        rank=selection.rank,
+        world_size=selection.world_size,
+        path=shard.path,
+        paced=without_hold,
+    )
+    return shard if part is None else Shard(part_meta(shard.meta, part), shard.path, part.header, part)
+
+
+def slices_of(
+    store: Store, checkpoint: Checkpoint, threads: DaemonThreads, account: Account, *, chunk_size: int
+) -> tuple[Store, Checkpoint]:
+    """Return the store to read parts from; its scratch is charged like headers, which never wait.
+
+    Raises
+    ------
+    BudgetError
+    """
+    parts = [shard.part for shard in checkpoint.shards if shard.part is not None]
+    is_covering = any(part.bytes_read(store.max_gap_bytes) > part.bytes_needed for part in parts)
+    if store.has_own_scratch or not is_covering:
+        return SlicedStore(store, threads, Scratch(threads, chunk_size, 1)), checkpoint
+    total = min(account.budget.nbytes // _SHARE, _SLABS * chunk_size)
+    slab = max(min(chunk_size, total // _LEAST_SLABS), _LEAST_SLAB)
+    slabs = max(total // slab, 1)
+    account.charge_headers(slab * slabs, store.url)
+    return SlicedStore(store, threads, Scratch(threads, slab, slabs)), checkpoint._replace(scratch_bytes=slab * slabs)
+
+
+def _names(checkpoint: Checkpoint, weight_map: WeightMap | None) -> Iterator[str]:
+    """Yield the names of the whole checkpoint, in the files that are not opened too."""
+    if weight_map is not None:
+        for index in without_hold(range(len(weight_map))):
+            yield weight_map.entry(index)[0]
+        return
+    for shard in checkpoint.shards:
+        yield from without_hold(shard.header)

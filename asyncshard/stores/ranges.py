@@ -1,0 +1,143 @@
+"""Many byte ranges of an object, read through any store that reads one.
+
+Ranges that lie near each other are read together, with what lies between them, into scratch memory; what is wanted is
+copied out of it. A range alone is read straight to where it belongs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator, Sequence
+from contextlib import asynccontextmanager
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from asyncshard._core import gather_runs
+from asyncshard.stores.threads import DaemonThreads, all_of
+
+Offsets = NDArray[np.int64]
+ReadInto = Callable[[int, Sequence[memoryview]], Awaitable[None]]
+"""Fills buffers from an offset of the object on."""
+
+_GROUPS_AT_ONCE = 32
+_SLAB_BYTES = 4 << 20
+_SLABS = 4
+_LARGE_COPY = 1 << 18
+"""From as many bytes on a copy is a thread's work."""
+
+
+class Scratch:
+    """Slabs of memory for reads that cover several ranges. It belongs to the event loop in which it is first used.
+
+    Parameters
+    ----------
+    threads : DaemonThreads
+        In which what is wanted is copied out of them.
+    slab_bytes : int
+        Of one slab, and so of one such read at most.
+    slabs : int
+        How many there are; whoever finds none free waits for one.
+    """
+
+    def __init__(self, threads: DaemonThreads, slab_bytes: int = _SLAB_BYTES, slabs: int = _SLABS) -> None:
+        self.slab_bytes = slab_bytes
+        self._threads = threads
+        self._free: list[bytearray] = []
+        self._semaphore = asyncio.Semaphore(slabs)
+
+    @asynccontextmanager
+    async def slab(self) -> AsyncIterator[memoryview]:
+        """Lend a slab. A borrower waits for nobody else who waits for one."""
+        async with self._semaphore:
+            slab = self._free.pop() if self._free else bytearray(self.slab_bytes)
+            try:
+                yield memoryview(slab)
+            finally:
+                self._free.append(slab)
+
+    async def gather(
+        self, source: memoryview, offsets: Offsets, lengths: Offsets, buffers: Sequence[memoryview]
+    ) -> None:
+        """Fill buffers with pieces of a slab."""
+        if source.nbytes < _LARGE_COPY:
+            gather_runs(source, offsets, lengths, buffers)
+        else:
+            await self._threads.run(gather_runs, source, offsets, lengths, buffers)
+
+
+class _Group(NamedTuple):
+    """Ranges that are read together, and where they go."""
+
+    first: int
+    last: int
+    buffers: list[memoryview]
+
+
+async def read_ranges(
+    read_into: ReadInto,
+    offsets: Offsets,
+    lengths: Offsets,
+    buffers: Sequence[memoryview],
+    *,
+    max_gap: int,
+    scratch: Scratch,
+) -> None:
+    """Fill `buffers`, one after the other, with ranges of an object, several reads in flight at once.
+
+    All or an error; nothing writes into the buffers after this has returned or raised.
+    """
+    groups = _groups(offsets, lengths, buffers, max_gap=max_gap, max_bytes=scratch.slab_bytes)
+
+    async def work() -> None:
+        for group in groups:
+            await _read_group(read_into, offsets[group.first : group.last], lengths, group, scratch)
+
+    count = min(_GROUPS_AT_ONCE, len(offsets))
+    await all_of([asyncio.ensure_future(work()) for _ in range(count)])
+
+
+async def _read_group(read_into: ReadInto, offsets: Offsets, lengths: Offsets, group: _Group, scratch: Scratch) -> None:
+    start = int(offsets[0])
+    if len(offsets) == 1:
+        await read_into(start, group.buffers)
+        return
+    stop = int(offsets[-1] + lengths[group.last - 1])
+    async with scratch.slab() as slab:
+        cover = slab[: stop - start]
+        await read_into(start, [cover])
+        await scratch.gather(cover, offsets - start, lengths[group.first : group.last], group.buffers)
+
+
+def _groups(
+    offsets: Offsets, lengths: Offsets, buffers: Sequence[memoryview], *, max_gap: int, max_bytes: int
+) -> Iterator[_Group]:
+    cut = cutter(buffers)
+    next(cut)
+    ends = offsets + lengths
+    # The indexes at which a new group begins because of what lies before.
+    far = np.flatnonzero(np.concatenate([offsets[1:] - ends[:-1] > max_gap, [True]])) + 1
+    first = 0
+    while first < len(offsets):
+        last = int(far[np.searchsorted(far, first, side="right")])
+        last = min(last, int(np.searchsorted(ends, offsets[first] + max_bytes, side="right")))
+        last = max(last, first + 1)
+        yield _Group(first, last, cut.send(int(lengths[first:last].sum())))
+        first = last
+
+
+def cutter(buffers: Sequence[memoryview]) -> Generator[list[memoryview], int, None]:
+    """Return a generator that is sent numbers, and gives the memory of as many next bytes; call `next` on it first."""
+    nbytes = yield []
+    pieces: list[memoryview] = []
+    for buffer in buffers:
+        octets = buffer.cast("B")
+        while len(octets) >= nbytes:
+            pieces.append(octets[:nbytes])
+            octets = octets[nbytes:]
+            nbytes = yield pieces
+            pieces = []
+        if len(octets):
+            pieces.append(octets)
+            nbytes -= len(octets)

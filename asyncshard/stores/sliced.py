@@ -1,0 +1,100 @@
+"""Parts of files as if they were files: what a rank has of a checkpoint that was not cut for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from asyncshard.plan.rank_parts import RankPart
+from asyncshard.stores.base import Listing, ObjectMeta, Store
+from asyncshard.stores.ranges import Scratch, cutter
+from asyncshard.stores.threads import DaemonThreads
+
+_MAX_RANGES = 1 << 15
+"""Listed at once: they take 16 bytes each, and several times that while they are found."""
+_FEW_RANGES = 512
+"""As many are listed on the event loop."""
+
+
+class SlicedVersion(NamedTuple):
+    """What stands behind a part: the `ObjectMeta.version` of it."""
+
+    whole: ObjectMeta
+    """The real object."""
+    part: RankPart
+
+
+def part_meta(whole: ObjectMeta, part: RankPart) -> ObjectMeta:
+    """Return what a part of an object is called and pinned by."""
+    return ObjectMeta(whole.name, part.header.file_size, SlicedVersion(whole, part))
+
+
+class SlicedStore(Store):
+    """Reads parts of another store's objects; objects that are no parts pass through. Closing it leaves that open.
+
+    Parameters
+    ----------
+    store : Store
+    threads : DaemonThreads
+        For long lists of ranges.
+    scratch : Scratch
+        For reads that cover several ranges.
+    """
+
+    def __init__(self, store: Store, threads: DaemonThreads, scratch: Scratch) -> None:
+        self.store = store
+        self.url = store.url
+        self.chunk_size = store.chunk_size
+        self.prefetch_count = store.prefetch_count
+        self.max_gap_bytes = store.max_gap_bytes
+        self._threads = threads
+        self._scratch = scratch
+
+    @property
+    def retries(self) -> int:  # type: ignore[override]
+        return self.store.retries
+
+    @property
+    def verified(self) -> tuple[str, ...]:  # type: ignore[override]
+        return self.store.verified
+
+    @property
+    def unverified(self) -> tuple[str, ...]:  # type: ignore[override]
+        return self.store.unverified
+
+    def path_of(self, name: str) -> str:
+        return self.store.path_of(name)
+
+    def fingerprint(self, meta: ObjectMeta) -> str | None:
+        # The slices belong to it: two ranks' parts of one file are not the same.
+        if not isinstance(meta.version, SlicedVersion):
+            return self.store.fingerprint(meta)
+        whole = self.store.fingerprint(meta.version.whole)
+        return None if whole is None else f"{whole} sliced:{meta.version.part.digest}"
+
+    async def list(self) -> Listing:
+        return await self.store.list()
+
+    async def open(self, name: str, nbytes: int) -> tuple[ObjectMeta, bytes]:
+        return await self.store.open(name, nbytes)
+
+    async def read(self, name: str, *, max_bytes: int | None = None) -> bytes:
+        return await self.store.read(name, max_bytes=max_bytes)
+
+    async def read_into(self, meta: ObjectMeta, start: int, buffers: Sequence[memoryview]) -> None:
+        if not isinstance(meta.version, SlicedVersion):
+            await self.store.read_into(meta, start, buffers)
+            return
+        part = meta.version.part
+        stop = start + sum(buffer.nbytes for buffer in buffers)
+        cut = cutter(buffers)
+        next(cut)
+        for first, last in part.batches(start, stop, _MAX_RANGES):
+            ranges: Any
+            if part.count(first, last) > _FEW_RANGES:
+                ranges = await self._threads.run(part.ranges, first, last)
+            else:
+                ranges = part.ranges(first, last)
+            await self.store.read_ranges(
+                meta.version.whole, ranges.offsets, ranges.lengths, cut.send(last - first), scratch=self._scratch
+            )
