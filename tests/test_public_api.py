@@ -53,6 +53,7 @@ def test_the_names_of_the_public_api_are_there() -> None:
         "load",
         "parse_header",
         "read_header",
+        "reshard",
         "save_sharded_state",
         "stream",
         "validate_shard_shapes",
@@ -167,6 +168,7 @@ SIGNATURES: dict[str, tuple[Any, list[tuple[str, str, Any]]]] = {
     "Update.apply": (asyncshard.Update.apply, []),
     "CheckpointVersion.parse": (asyncshard.CheckpointVersion.parse, [("text", BOTH, "required")]),
     "check_checkpoint": (asyncshard.check_checkpoint, [("path", BOTH, "required")]),
+    "reshard": (asyncshard.reshard, [("source", BOTH, "required"), ("target", BOTH, "required")]),
     "read_header": (asyncshard.read_header, [("path", BOTH, "required")]),
     "parse_header": (asyncshard.parse_header, [("data", BOTH, "required"), ("file_size", BOTH, None)]),
     "load": (asyncshard.load, [("path", BOTH, "required"), ("options", ANY, "required")]),
@@ -191,6 +193,7 @@ def test_signatures_are_kept(name: str) -> None:
         asyncshard.check_checkpoint,
         asyncshard.load,
         asyncshard.read_header,
+        asyncshard.reshard,
         asyncshard.save_sharded_state,
         asyncshard.ShardedStateLoader.load_weights,
         asyncshard.ShardedStateLoader.discover_shards,
@@ -314,6 +317,7 @@ BUILT_INS = {
     errors.StreamClosedError: RuntimeError,
     errors.StoreError: OSError,
     errors.ObjectNotFoundError: FileNotFoundError,
+    errors.TargetExistsError: FileExistsError,
     errors.AccessDeniedError: PermissionError,
     errors.NotRegularFileError: OSError,
     errors.ObjectChangedError: OSError,
@@ -410,6 +414,10 @@ def cause(kind: Any, path: Path) -> Any:
         return asyncshard.load(path)
     if kind is errors.ObjectNotFoundError:
         return asyncshard.load(path)
+    if kind is errors.TargetExistsError:
+        path.mkdir()
+        (path / "notes").write_bytes(b"")
+        return asyncshard.reshard(path.parent, path, world_size=1)
     if kind is errors.NotRegularFileError:
         os.mkfifo(path)
         return asyncshard.load(path)

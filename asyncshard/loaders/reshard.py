@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -14,33 +13,32 @@ from urllib.parse import unquote, urlsplit
 import numpy as np
 
 from asyncshard._core import StopFlag
-from asyncshard.errors import CheckpointError, FormatError
+from asyncshard.errors import CheckpointError
 from asyncshard.format.pattern import ShardPattern
 from asyncshard.loaders.files import ModelPath, open_store
 from asyncshard.loaders.options import Options, require_int
 from asyncshard.pipeline.budget import Account, MemoryBudget
-from asyncshard.pipeline.checkpoint import Checkpoint
+from asyncshard.pipeline.checkpoint import Checkpoint, Selection
 from asyncshard.pipeline.free_memory import default_budget_mb
+from asyncshard.pipeline.pace import without_hold
 from asyncshard.pipeline.reshard import Copy
 from asyncshard.pipeline.reshard_beside import beside, copy_beside
 from asyncshard.pipeline.reshard_copies import Comparison, compare_digests
 from asyncshard.pipeline.reshard_jobs import run_all
 from asyncshard.pipeline.reshard_plan import TargetPlan, plan_target
 from asyncshard.pipeline.reshard_reads import BlockReader, Room, take_rooms
-from asyncshard.pipeline.reshard_source import Faults, Source, join_source, open_source
+from asyncshard.pipeline.reshard_source import Faults, PlaceTensor, Source, has_placements, join_source, open_source
 from asyncshard.pipeline.reshard_target import Target, index_text
-from asyncshard.plan.completeness import CONFIG_NAME
+from asyncshard.pipeline.slicing import find_plan
 from asyncshard.plan.layout import INDEX_NAME, SINGLE_NAME
 from asyncshard.plan.survey import Survey, survey_names
-from asyncshard.plan.tp_models import auto_plan
 from asyncshard.plan.tp_plan import TpPlan
-from asyncshard.stores import Listing, Store
+from asyncshard.stores import Store
 from asyncshard.stores.threads import DaemonThreads, finish
 
 DEFAULT_MAX_SHARD_SIZE = 5 * 10**9
 _WRITERS = 3
 _BLOCK_BYTES = 8 << 20
-_MAX_CONFIG_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,11 +204,10 @@ class _Run:
         self._wanted = wanted
         self._threads = threads
         self._account = account
-        self._config: Mapping[str, Any] | None = None
 
     async def run(self) -> ReshardReport:
         names, source = await self._open()
-        plan = await self._threads.run(self._plan, source)
+        plan = await self._plan(source)
         self._account.charge_headers(source.side.nbytes + plan.nbytes, self._store.url)
         rooms = await take_rooms(self._account, self._wanted.chunk_size or min(self._store.chunk_size, _BLOCK_BYTES))
         reader = BlockReader(self._store, source.shards, self._threads)
@@ -244,60 +241,44 @@ class _Run:
             return survey_names(listing.names, path=url, is_file=listing.is_file), None  # the pattern is the target's
 
         survey, found = await self._threads.run(look)
-        if self._wanted.tp_plan == "auto":
-            self._config = await self._read_config(listing)
         checkpoints = await open_source(self._store, survey, found, self._threads, self._account)
-        source = await self._threads.run(self._join, checkpoints, survey.kind == "ranks")
+        source = await self._join(checkpoints, is_ranks=survey.kind == "ranks")
         return (() if listing.is_file else listing.names), source
 
-    async def _read_config(self, listing: Listing) -> Mapping[str, Any]:
-        path = self._store.path_of(CONFIG_NAME)
-        if listing.is_file or CONFIG_NAME not in listing.names:
-            raise CheckpointError(
-                f"{self._store.url}: tp_plan='auto' needs the checkpoint's {CONFIG_NAME}, which is not there; pass a "
-                "plan of rules",
-                path=self._store.url,
-            )
-        text = await self._store.read(CONFIG_NAME, max_bytes=_MAX_CONFIG_BYTES)
-        try:
-            config = await self._threads.run(json.loads, text)
-        except (ValueError, RecursionError) as error:
-            raise FormatError(f"{path}: this is no JSON ({error}); fetch it again", path=path) from error
-        if not isinstance(config, dict):
-            raise FormatError(f"{path}: this is no JSON object; fetch it again", path=path)
-        return config
+    async def _join(self, checkpoints: Sequence[Checkpoint], *, is_ranks: bool) -> Source:
+        url, plan = self._store.url, self._wanted.tp_plan
+        if isinstance(plan, TpPlan):
+            names = without_hold([name for shard in checkpoints[0].shards for name in shard.header])
+            await self._threads.run(lambda: plan.check(names, path=url))
+        place = None
+        if is_ranks and not has_placements(checkpoints[0]):
+            place = await self._find_plan(len(checkpoints))
+        return await self._threads.run(lambda: join_source(checkpoints, place, path=url, is_ranks=is_ranks))
 
-    def _tp_plan(self, world_size: int) -> TpPlan | None:
-        if self._config is not None:
-            return auto_plan(self._config, world_size)
-        return self._wanted.tp_plan if isinstance(self._wanted.tp_plan, TpPlan) else None
-
-    def _join(self, checkpoints: Sequence[Checkpoint], is_ranks: bool) -> Source:
-        url = self._store.url
-        plan = self._tp_plan(len(checkpoints))
-        if isinstance(self._wanted.tp_plan, TpPlan):
-            names = (name for shard in checkpoints[0].shards for name in shard.header)
-            self._wanted.tp_plan.check(names, path=url)
-        place = plan.placement_of if plan is not None and is_ranks else None
-        return join_source(checkpoints, place, path=url, is_ranks=is_ranks)
-
-    def _plan(self, source: Source) -> TargetPlan:
+    async def _plan(self, source: Source) -> TargetPlan:
         wanted, url = self._wanted, self._store.url
-        tp_plan = self._tp_plan(wanted.world_size) if wanted.is_ranks else None
-        if tp_plan is None and wanted.world_size > 1 and source.side.world_size == 1 and not source.has_placements:
+        place = await self._find_plan(wanted.world_size) if wanted.is_ranks else None
+        if place is None and wanted.world_size > 1 and not source.is_ranks:
             raise CheckpointError(
                 f"{url}: how its tensors are to be divided among {wanted.world_size} ranks is not known: pass a "
                 "tp_plan, or tp_plan='auto' for the models that it knows",
                 path=url,
             )
-        return plan_target(
-            source,
-            None if tp_plan is None else tp_plan.placement_of,
-            world_size=wanted.world_size,
-            max_shard_size=wanted.max_shard_size,
-            pattern=(wanted.pattern or ShardPattern()) if wanted.is_ranks else None,
-            path=url,
+        return await self._threads.run(
+            lambda: plan_target(
+                source,
+                place,
+                world_size=wanted.world_size,
+                max_shard_size=wanted.max_shard_size,
+                pattern=(wanted.pattern or ShardPattern()) if wanted.is_ranks else None,
+                path=url,
+            )
         )
+
+    async def _find_plan(self, world_size: int) -> PlaceTensor | None:
+        selection = Selection(tp_plan=self._wanted.tp_plan, world_size=world_size)
+        plan = await find_plan(self._store, selection, self._threads)
+        return None if plan is None else plan.placement_of
 
     async def _compare(self, source: Source, reader: BlockReader, rooms: Sequence[Room]) -> int:
         """Check that what several ranks hold alike is alike; return the bytes that were read for it."""

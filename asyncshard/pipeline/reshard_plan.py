@@ -13,6 +13,7 @@ from asyncshard.errors import CheckpointError
 from asyncshard.format.dtypes import DTYPES
 from asyncshard.format.header import format_header
 from asyncshard.format.pattern import ShardPattern
+from asyncshard.pipeline.pace import without_hold
 from asyncshard.pipeline.reshard_source import Faults, PlaceTensor, Source
 from asyncshard.plan.blocks import Side
 from asyncshard.plan.divisions import Division, divide, fitted
@@ -58,7 +59,7 @@ class TargetPlan(NamedTuple):
         return format_header(self._entries(file.rank, file.tensors), metadata)
 
     def _entries(self, rank: int, tensors: NDArray[np.int64]) -> Iterator[tuple[str, str, tuple[int, ...], int]]:
-        for tensor in tensors.tolist():
+        for tensor in without_hold(tensors.tolist()):
             which = self.which[tensor]
             piece = self.divisions[which].slices[rank]
             yield self.source.tensors.name(tensor), DTYPES[self.codes[which]].name, piece.shape, piece.nbytes
@@ -103,7 +104,7 @@ def plan_target(
     placements: list[Placement] = []
     codes: list[int] = []
     which = np.empty(len(source.side.which), np.int32)
-    for tensor, old in enumerate(source.side.which.tolist()):
+    for tensor, old in enumerate(without_hold(source.side.which.tolist())):
         name = source.tensors.name(tensor)
         try:
             if pattern is None:

@@ -17,6 +17,7 @@ from asyncshard.format.dtypes import DTYPES
 from asyncshard.format.pattern import ShardPattern
 from asyncshard.pipeline.budget import Account
 from asyncshard.pipeline.checkpoint import Checkpoint, Selection, Shard, open_checkpoint
+from asyncshard.pipeline.pace import without_hold
 from asyncshard.pipeline.reshard_jobs import run_all
 from asyncshard.plan.blocks import Side
 from asyncshard.plan.divisions import Division, Shape, divide, fitted, whole_shape
@@ -67,8 +68,8 @@ class Source(NamedTuple):
     """The dtype, for each division."""
     metadata: dict[str, str]
     """What all files say, but for the keys that are ours."""
-    has_placements: bool
-    """Whether the files say how they are divided."""
+    is_ranks: bool
+    """Whether it is of rank shards, be it of one rank."""
     rank_rows: Numbers
     """For each rank, the row of each tensor in its shard."""
 
@@ -169,7 +170,8 @@ def join_source(checkpoints: Sequence[Checkpoint], place: PlaceTensor | None, *,
             path=path,
         )
     divider = _Divider(shards, files, rows, written, place, faults)
-    which = np.array([divider.find(tensor, tensors.name(tensor)) for tensor in range(len(tensors.rows))], np.int32)
+    count = len(tensors.rows)
+    which = np.fromiter((divider.find(each, tensors.name(each)) for each in without_hold(range(count))), np.int32)
     faults.require_none()
     tables = [shard.header.table for shard in shards]
     starts = np.empty(files.shape, np.int64)
@@ -185,9 +187,14 @@ def join_source(checkpoints: Sequence[Checkpoint], place: PlaceTensor | None, *,
         tuple(divider.shapes),
         tuple(divider.codes),
         _merged_metadata(shards),
-        written is not None,
+        is_ranks,
         rows,
     )
+
+
+def has_placements(checkpoint: Checkpoint) -> bool:
+    """Return whether a rank's files say how they are divided."""
+    return any(PLACEMENT_KEY in shard.header.metadata for shard in checkpoint.shards)
 
 
 def _list_tensors(checkpoint: Checkpoint) -> Tensors:
@@ -208,7 +215,7 @@ def _match(checkpoints: Sequence[Checkpoint], tensors: Tensors, faults: Faults) 
         tables = [shard.header.table for shard in checkpoint.shards]
         number = 0
         missing = 0
-        for tensor in range(count):
+        for tensor in without_hold(range(count)):
             name = tensors.name(tensor)
             row = tables[number].find(name)  # most are in the file that the one before them was in
             if row < 0:
