@@ -65,7 +65,8 @@ class Copy:
         while (block := await planning.run(next, blocks, None)) is not None:
             await self._reader.read(await planning.run(self._reads, block), room.memory, room.staging)
             self.bytes_read += block.nbytes
-            self.bytes_written += await self._threads.run(self._write, block, room, stop, on_cancel=stop.set)
+            written = await self._threads.run(self._write, block, room, stop, on_cancel=stop.set)
+            self.bytes_written += written
 
     def _reads(self, block: Block) -> list[Moves]:
         side = self._source
