@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -24,6 +25,8 @@ _IN_FLIGHT = 6
 _PAGE = 4096
 _READS_AT_ONCE = 8
 """Of one block."""
+_MAX_GAP = 64 << 10
+"""Bytes between two pieces that are rather read than left out: a read costs as much as so many."""
 
 
 class Room(NamedTuple):
@@ -62,6 +65,16 @@ def _array(lease: Lease) -> Bytes:
     return np.frombuffer(memoryview(lease), np.uint8)
 
 
+@dataclass(slots=True)
+class _Read:
+    """One read, of several extents that are near each other."""
+
+    file: int
+    start: int
+    stop: int
+    views: list[memoryview]
+
+
 class BlockReader:
     """Reads what ranks have of a block."""
 
@@ -69,10 +82,12 @@ class BlockReader:
         self._store = store
         self._shards = shards
         self._threads = threads
+        self._gap = memoryview(bytearray(_MAX_GAP))
+        """Where bytes go that nobody wants, of all reads."""
 
     async def read(self, ranks: Sequence[Moves], memory: Bytes, staging: Bytes | None) -> None:
         """Fill the memory of a block; without `staging`, each run is read into its place."""
-        reads: list[tuple[int, int, list[memoryview]]] = []
+        reads: list[_Read] = []
         scattered: list[tuple[Moves, Bytes]] = []
         used = 0
         for moves in ranks:
@@ -81,17 +96,24 @@ class BlockReader:
                 own = staging[used : used + moves.nbytes]
                 used += moves.nbytes
                 scattered.append((moves, own))
-            for extent, views in views_of(moves, memory, own):
-                reads.append((extent.file, extent.start, views))
+            self._add_reads(reads, moves, memory, own)
         read_into, shards = self._store.read_into, self._shards
-        if len(reads) == 1:
-            ((file, start, views),) = reads
-            await read_into(shards[file].meta, start, views)
-        else:
-            jobs = (read_into(shards[file].meta, start, views) for file, start, views in reads)
-            await run_all(min(_READS_AT_ONCE, len(reads)), jobs)
+        jobs = (read_into(shards[read.file].meta, read.start, read.views) for read in reads)
+        await run_all(min(_READS_AT_ONCE, len(reads)), jobs)
         if scattered:
             await self._threads.run(_scatter, scattered, memory)
+
+    def _add_reads(self, reads: list[_Read], moves: Moves, memory: Bytes, gathered: Bytes | None) -> None:
+        for extent, views in views_of(moves, memory, gathered):
+            nbytes = sum(map(len, views))
+            last = reads[-1] if reads else None
+            if last is None or last.file != extent.file or not 0 <= extent.start - last.stop <= len(self._gap):
+                last = _Read(extent.file, extent.start, extent.start, [])
+                reads.append(last)
+            elif extent.start > last.stop:
+                last.views.append(self._gap[: extent.start - last.stop])
+            last.views += views
+            last.stop = extent.start + nbytes
 
 
 def views_of(moves: Moves, memory: Bytes, gathered: Bytes | None) -> list[tuple[Extent, list[memoryview]]]:

@@ -24,8 +24,9 @@ _GRAIN = 4096
 _LONG_RUN = 32 << 10
 """Runs of so many bytes on the average are moved without a copy in between: a system call costs as much as copying
 that many."""
-_CACHED = 1 << 16
-_CACHED_RUNS = 16
+_SHORT_RUNS = 64
+_TABLE_RUNS = 1 << 19
+"""Of all ranks: 12 MiB at most, where every tensor is divided differently; a few hundred runs as models are."""
 
 
 class Block(NamedTuple):
@@ -85,7 +86,7 @@ class Side:
         """For each rank, the index of the file that each tensor is in."""
         self.starts = starts
         """For each rank, the offset of each tensor in its file."""
-        self._overlaps: dict[tuple[int, int], Overlap] = {}
+        self._tables: dict[int, _RunTable] = {}
 
     @property
     def world_size(self) -> int:
@@ -105,40 +106,80 @@ class Side:
 
         `sizes` are the bytes of all tensors. Slow for many: not for the event loop.
         """
-        overlaps, files, counts = [], [], []
-        bases: list[Numbers] = []
-        base = -block.start
-        for tensor, size in zip(range(block.first, block.last), sizes[block.first : block.last].tolist(), strict=True):
-            which = int(self.which[tensor])
-            if not is_read or rank in self.divisions[which].first_ranks:
-                start, stop = (block.start, block.stop) if block.last == block.first + 1 else (0, size)
-                overlap = self._overlap(which, rank, start, stop, is_whole=stop - start == size)
-                if len(overlap.lengths):
-                    overlaps.append(overlap)
-                    files.append(self.files[rank, tensor])
-                    counts.append(len(overlap.lengths))
-                    bases.append(np.array((self.starts[rank, tensor], base), np.int64))
-            base += size
-        if not overlaps:
+        if block.last == block.first + 1:
+            picked = [block.first] if not is_read or rank in self._division(block.first).first_ranks else []
+            found = [self._overlap(tensor, rank, block.start, block.stop) for tensor in picked]
+            tensors, counts, bases = np.array(picked, np.int64), _counts(found), np.full(len(picked), -block.start)
+        else:
+            tensors, counts, bases, found = self._whole(block, sizes, rank, is_read=is_read)
+        if not counts.sum():
             return Moves([], np.empty(0, np.int64), np.empty(0, np.int64), 0)
-        place_bases, block_bases = np.repeat(np.array(bases, np.int64).T, counts, axis=1)
         return _ordered(
-            np.repeat(np.array(files, np.int64), counts),
-            np.concatenate([overlap.local for overlap in overlaps]) + place_bases,
-            np.concatenate([overlap.whole for overlap in overlaps]) + block_bases,
-            np.concatenate([overlap.lengths for overlap in overlaps]),
+            np.repeat(self.files[rank, tensors], counts),
+            np.repeat(self.starts[rank, tensors], counts) + np.concatenate([overlap.local for overlap in found]),
+            np.repeat(bases, counts) + np.concatenate([overlap.whole for overlap in found]),
+            np.concatenate([overlap.lengths for overlap in found]),
         )
 
-    def _overlap(self, which: int, rank: int, start: int, stop: int, *, is_whole: bool) -> Overlap:
-        piece = self.divisions[which].slices[rank]
-        if not is_whole:
-            return piece.within_whole(start, stop)
-        overlap = self._overlaps.get((which, rank))
-        if overlap is None:
-            overlap = piece.within_whole(start, stop)
-            if len(overlap.lengths) <= _CACHED_RUNS and len(self._overlaps) < _CACHED:
-                self._overlaps[which, rank] = overlap
-        return overlap
+    def _division(self, tensor: int) -> Division:
+        return self.divisions[int(self.which[tensor])]
+
+    def _overlap(self, tensor: int, rank: int, start: int, stop: int) -> Overlap:
+        return self._division(tensor).slices[rank].within_whole(start, stop)
+
+    def _whole(
+        self, block: Block, sizes: Numbers, rank: int, *, is_read: bool
+    ) -> tuple[Numbers, Numbers, Numbers, list[Overlap]]:
+        """Return the tensors of a block that a rank has, the runs of each, where each begins in the block, all runs."""
+        table = self._table(rank)
+        which = self.which[block.first : block.last]
+        inside = np.cumsum(sizes[block.first : block.last]) - sizes[block.first : block.last]
+        is_wanted = table.is_first[which] if is_read else np.ones(len(which), np.bool_)
+        short = np.flatnonzero(is_wanted & (table.counts[which] >= 0))
+        long = np.flatnonzero(is_wanted & (table.counts[which] < 0))
+        counts = table.counts[which[short]]
+        rows = np.repeat(table.begins[which[short]] - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())
+        found = [Overlap(table.runs.whole[rows], table.runs.local[rows], table.runs.lengths[rows])]
+        found += [self._overlap(block.first + at, rank, 0, int(sizes[block.first + at])) for at in long.tolist()]
+        picked = np.concatenate((short, long))
+        return block.first + picked, np.concatenate((counts, _counts(found[1:]))), inside[picked], found
+
+    def _table(self, rank: int) -> _RunTable:
+        if rank not in self._tables:
+            self._tables[rank] = _tabulate(self.divisions, rank, _TABLE_RUNS // self.world_size)
+        return self._tables[rank]
+
+
+class _RunTable(NamedTuple):
+    """A rank's runs of whole tensors, for the divisions where they are few."""
+
+    begins: Numbers
+    """The first run of each division."""
+    counts: Numbers
+    """How many it has; -1 where they are not in the table."""
+    runs: Overlap
+    is_first: NDArray[np.bool_]
+    """Whether the rank is one of the first ranks of each division."""
+
+
+def _tabulate(divisions: Sequence[Division], rank: int, limit: int) -> _RunTable:
+    counts = np.full(len(divisions), -1, np.int64)
+    found = [Overlap(*(np.empty(0, np.int64),) * 3)]
+    total = 0
+    for number, division in enumerate(divisions):
+        piece = division.slices[rank]
+        count = piece.outer * len(piece.runs)
+        if count <= _SHORT_RUNS and total + count <= limit:
+            found.append(piece.within_whole(0, piece.outer * piece.stride))
+            counts[number] = count
+            total += count
+    begins = np.cumsum(np.maximum(counts, 0)) - np.maximum(counts, 0)
+    is_first = np.array([rank in division.first_ranks for division in divisions], np.bool_)
+    return _RunTable(begins, counts, Overlap(*map(np.concatenate, zip(*found, strict=True))), is_first)
+
+
+def _counts(overlaps: Sequence[Overlap]) -> Numbers:
+    return np.array([len(overlap.lengths) for overlap in overlaps], np.int64)
 
 
 def cut_blocks(sizes: Numbers, most_runs: Numbers, limit: int) -> Iterator[Block]:
