@@ -28,6 +28,7 @@ from asyncshard.plan.layout import INCOMPLETE_NAME, INDEX_NAME
 from asyncshard.plan.placements import PackedShard, Replicate, Shard
 from asyncshard.testing import FaultyStore, GatedStore, MemoryStore
 from asyncshard.testing.fakes import Fault
+from asyncshard.testing.s3_server import S3Server
 
 MIB = 1 << 20
 reshard = asyncshard.reshard
@@ -743,3 +744,49 @@ async def test_the_event_loop_runs_no_file_call(
     await reshard(hugging_face, tmp_path / "out", world_size=2, tp_plan=PLAN)
     monkeypatch.undo()
     assert called == {"pwritev", "fsync", "open", "replace", "listdir", "unlink", "makedirs"}
+
+
+# --- where from, and how divided
+
+
+async def test_a_source_in_s3_is_read_from_there(hugging_face: Path, tmp_path: Path) -> None:
+    (hugging_face / "config.json").write_text("{}")
+    async with S3Server() as server:
+        options = {"endpoint_url": server.endpoint_url, "key": "id", "secret": "secret", "region_name": "us-east-1"}
+        for path in hugging_face.iterdir():
+            server.put("models", f"hf/{path.name}", path.read_bytes())
+        await reshard("s3://models/hf", tmp_path / "two", world_size=2, tp_plan=PLAN, storage_options=options)
+        for path in (tmp_path / "two").iterdir():
+            server.put("models", f"two/{path.name}", path.read_bytes())
+        await reshard("s3://models/two", tmp_path / "one", world_size=1, storage_options=options, chunk_size=4096)
+    assert everything(tmp_path / "one") == everything(hugging_face)
+    assert names_in(tmp_path / "one") == {"model.safetensors", "config.json"}
+
+
+async def test_auto_divides_a_model_that_config_json_names(tmp_path: Path) -> None:
+    config = {"model_type": "llama", "num_attention_heads": 8, "num_key_value_heads": 2}
+    tensors = {
+        "model.embed_tokens.weight": np.arange(32.0).reshape(8, 4),
+        "model.layers.0.self_attn.q_proj.weight": np.arange(64.0).reshape(16, 4),
+        "model.layers.0.self_attn.k_proj.weight": np.arange(16.0).reshape(4, 4),
+        "model.layers.0.self_attn.v_proj.weight": np.arange(16.0).reshape(4, 4),
+        "model.layers.0.self_attn.o_proj.weight": np.arange(64.0).reshape(4, 16),
+    }
+    (tmp_path / "hf").mkdir()
+    save_file(tensors, tmp_path / "hf" / "model.safetensors")
+    with pytest.raises(errors.ObjectNotFoundError, match=r"config\.json"):
+        await reshard(tmp_path / "hf", tmp_path / "four", world_size=4, tp_plan="auto")
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
+    await reshard(tmp_path / "hf", tmp_path / "four", world_size=4, tp_plan="auto")
+    for rank in range(4):
+        got = rank_files(tmp_path / "four", rank)
+        for name, axis, pieces in (("q", 0, 4), ("k", 0, 2), ("v", 0, 2), ("o", 1, 4)):
+            full = f"model.layers.0.self_attn.{name}_proj.weight"
+            piece = np.split(tensors[full], pieces, axis=axis)[rank * pieces // 4]
+            np.testing.assert_array_equal(got[full], piece)
+    await reshard(tmp_path / "four", tmp_path / "two", world_size=2, tp_plan="auto")  # its config.json came along
+    assert rank_files(tmp_path / "two", 1)["model.layers.0.self_attn.k_proj.weight"].shape == (2, 4)
+    with pytest.raises(errors.CheckpointError, match="16 ranks"):
+        await reshard(tmp_path / "two", tmp_path / "x", world_size=16, tp_plan="auto")
+    await reshard(tmp_path / "two", tmp_path / "back", world_size=1)
+    assert everything(tmp_path / "back") == everything(tmp_path / "hf")
