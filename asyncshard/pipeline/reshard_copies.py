@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from asyncshard.format.digests import digests_of
 from asyncshard.pipeline.reshard_jobs import run_all
 from asyncshard.pipeline.reshard_reads import BlockReader, Bytes, Room
-from asyncshard.pipeline.reshard_source import Faults, Source
+from asyncshard.pipeline.reshard_source import Source
 from asyncshard.plan.blocks import Block, Side, cut_blocks
 from asyncshard.plan.divisions import Division
+from asyncshard.plan.faults import Faults
 from asyncshard.plan.slices import Slice
 from asyncshard.stores.threads import DaemonThreads
 

@@ -14,9 +14,11 @@ from asyncshard.format.dtypes import DTYPES
 from asyncshard.format.header import format_header
 from asyncshard.format.pattern import ShardPattern
 from asyncshard.pipeline.pace import without_hold
-from asyncshard.pipeline.reshard_source import Faults, PlaceTensor, Source
+from asyncshard.pipeline.reshard_divider import PlaceTensor
+from asyncshard.pipeline.reshard_source import Source
 from asyncshard.plan.blocks import Side
 from asyncshard.plan.divisions import Division, divide, fitted
+from asyncshard.plan.faults import Faults
 from asyncshard.plan.placement_text import PLACEMENT_KEY, WORLD_SIZE_KEY, format_placement
 from asyncshard.plan.placements import Placement, Replicate
 from asyncshard.plan.target_files import TargetFiles, lay_out
