@@ -33,7 +33,9 @@ from asyncshard.plan.tp_plan import TpPlan
 from asyncshard.stores import Store
 from asyncshard.stores.threads import DaemonThreads
 
-WRITERS = 3
+WRITERS = 1
+"""Threads that gather and write. Copying to the page cache saturates a core or two together with the reads: with more of
+them it was no faster, and the event loop waited longer for its turn."""
 _BLOCK_BYTES = 8 << 20
 
 

@@ -26,6 +26,7 @@ _FOLDER = ".asyncshard-reshard"
 _LOCK = "lock"
 _HUGGING_FACE = re.compile(r"model-[0-9]+-of-[0-9]+\.safetensors")
 _MOST_VECTORS = 1024
+_LARGE = 256 << 10
 
 
 class Target:
@@ -136,6 +137,9 @@ class Target:
                             pending[0] = pending[0][count:]
                             break
                         count -= len(pending.pop(0))
+                if written >= _LARGE and hasattr(os, "posix_fadvise"):
+                    # The disk begins now, and `flush` has little left to wait for, which no cancel could end sooner.
+                    os.posix_fadvise(fd, start, written, os.POSIX_FADV_DONTNEED)
             except OSError as error:
                 raise translate(error, path, start=start + written) from error
             finally:
