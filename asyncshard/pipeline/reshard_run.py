@@ -34,8 +34,7 @@ from asyncshard.stores import Store
 from asyncshard.stores.threads import DaemonThreads
 
 WRITERS = 1
-"""Threads that gather and write. Copying to the page cache saturates a core or two together with the reads: with more of
-them it was no faster, and the event loop waited longer for its turn."""
+"""Threads that gather and write: with two or three it was no faster on two cores, and the event loop waited longer."""
 _BLOCK_BYTES = 8 << 20
 
 
