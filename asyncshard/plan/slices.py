@@ -135,6 +135,8 @@ def slice_tensor(
     local = (*shape[:dim], sum(last - first for first, last in bounds), *shape[dim + 1 :])
     if not math.prod(local):
         return Slice(local, 0, 0, ())
+    if local == shape:  # all in one run, and not in one for each row
+        return _whole(shape, bits)
     runs = tuple((first * inner // 8, (last - first) * inner // 8) for first, last in bounds if last > first)
     return Slice(local, outer, shape[dim] * inner // 8, runs)
 

@@ -132,10 +132,15 @@ class TpPlan:
         """
         used: set[str] = set()
         unmatched = []
+        seen: dict[str, bool] = {}
         for name in names:
-            found = self._rules_of(name)
-            used.update([rule.key for rule in found])
-            if not found:
+            alike = name if self._has_numbers else self._alike(name)
+            is_matched = seen.get(alike)
+            if is_matched is None:
+                found = self._rules_of(name)
+                used.update(rule.key for rule in found)
+                is_matched = seen[alike] = bool(found)
+            if not is_matched:
                 unmatched.append(name)
         return TpMatch(tuple(key for key in self._rules if key not in used), tuple(unmatched))
 

@@ -70,7 +70,7 @@ def check_word(key: str, word: str) -> None:
         return
     if word not in _SPLITTING:
         near = difflib.get_close_matches(word[:100], KNOWN_WORDS, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = f"; did you mean {near[0]!r}?" if near else "."
         raise ValueError(
             f"tp_plan: {short_repr(word)} of {key!r} is not a word for a placement{hint} Known are "
             f"{', '.join(KNOWN_WORDS)}; or give a Shard, PackedShard or Replicate"
