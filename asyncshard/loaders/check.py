@@ -145,8 +145,9 @@ class _Check:
     async def _read_index(self) -> WeightMap | None:
         path = self._store.path_of(INDEX_NAME)
         try:
-            data = await self._store.read(INDEX_NAME, max_bytes=MAX_INDEX_BYTES)
-            return await self._threads.run(lambda: parse_index(data, path=path))
+            # The thread gets the only reference: freeing a large index is no work for the loop.
+            holder = [await self._store.read(INDEX_NAME, max_bytes=MAX_INDEX_BYTES)]
+            return await self._threads.run(lambda: parse_index(holder.pop(), path=path))
         except AsyncShardError as error:
             self._note(error, is_fatal=True)
             return None
@@ -177,8 +178,10 @@ class _Check:
         if budget_mb is None:
             budget_mb = await self._threads.run(default_budget_mb)
 
+        numbers = {} if weight_map is None else {name: place for place, name in enumerate(weight_map.files)}
+
         def keep(name: str, header: Header) -> FileFacts:
-            return facts_of(name, header, without_hold(header), weight_map)
+            return facts_of(name, header, without_hold(header), weight_map, numbers.get(name))
 
         limits = HeaderLimits(int(budget_mb * MIB), options.max_header_bytes, options.max_tensors)
         names = [*survey.files, *survey.others]

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from asyncshard.errors import AsyncShardError, NamesError, ObjectNotFoundError
+from asyncshard.errors import AsyncShardError, FormatError, NamesError, ObjectNotFoundError
 from asyncshard.format.dtypes import DTYPES
 from asyncshard.format.pattern import ShardPattern
 from asyncshard.plan.file_facts import EMBEDDING, MOST, OUTPUT, FileFacts, Tensors
@@ -60,8 +60,7 @@ def judge(evidence: Evidence) -> CheckpointReport:
     survey = evidence.survey
     valid = [facts for group in survey.groups for facts in evidence.valid(group)]
     gone = [name for name in survey.files if isinstance(evidence.files.get(name), ObjectNotFoundError)]
-    whole = Tensors(valid)
-    ties = _ties(whole, evidence.config)
+    ties = _ties(valid, evidence.config)
     problems = [
         *evidence.problems,
         *(Problem(text, True) for text in survey.faults),
@@ -69,7 +68,7 @@ def judge(evidence: Evidence) -> CheckpointReport:
         *_index_problems(evidence),
         *_duplicate_problems(evidence),
         *_rank_problems(evidence),
-        *_output_problems(evidence, whole),
+        *_output_problems(evidence, valid),
         *_other_problems(evidence),
     ]
     return CheckpointReport(
@@ -127,7 +126,10 @@ def _file_problems(evidence: Evidence) -> Iterator[Problem]:
     own = set(evidence.survey.files)
     for name, finding in evidence.files.items():
         if isinstance(finding, AsyncShardError):
-            yield Problem(f"{str(finding).rstrip('.')}.", name in own)
+            text = str(finding).rstrip(".")
+            if isinstance(finding, FormatError) and ";" not in text:  # a rule of the header that is broken, no remedy
+                text += "; fetch or write it again"
+            yield Problem(f"{text}.", name in own)
 
 
 def _index_problems(evidence: Evidence) -> Iterator[Problem]:
@@ -151,15 +153,14 @@ def _duplicate_problems(evidence: Evidence) -> Iterator[Problem]:
 
 def _rank_problems(evidence: Evidence) -> Iterator[Problem]:
     """Compare the ranks of each pipeline stage with its first that is whole."""
-    references: dict[int, tuple[Group, Tensors]] = {}
+    references: dict[tuple[str, int], tuple[Group, Tensors]] = {}
     for group in evidence.survey.groups:
         if not group.label or not evidence.is_whole(group):
             continue
         tensors = Tensors(evidence.valid(group))
-        if group.pp_rank not in references:
-            references[group.pp_rank] = group, tensors
+        reference, expected = references.setdefault((group.template, group.pp_rank), (group, tensors))
+        if reference is group:
             continue
-        reference, expected = references[group.pp_rank]
         difference = expected.difference(tensors)
         texts = []
         for what, (names, total) in zip(
@@ -180,7 +181,7 @@ def _rank_problems(evidence: Evidence) -> Iterator[Problem]:
         )
 
 
-def _output_problems(evidence: Evidence, whole: Tensors) -> Iterator[Problem]:
+def _output_problems(evidence: Evidence, valid: Sequence[FileFacts]) -> Iterator[Problem]:
     """Tell a model that has lost its output layer: config.json says it is not tied, and it is nowhere."""
     config = evidence.config
     if config is None or evidence.survey.kind not in ("index", "single", "shards"):
@@ -189,9 +190,9 @@ def _output_problems(evidence: Evidence, whole: Tensors) -> Iterator[Problem]:
     is_causal = isinstance(names, list) and any(
         isinstance(name, str) and name.endswith("ForCausalLM") for name in names
     )
-    if not is_causal or _is_tied(config) is not False or any(file.ties for file in whole.files):
+    if not is_causal or _is_tied(config) is not False or any(file.ties for file in valid):
         return
-    if _ending(whole, EMBEDDING) and not _ending(whole, OUTPUT) and all(map(evidence.is_whole, evidence.survey.groups)):
+    if _ending(valid, EMBEDDING) and not _ending(valid, OUTPUT) and all(map(evidence.is_whole, evidence.survey.groups)):
         yield Problem(
             f"{evidence.path}: no file holds {OUTPUT}, and {CONFIG_NAME} says tie_word_embeddings is false. The "
             "checkpoint is incomplete.",
@@ -226,10 +227,10 @@ def _called(survey: Survey) -> str:
     return f"{text} ({INDEX_NAME})" if survey.kind == "index" else text
 
 
-def _ties(whole: Tensors, config: Mapping[str, Any] | None) -> tuple[Tie, ...]:
-    ties = {name: kept for file in whole.files for name, kept in file.ties}
-    embeddings = _ending(whole, EMBEDDING)
-    if config is not None and _is_tied(config) and embeddings and not _ending(whole, OUTPUT):
+def _ties(valid: Sequence[FileFacts], config: Mapping[str, Any] | None) -> tuple[Tie, ...]:
+    ties = {name: kept for file in valid for name, kept in file.ties}
+    embeddings = _ending(valid, EMBEDDING)
+    if config is not None and _is_tied(config) and embeddings and not _ending(valid, OUTPUT):
         ties.setdefault(OUTPUT, embeddings[0])
     return tuple(Tie(name, kept) for name, kept in ties.items())
 
@@ -244,8 +245,8 @@ def _is_tied(config: Mapping[str, Any]) -> bool | None:
     return None
 
 
-def _ending(whole: Tensors, end: str) -> list[str]:
-    return [name for file in whole.files for name in file.embeddings if name.endswith(end)]
+def _ending(valid: Sequence[FileFacts], end: str) -> list[str]:
+    return [name for file in valid for name in file.embeddings if name.endswith(end)]
 
 
 def _dtypes(valid: Sequence[FileFacts]) -> tuple[DtypeUse, ...]:
@@ -262,8 +263,10 @@ def _dtypes(valid: Sequence[FileFacts]) -> tuple[DtypeUse, ...]:
 
 
 def _names(names: Sequence[str]) -> str:
-    more = " or more" if len(names) >= MOST else ""
-    return listing(list(map(repr, names[:LISTED])), LISTED, len(names)) + more
+    shown = list(map(repr, names[:LISTED]))
+    if len(names) < MOST:
+        return listing(shown, LISTED, len(names))
+    return f"{', '.join(shown)} and at least {MOST - LISTED} more"
 
 
 def _join(path: str, name: str) -> str:

@@ -68,7 +68,9 @@ class FileFacts:
         return len(self.dtype_codes)
 
 
-def facts_of(name: str, header: Header, names: Iterable[str], weight_map: WeightMap | None = None) -> FileFacts:
+def facts_of(
+    name: str, header: Header, names: Iterable[str], weight_map: WeightMap | None = None, number: int | None = None
+) -> FileFacts:
     """Return what is kept of a header.
 
     Parameters
@@ -78,14 +80,16 @@ def facts_of(name: str, header: Header, names: Iterable[str], weight_map: Weight
     names : iterable of str
         The header's names, in order; a wrapper of the header may let go of the GIL between them.
     weight_map : WeightMap, optional
-        Of the index. A file that it does not name is not compared.
+        Of the index.
+    number : int, optional
+        The place of the file in its ``files``. A file that it does not name is not compared.
     """
     packed, embeddings = _pack(iter(names), len(header))
     ties = dict(_ties(header))
     absent: Sequence[str] = ()
     unexpected: Sequence[str] = ()
-    if weight_map is not None and name in weight_map.files:
-        absent, unexpected = weight_map.compare(weight_map.files.index(name), header.table, MOST)
+    if weight_map is not None and number is not None:
+        absent, unexpected = weight_map.compare(number, header.table, MOST)
     codes = np.array(header.table.dtype_codes)  # a copy: the header is let go of
     sizes = header.table.stops - header.table.starts
     return FileFacts(
@@ -147,13 +151,10 @@ class Tensors:
     """The tensors of several files taken together, in order."""
 
     def __init__(self, files: Sequence[FileFacts]) -> None:
-        self.files = tuple(files)
+        self._files = tuple(files)
         self._offsets = np.cumsum([0, *map(len, files)])
         self._hashes = np.concatenate([np.empty(0, np.int64), *(file.names.hashes for file in files)])
         self._codes = np.concatenate([np.empty(0, np.uint8), *(file.dtype_codes for file in files)])
-
-    def __contains__(self, name: str) -> bool:
-        return bool(np.any(self._hashes == hash(name)))
 
     def duplicates(self) -> tuple[list[Duplicate], int]:
         """Return the first tensors that two files hold, in the order of the files, and how many there are."""
@@ -185,7 +186,7 @@ class Tensors:
         return self._names(np.sort(rows)[:LISTED].tolist()), len(rows)
 
     def _file_of(self, row: int) -> FileFacts:
-        return self.files[int(np.searchsorted(self._offsets, row, "right")) - 1]
+        return self._files[int(np.searchsorted(self._offsets, row, "right")) - 1]
 
     def _names(self, rows: Sequence[int]) -> list[str]:
         """Return the names at rows that are in order."""
@@ -193,7 +194,7 @@ class Tensors:
         for row in rows:
             number = int(np.searchsorted(self._offsets, row, "right")) - 1
             by_file.setdefault(number, []).append(row - int(self._offsets[number]))
-        return [name for number, own in by_file.items() for name in self.files[number].names.at(own)]
+        return [name for number, own in by_file.items() for name in self._files[number].names.at(own)]
 
 
 def _is_in(values: NDArray[np.int64], others: NDArray[np.int64]) -> NDArray[np.bool_]:

@@ -49,6 +49,8 @@ class Group(NamedTuple):
     files: tuple[str, ...]
     pp_rank: int = 0
     rank: int = 0
+    template: str = ""
+    """Of the pattern that the names of rank shards follow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +72,6 @@ class Survey:
     """Sentences; each says of something that it is missing or contradicts something else."""
     world_size: int | None = None
     """Ranks in each pipeline stage; None where the layout knows no ranks."""
-    has_pp_ranks: bool = False
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -122,13 +123,17 @@ def survey_index(files: Iterable[str], names: Sequence[str], *, path: str) -> Su
     ordered = sorted(set(files), key=natural_key)
     absent = absent_files(ordered, names)
     gone = set(absent)
+    index_path = f"{path.rstrip('/')}/{INDEX_NAME}"
+    faults = [str(files_not_found(absent, index_path))] if absent else []
+    if not ordered:
+        faults.append(f"{index_path} names no tensor. Fetch it again, or write it anew.")
     return _with_others(
         Survey(
             "index",
             (Group("", tuple(name for name in ordered if name not in gone)),),
             tuple(absent),
             len(absent),
-            faults=(str(files_not_found(absent, f"{path.rstrip('/')}/{INDEX_NAME}")),) if absent else (),
+            faults=tuple(faults),
         ),
         names,
     )
@@ -150,15 +155,12 @@ def _survey_ranks(matches: Sequence[RankShards], path: str, world_size: int | No
             num_missing += total
         for own, parts in shards.by_owner().items():
             label = shards.called(own)
-            groups.append(Group(label, tuple(parts.values()), own.pp_rank, own.rank))
+            groups.append(Group(label, tuple(parts.values()), own.pp_rank, own.rank, shards.pattern.template))
             faults += map(str, faults_of_parts(shards, own, parts))
             first, total = gaps(list(parts), max(parts) + 1)
             missing += [shards.pattern.format_for_rank(own.rank, part, own.pp_rank) for part in first]
             num_missing += total
-    has_pp_ranks = any(shards.pattern.has_pp_rank for shards in matches)
-    return Survey(
-        "ranks", tuple(groups), tuple(missing), num_missing, (), (), tuple(faults), world, has_pp_ranks=has_pp_ranks
-    )
+    return Survey("ranks", tuple(groups), tuple(missing), num_missing, (), (), tuple(faults), world)
 
 
 def _survey_numbered(names: Sequence[str], path: str, pattern: ShardPattern | None) -> Survey:
