@@ -10,7 +10,7 @@ NEW_VENV := $(VENV)/.python-$(VERSION)
 BUILD_INPUTS := pyproject.toml setup.py asyncshard/_core.pyx $(wildcard asyncshard/_kernels/*.pxi)
 
 SANITIZED := build/sanitize
-CORE_TESTS := tests/format tests/plan $(wildcard tests/pipeline/test_memory_core.py)
+CORE_TESTS := tests/format tests/plan $(wildcard tests/pipeline/test_*_core.py)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

@@ -205,12 +205,14 @@ def format_header(
     """
     parts = [f'"__metadata__":{json.dumps(dict(metadata))}'] if metadata else []
     start = 0
+    kinds: dict[tuple[str, tuple[int, ...]], str] = {}
     for name, dtype, shape, nbytes in tensors:
-        sizes = ",".join(map(str, shape))
+        kind = kinds.get((dtype, shape))
+        if kind is None:
+            sizes = ",".join(map(str, shape))
+            kind = kinds[dtype, shape] = f':{{"dtype":"{dtype}","shape":[{sizes}],"data_offsets":['
         stop = start + nbytes
-        parts.append(
-            f'{encode_basestring_ascii(name)}:{{"dtype":"{dtype}","shape":[{sizes}],"data_offsets":[{start},{stop}]}}'
-        )
+        parts.append(f"{encode_basestring_ascii(name)}{kind}{start},{stop}]}}")
         start = stop
     text = f"{{{','.join(parts)}}}".encode("ascii")
     text += b" " * (-len(text) % _ALIGNMENT)

@@ -19,13 +19,21 @@ from asyncshard.loaders.options import Options, ReadTuning, require_int
 from asyncshard.loaders.sources import Opened, ShardFile, Sources, key_of
 from asyncshard.pipeline.budget import Account, MemoryBudget
 from asyncshard.pipeline.cached import CachedTransfer
-from asyncshard.pipeline.checkpoint import Checkpoint, Selection, Shard, find_shards, read_header_of
+from asyncshard.pipeline.checkpoint import (
+    Checkpoint,
+    Selection,
+    Shard,
+    find_shards,
+    read_header_of,
+    require_whole,
+)
 from asyncshard.pipeline.shard_cache import CachedFile, CacheStatistics, ShardCache
 from asyncshard.pipeline.shard_reads import read_one, read_whole, unknown
 from asyncshard.pipeline.shard_tensors import ShardTensors
 from asyncshard.pipeline.single_flight import SingleFlight
 from asyncshard.pipeline.slicing import find_plan, slice_shard, slices_of
 from asyncshard.pipeline.staged import StagedTransfer
+from asyncshard.plan.layout import is_rank_shard
 from asyncshard.stores import Store
 from asyncshard.stores.threads import DaemonThreads, finish
 
@@ -121,6 +129,8 @@ class IncrementalShardLoader(Loader):
 
     async def load_shard(self, shard_file: ShardFile) -> ShardTensors:
         """Return the tensors of one file: a read-only mapping of name to tensor.
+
+        With a `tp_plan` they are this rank's slices, and with a `tensor_filter` the wanted ones.
 
         Tasks that ask for the same file meanwhile share one read. Cancelling one of them disturbs no other; cancelling
         all stops the read.
@@ -250,6 +260,8 @@ class IncrementalShardLoader(Loader):
                     self._cache.evict(key)  # its header was that of the file before
 
     async def _read_header(self, opened: Opened) -> Shard:
+        if is_rank_shard(opened.name, self._selection.pattern):
+            require_whole(self._selection, opened.store.path_of(opened.name))
         account = self._cache.open_account()  # while it is parsed
         try:
             shard = await read_header_of(

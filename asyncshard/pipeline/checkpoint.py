@@ -150,11 +150,8 @@ async def find_shards(store: Store, selection: Selection, threads: DaemonThreads
             path=store.url,
         )
     )
-    if layout.kind == "ranks" and selection.tp_plan is not None and selection.world_size > 1:
-        raise CheckpointError(
-            f"{store.url} holds rank shards, whose tensors are cut already: leave tp_plan out to load them as they are",
-            path=store.url,
-        )
+    if layout.kind == "ranks":
+        require_whole(selection, store.url)
     if layout.kind != "index":
         return ShardNames(layout.files, None, 0)
     (index_name,) = layout.files
@@ -252,6 +249,14 @@ async def parse_opened(
         return then(header)
 
     return await threads.run(parse)
+
+
+def require_whole(selection: Selection, path: str) -> None:
+    """Raise CheckpointError for rank shards that are to be cut for ranks once more."""
+    if selection.tp_plan is not None and selection.world_size > 1:
+        raise CheckpointError(
+            f"{path}: the tensors of rank shards are cut already; leave tp_plan out to load them as they are", path=path
+        )
 
 
 def wanted_files(weight_map: WeightMap, is_wanted: TensorFilter, path: str) -> tuple[str, ...]:

@@ -107,7 +107,10 @@ class Stream:
 
     @property
     def info(self) -> Mapping[str, TensorInfo]:
-        """Facts of each tensor by name: dtype and shape as in the file, and its byte range there."""
+        """Facts of each tensor by name: dtype and shape as in the file, and its byte range there.
+
+        Of slices, the shape is the rank's, and the range that in its part of the file, as if that were a file.
+        """
         return CheckpointInfo(self._transfer().checkpoint)
 
     @property

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 from abc import abstractmethod
 from collections.abc import Awaitable, Mapping
+
+import numpy as np
 
 from asyncshard.errors import AsyncShardError, FormatError, ObjectChangedError, ObjectNotFoundError, TruncatedError
 from asyncshard.stores.base import Store
@@ -62,6 +65,33 @@ class StoreTests:
                     at += size
                 await store.read_into(meta, start, buffers)
                 assert memory == b"\xaa" + data[start : start + sum(sizes)] + b"\xaa"
+
+    async def test_ranges_fill_their_buffers_in_turn_and_nothing_else(self) -> None:
+        data = self.files["a.bin"]
+        ranges = [(3, 5), (10, 1), (11, 300), (5_000, 70_000), (75_001, 2), *((80_000 + 40 * i, 7) for i in range(200))]
+        expected = b"".join(data[start : start + nbytes] for start, nbytes in ranges)
+        offsets, lengths = (np.array(column, np.int64) for column in zip(*ranges, strict=True))
+        async with await self.make_store(self.files) as store:
+            meta, _ = await store.open("a.bin", 0)
+            for max_gap in (0, 50, 1 << 20, None):
+                memory = bytearray(b"\xaa" * (len(expected) + 2))
+                cuts = [1, 1, 4, 9, 40_000, len(expected) - 1_000, len(expected) + 1]
+                buffers = [memoryview(memory)[start:stop] for start, stop in itertools.pairwise(cuts)]
+                await store.read_ranges(meta, offsets, lengths, buffers, max_gap=max_gap)
+                assert memory == b"\xaa" + expected + b"\xaa"
+            await store.read_ranges(meta, offsets[:0], lengths[:0], [])
+
+    async def test_a_range_past_the_end_is_an_error_that_names_the_object(self) -> None:
+        size = len(self.files["b.bin"])
+        async with await self.make_store(self.files) as store:
+            meta, _ = await store.open("b.bin", 0)
+            for start in (10, size):
+                offsets, lengths = np.array([0, start], np.int64), np.array([4, size], np.int64)
+                for max_gap in (0, size):
+                    buffer = memoryview(bytearray(4 + size))
+                    error = await _error_of(store.read_ranges(meta, offsets, lengths, [buffer], max_gap=max_gap))
+                    assert isinstance(error, TruncatedError)
+                    assert "b.bin" in str(error)
 
     async def test_concurrent_reads_do_not_disturb_each_other(self) -> None:
         data = self.files["a.bin"]

@@ -307,6 +307,48 @@ async def test_a_disk_error_names_the_file_and_the_offset(directory, monkeypatch
     assert (caught.value.start, caught.value.stop) == (4096, 8192)
 
 
+async def test_ranges_of_a_file_that_ends_or_fails_tell_which(directory, monkeypatch):
+    offsets, lengths = np.array([10, 1000, 290_000]), np.array([10, 20, 20_000])
+    async with LocalStore(str(directory)) as store:
+        meta, _ = await store.open("a.bin", 16)
+        memory = [memoryview(bytearray(20_030))]
+        with pytest.raises(TruncatedError, match="ends at byte 300,000, 10,000 bytes before") as caught:
+            await store.read_ranges(meta, offsets, lengths, memory)
+        assert (caught.value.start, caught.value.stop) == (290_000, 310_000)
+        monkeypatch.setattr(local, "read_ranges", lambda *arguments: (12, errno.EIO))
+        with pytest.raises(StoreError) as caught:
+            await store.read_ranges(meta, offsets, lengths, memory)
+    assert caught.value.errno == errno.EIO
+    assert (caught.value.start, caught.value.stop) == (1002, 1020)
+
+
+@pytest.mark.parametrize("change", [change for change in CHANGES if change is not _truncate])
+async def test_ranges_of_a_file_that_is_changed_are_an_error(directory, change):
+    async with LocalStore(str(directory)) as store:
+        meta, _ = await store.open("a.bin", 16)
+        change(directory / "a.bin")
+        with pytest.raises((ObjectChangedError, ObjectNotFoundError)):
+            await store.read_ranges(meta, np.array([0, 50]), np.array([5, 5]), [memoryview(bytearray(10))])
+
+
+async def test_the_gap_that_is_read_over_is_an_option(directory, monkeypatch):
+    gaps = []
+    read_ranges = local.read_ranges
+
+    def watched(fd, offsets, lengths, buffers, max_gap, stop):
+        gaps.append(max_gap)
+        return read_ranges(fd, offsets, lengths, buffers, max_gap, stop)
+
+    monkeypatch.setattr(local, "read_ranges", watched)
+    for store, given in ((LocalStore(str(directory)), None), (LocalStore(str(directory), max_gap_bytes=77), None)):
+        async with store:
+            meta, _ = await store.open("a.bin", 16)
+            await store.read_ranges(meta, np.array([0]), np.array([5]), [memoryview(bytearray(5))], max_gap=given)
+    assert gaps == [local.DEFAULT_MAX_GAP_BYTES, 77]
+    with pytest.raises(ValueError, match="max_gap_bytes must be 0 or more"):
+        LocalStore(str(directory), max_gap_bytes=-1)
+
+
 # --- page cache and descriptors
 
 
@@ -335,7 +377,9 @@ async def test_page_cache_decides_whether_the_kernel_is_told_to_forget(directory
     async with LocalStore(str(directory), page_cache=page_cache) as store:
         meta, _ = await store.open("a.bin", 16)
         assert await read(store, meta, 4096, 8192) == DATA[4096:12288]
-    assert advised == ([(4096, 8192, os.POSIX_FADV_DONTNEED)] if page_cache == "drop" else [])
+        await store.read_ranges(meta, np.array([5, 50]), np.array([5, 5]), [memoryview(bytearray(10))])
+    expected = [(4096, 8192, os.POSIX_FADV_DONTNEED), (5, 50, os.POSIX_FADV_DONTNEED)]
+    assert advised == (expected if page_cache == "drop" else [])
 
 
 async def test_dropped_pages_leave_the_page_cache(tmp_path):
