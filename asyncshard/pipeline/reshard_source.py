@@ -96,7 +96,7 @@ async def open_source(
     faults = Faults(store.url)
     for text in survey.faults:
         faults.add(text)
-    if survey.has_pp_ranks and len({group.pp_rank for group in survey.groups}) > 1:
+    if len({group.pp_rank for group in survey.groups}) > 1:
         faults.add("it has pipeline stages: reshard each of them by itself, with a pattern that names its pp_rank")
     faults.require_none()
     world_size = len(survey.groups)

@@ -137,7 +137,7 @@ def choose_layout(
 
 def is_rank_shard(name: str, pattern: ShardPattern | None = None) -> bool:
     """Return whether a file is by its name a shard of one rank: of this pattern, or of one of vLLM's."""
-    return any(known.parse(name) is not None for known in (_KNOWN_PATTERNS if pattern is None else (pattern,)))
+    return any(known.parse(name) is not None for known in (KNOWN_PATTERNS if pattern is None else (pattern,)))
 
 
 def index_files(weight_map_files: Iterable[str], names: Iterable[str], path: str) -> tuple[str, ...]:
