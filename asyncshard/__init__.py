@@ -10,6 +10,7 @@ from asyncshard.loaders.cache import verify_cache
 from asyncshard.loaders.check import check_checkpoint
 from asyncshard.loaders.files import read_header
 from asyncshard.loaders.incremental import IncrementalShardLoader
+from asyncshard.loaders.reshard import reshard
 from asyncshard.loaders.sharded_state import ShardedStateLoader
 from asyncshard.loaders.streaming import AsyncShardLoader
 from asyncshard.loaders.writer import save_sharded_state
@@ -52,6 +53,7 @@ __all__ = [
     "load",
     "parse_header",
     "read_header",
+    "reshard",
     "save_sharded_state",
     "stream",
     "validate_shard_shapes",

@@ -170,6 +170,10 @@ class ObjectNotFoundError(StoreError, FileNotFoundError):
     """There is no such file, object or directory."""
 
 
+class TargetExistsError(StoreError, FileExistsError):
+    """Something stands where a checkpoint is to be written, and it was not asked to be replaced."""
+
+
 class AccessDeniedError(StoreError, PermissionError):
     """The file or object may not be read, or lies outside the directory that was named."""
 

@@ -56,6 +56,7 @@ def test_the_names_of_the_public_api_are_there() -> None:
         "load",
         "parse_header",
         "read_header",
+        "reshard",
         "save_sharded_state",
         "stream",
         "validate_shard_shapes",
@@ -171,6 +172,7 @@ SIGNATURES: dict[str, tuple[Any, list[tuple[str, str, Any]]]] = {
     "Update.apply": (asyncshard.Update.apply, []),
     "CheckpointVersion.parse": (asyncshard.CheckpointVersion.parse, [("text", BOTH, "required")]),
     "check_checkpoint": (asyncshard.check_checkpoint, [("path", BOTH, "required")]),
+    "reshard": (asyncshard.reshard, [("source", BOTH, "required"), ("target", BOTH, "required")]),
     "read_header": (asyncshard.read_header, [("path", BOTH, "required")]),
     "parse_header": (asyncshard.parse_header, [("data", BOTH, "required"), ("file_size", BOTH, None)]),
     "verify_cache": (asyncshard.verify_cache, [("cache_dir", BOTH, "required")]),
@@ -197,6 +199,7 @@ def test_signatures_are_kept(name: str) -> None:
         asyncshard.load,
         asyncshard.read_header,
         asyncshard.verify_cache,
+        asyncshard.reshard,
         asyncshard.save_sharded_state,
         asyncshard.ShardedStateLoader.load_weights,
         asyncshard.ShardedStateLoader.discover_shards,
@@ -320,6 +323,7 @@ BUILT_INS = {
     errors.StreamClosedError: RuntimeError,
     errors.StoreError: OSError,
     errors.ObjectNotFoundError: FileNotFoundError,
+    errors.TargetExistsError: FileExistsError,
     errors.AccessDeniedError: PermissionError,
     errors.NotRegularFileError: OSError,
     errors.ObjectChangedError: OSError,
@@ -416,6 +420,10 @@ def cause(kind: Any, path: Path) -> Any:
         return asyncshard.load(path)
     if kind is errors.ObjectNotFoundError:
         return asyncshard.load(path)
+    if kind is errors.TargetExistsError:
+        path.mkdir()
+        (path / "notes").write_bytes(b"")
+        return asyncshard.reshard(path.parent, path, world_size=1)
     if kind is errors.NotRegularFileError:
         os.mkfifo(path)
         return asyncshard.load(path)

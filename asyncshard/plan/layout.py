@@ -26,6 +26,8 @@ from asyncshard.plan.sharding import whole_number
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+INCOMPLETE_NAME = "asyncshard.incomplete"
+"""A file that stands in a directory for as long as `reshard` has not ended writing it."""
 
 _SHOWN = 10  # how many files it shows of those that are there
 
@@ -99,8 +101,8 @@ def choose_layout(
     ObjectNotFoundError
         There is no checkpoint, or none of this rank.
     CheckpointError
-        Parts are missing, two names mean the same part, the set is of a larger world than ``world_size``, both patterns
-        occur, or a pattern was given for a single file.
+        `reshard` has left it incomplete, parts are missing, two names mean the same part, the set is of a larger world
+        than ``world_size``, both patterns occur, or a pattern was given for a single file.
     ValueError
         The ranks are out of range, or ``names`` is not one name where ``path`` is a file.
     """
@@ -115,6 +117,8 @@ def choose_layout(
                 path=path,
             )
         return Layout("single", tuple(names))
+    if INCOMPLETE_NAME in names:
+        raise incomplete(path)
     matches = find_rank_shards(names, path, pattern)
     if len(matches) > 1:
         raise two_patterns(path)
@@ -171,6 +175,15 @@ def files_not_found(absent: Sequence[str], path: str) -> ObjectNotFoundError:
     return ObjectNotFoundError(
         f"{path}: {INDEX_NAME} names {count_of(len(absent), 'file')} that the directory lacks: {listing(absent)}. "
         "Download them, or mend the index.",
+        path=path,
+    )
+
+
+def incomplete(path: str) -> CheckpointError:
+    """Return the error for a directory with the mark that `reshard` removes when it has ended."""
+    return CheckpointError(
+        f"{path} is incomplete: it holds {INCOMPLETE_NAME}, since a reshard into it was stopped or has not ended yet. "
+        "Run reshard again, or wait for it.",
         path=path,
     )
 

@@ -12,7 +12,16 @@ from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from asyncshard.format.pattern import ShardPattern
-from asyncshard.plan.layout import INDEX_NAME, SINGLE_NAME, absent_files, files_not_found, natural_key, nothing_found
+from asyncshard.plan.layout import (
+    INCOMPLETE_NAME,
+    INDEX_NAME,
+    SINGLE_NAME,
+    absent_files,
+    files_not_found,
+    incomplete,
+    natural_key,
+    nothing_found,
+)
 from asyncshard.plan.listing import LISTED, count_of, listing
 from asyncshard.plan.rank_shards import (
     KNOWN_PATTERNS,
@@ -95,6 +104,8 @@ def survey_names(
     """
     if is_file:
         return Survey("single", (Group("", tuple(names)),))
+    if INCOMPLETE_NAME in names:
+        return _with_others(Survey(None, faults=(str(incomplete(path)),)), names)
     matches = find_rank_shards(names, path, pattern)
     if matches:
         survey = _survey_ranks(matches, path, world_size)

@@ -1,0 +1,111 @@
+"""How the tensors of rank shards make up whole ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from asyncshard.errors import CheckpointError
+from asyncshard.format.dtypes import DTYPES
+from asyncshard.pipeline.checkpoint import Shard
+from asyncshard.plan.divisions import Division, Shape, divide, fitted, whole_shape
+from asyncshard.plan.faults import Faults
+from asyncshard.plan.listing import LISTED
+from asyncshard.plan.placements import PackedShard, Placement, Replicate
+from asyncshard.plan.placements import Shard as ShardPlacement
+from asyncshard.plan.sharding import validate_shard_shapes
+
+Numbers = NDArray[np.int64]
+PlaceTensor = Callable[[str, Shape], Placement]
+"""The placement of a tensor, by its name and the shape of the whole."""
+
+
+class Divider:
+    """Find the divisions of a source's tensors; those that are alike share one."""
+
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        files: Numbers,
+        rows: Numbers,
+        written: dict[str, Placement] | None,
+        place: PlaceTensor | None,
+        faults: Faults,
+    ) -> None:
+        self._tables = [shard.header.table for shard in shards]
+        self._files = files
+        self._rows = rows
+        self._written = written
+        self._place = place
+        self._faults = faults
+        self._known: dict[tuple[tuple[Shape, ...], int, Placement], int] = {}
+        self.divisions: list[Division] = []
+        self.placements: list[Placement] = []
+        self.shapes: list[Shape] = []
+        self.codes: list[int] = []
+
+    def find(self, tensor: int, name: str) -> int:
+        """Return the index of a tensor's division."""
+        found = [
+            self._tables[file].row(row)
+            for file, row in zip(self._files[:, tensor].tolist(), self._rows[:, tensor].tolist(), strict=True)
+        ]
+        codes = [row[1] for row in found]
+        locals_ = tuple(row[2] for row in found)
+        if len(set(codes)) > 1:
+            listed = ", ".join(f"{DTYPES[code].name} on rank {rank}" for rank, code in enumerate(codes[:LISTED]))
+            self._faults.add(f"the ranks disagree on the dtype of tensor {name!r}: {listed}")
+            return -1
+        try:
+            placement = self._placement(name, locals_)
+            key = (locals_, codes[0], placement)
+            if key not in self._known:
+                self._known[key] = self._add(name, locals_, codes[0], placement)
+            return self._known[key]
+        except (CheckpointError, ValueError) as error:
+            self._faults.add(str(error))
+            return -1
+
+    def _placement(self, name: str, locals_: tuple[Shape, ...]) -> Placement:
+        if self._written is not None or self._place is None:
+            return (self._written or {}).get(name, Replicate())
+        placement = self._place(name, locals_[0])
+        if isinstance(placement, PackedShard):
+            # Of a word: its sizes are those of the shape, which is known only now that it is to be joined here.
+            joined = whole_shape(name, locals_, ShardPlacement(placement.dim))
+            placement = self._place(name, joined)
+        return placement
+
+    def _add(self, name: str, locals_: tuple[Shape, ...], code: int, placement: Placement) -> int:
+        world_size = len(locals_)
+        try:
+            fit = fitted(placement, world_size)
+        except ValueError as error:
+            raise CheckpointError(f"tensor {name!r} cannot be joined by {placement}: {error}", tensor=name) from None
+        shape = whole_shape(name, locals_, fit)
+        division = divide(name, shape, DTYPES[code].bits, fit, world_size)
+        wrong = [rank for rank, piece in enumerate(division.slices) if piece.shape != locals_[rank]]
+        if wrong:
+            for rank in wrong:
+                self._faults.add(f"rank {rank}: {_complaint(name, shape, locals_, fit, rank, division)}")
+            return -1
+        self.divisions.append(division)
+        self.placements.append(placement)
+        self.shapes.append(shape)
+        self.codes.append(code)
+        return len(self.divisions) - 1
+
+
+def _complaint(
+    name: str, shape: Shape, locals_: tuple[Shape, ...], placement: Placement, rank: int, division: Division
+) -> str:
+    """Say what is wrong with a rank's shape."""
+    if isinstance(placement, Replicate) or (isinstance(placement, ShardPlacement) and placement.pieces is None):
+        dim, pieces = (0, 1) if isinstance(placement, Replicate) else (placement.dim, len(locals_))
+        spec = {"name": name, "shape": shape, "shard_dim": dim, "num_shards": pieces, "local_shape": locals_[rank]}
+        sentences = validate_shard_shapes([spec], rank, len(locals_))
+        if sentences:
+            return " ".join(sentences).replace("Spec 0 (", "tensor ", 1).replace("): ", ": ", 1)
+    return f"tensor {name!r} has shape {locals_[rank]}, must be {division.slices[rank].shape} by {placement}"

@@ -1,0 +1,140 @@
+"""What a reshard writes: for each file its tensors, its header and where they are in it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from asyncshard.errors import CheckpointError
+from asyncshard.format.dtypes import DTYPES
+from asyncshard.format.header import format_header
+from asyncshard.format.pattern import ShardPattern
+from asyncshard.pipeline.pace import without_hold
+from asyncshard.pipeline.reshard_divider import PlaceTensor
+from asyncshard.pipeline.reshard_source import Source
+from asyncshard.plan.blocks import Side
+from asyncshard.plan.divisions import Division, divide, fitted
+from asyncshard.plan.faults import Faults
+from asyncshard.plan.placement_text import PLACEMENT_KEY, WORLD_SIZE_KEY, format_placement
+from asyncshard.plan.placements import Placement, Replicate
+from asyncshard.plan.target_files import TargetFiles, lay_out
+
+_ELEMENT_BYTES = np.array([max(dtype.bits // 8, 1) for dtype in DTYPES], np.int64)
+
+
+class TargetPlan(NamedTuple):
+    """The files to be written."""
+
+    source: Source
+    files: TargetFiles
+    divisions: tuple[Division, ...]
+    """Of the tensors among the target's ranks."""
+    placements: tuple[Placement, ...]
+    """Of each division."""
+    codes: tuple[int, ...]
+    """The dtype, for each division."""
+    which: NDArray[np.int32]
+    """The division of each tensor."""
+    is_ranks: bool
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that the arrays take."""
+        return 2 * self.files.offsets.nbytes + 2 * self.files.places.nbytes + self.which.nbytes
+
+    def header(self, number: int) -> bytes:
+        """Return the header of a file. Slow for many tensors: not for the event loop."""
+        file = self.files.files[number]
+        metadata = {"format": "pt"} | self.source.metadata
+        if self.is_ranks:
+            placed = {
+                self.source.tensors.name(tensor): format_placement(self.placements[self.which[tensor]])
+                for tensor in file.tensors.tolist()
+                if not isinstance(self.placements[self.which[tensor]], Replicate)
+            }
+            metadata[PLACEMENT_KEY] = json.dumps(placed, separators=(",", ":"))
+            metadata[WORLD_SIZE_KEY] = str(len(self.files.offsets))
+        return format_header(self._entries(file.rank, file.tensors), metadata)
+
+    def _entries(self, rank: int, tensors: NDArray[np.int64]) -> Iterator[tuple[str, str, tuple[int, ...], int]]:
+        for tensor in without_hold(tensors.tolist()):
+            which = self.which[tensor]
+            piece = self.divisions[which].slices[rank]
+            yield self.source.tensors.name(tensor), DTYPES[self.codes[which]].name, piece.shape, piece.nbytes
+
+    def weight_map(self) -> Iterator[tuple[str, str]]:
+        """Yield the file of each tensor, of the first rank."""
+        for tensor, place in enumerate(self.files.places[0].tolist()):
+            yield self.source.tensors.name(tensor), self.files.files[place].name
+
+    def side(self, header_sizes: NDArray[np.int64]) -> Side:
+        """Return where the tensors go, when the size of each file's header is known."""
+        starts = self.files.offsets + header_sizes[self.files.places]
+        return Side(self.divisions, self.which, self.files.places, starts)
+
+
+def plan_target(
+    source: Source,
+    place: PlaceTensor | None,
+    *,
+    world_size: int,
+    max_shard_size: int,
+    pattern: ShardPattern | None,
+    path: str,
+) -> TargetPlan:
+    """Divide the tensors among the target's ranks. Slow: not for the event loop.
+
+    Parameters
+    ----------
+    place : function, optional
+        How; None for as the source is.
+    pattern : ShardPattern, optional
+        Names of rank shards; None for a Hugging Face checkpoint.
+
+    Raises
+    ------
+    CheckpointError
+        Tensors cannot be divided so: all of them, in one error.
+    """
+    faults = Faults(path)
+    known: dict[tuple[int, Placement], int] = {}
+    divisions: list[Division] = []
+    placements: list[Placement] = []
+    codes: list[int] = []
+    which = np.empty(len(source.side.which), np.int32)
+    for tensor, old in enumerate(without_hold(source.side.which.tolist())):
+        name = source.tensors.name(tensor)
+        try:
+            if pattern is None:
+                placement: Placement = Replicate()
+            else:
+                placement = source.placements[old] if place is None else place(name, source.shapes[old])
+            key = (old, placement)
+            if key not in known:
+                fit = _fit(name, placement, world_size)
+                divisions.append(divide(name, source.shapes[old], DTYPES[source.codes[old]].bits, fit, world_size))
+                placements.append(placement)
+                codes.append(source.codes[old])
+                known[key] = len(divisions) - 1
+            which[tensor] = known[key]
+        except CheckpointError as error:
+            faults.add(str(error))
+    faults.require_none()
+    sizes = np.array([[piece.nbytes for piece in division.slices] for division in divisions], np.int64)
+    sizes = sizes.reshape(-1, world_size).T[:, which]
+    element_bytes = _ELEMENT_BYTES[np.array(codes, np.int64)[which]] if codes else np.empty(0, np.int64)
+    files = lay_out(sizes, element_bytes, max_shard_size=max_shard_size, pattern=pattern)
+    return TargetPlan(source, files, tuple(divisions), tuple(placements), tuple(codes), which, pattern is not None)
+
+
+def _fit(name: str, placement: Placement, world_size: int) -> Placement:
+    try:
+        return fitted(placement, world_size)
+    except ValueError as error:
+        raise CheckpointError(
+            f"tensor {name!r} cannot be cut by {placement}: {error}; pass a tp_plan for {world_size} ranks", tensor=name
+        ) from None

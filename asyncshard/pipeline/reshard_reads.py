@@ -1,0 +1,136 @@
+"""Blocks of a checkpoint read into memory: from one rank or several, straight into place or by way of a scatter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from asyncshard._core import Lease, copy_runs
+from asyncshard.errors import BudgetError
+from asyncshard.pipeline.budget import Account
+from asyncshard.pipeline.checkpoint import Shard
+from asyncshard.pipeline.reshard_jobs import run_all
+from asyncshard.plan.blocks import Extent, Moves
+from asyncshard.stores.base import Store
+from asyncshard.stores.threads import DaemonThreads
+
+Bytes = NDArray[np.uint8]
+
+_IN_FLIGHT = 6
+"""Blocks."""
+_PAGE = 4096
+_READS_AT_ONCE = 8
+"""Of one block."""
+_MAX_GAP = 64 << 10
+"""Bytes between two pieces that are rather read than left out: a read costs as much as so many."""
+
+
+class Room(NamedTuple):
+    """Memory for one block in flight."""
+
+    memory: Bytes
+    """For the block."""
+    staging: Bytes
+    """For as much that is gathered from it, or to be scattered into it."""
+
+
+async def take_rooms(account: Account, chunk_size: int) -> list[Room]:
+    """Take memory for all blocks in flight, as far as the budget goes; blocks are as large as it is.
+
+    Raises
+    ------
+    BudgetError
+        Not even a block of one page fits.
+    """
+    left = account.budget.nbytes - account.header_bytes
+    count = max(min(_IN_FLIGHT, left // (2 * chunk_size)), min(2, left // (2 * _PAGE)), 1)
+    limit = min(chunk_size // _PAGE * _PAGE or _PAGE, left // (2 * count) // _PAGE * _PAGE)
+    if limit < _PAGE:
+        raise BudgetError(
+            f"a memory budget of {account.budget.nbytes:,} bytes has no room to copy anything beside "
+            f"{account.header_bytes:,} bytes of headers; raise memory_budget_mb",
+            needed_bytes=account.header_bytes + 2 * _PAGE,
+            budget_bytes=account.budget.nbytes,
+        )
+    await account.set_floor(2 * count * limit)
+    leases = [(await account.allocate(limit), await account.allocate(limit)) for _ in range(count)]
+    return [Room(_array(first), _array(second)) for first, second in leases]
+
+
+def _array(lease: Lease) -> Bytes:
+    return np.frombuffer(memoryview(lease), np.uint8)
+
+
+@dataclass(slots=True)
+class _Read:
+    """One read, of several extents that are near each other."""
+
+    file: int
+    start: int
+    stop: int
+    views: list[memoryview]
+
+
+class BlockReader:
+    """Reads what ranks have of a block."""
+
+    def __init__(self, store: Store, shards: Sequence[Shard], threads: DaemonThreads) -> None:
+        self._store = store
+        self._shards = shards
+        self._threads = threads
+        self._gap = memoryview(bytearray(_MAX_GAP))
+        """Where bytes go that nobody wants, of all reads."""
+
+    async def read(self, ranks: Sequence[Moves], memory: Bytes, staging: Bytes | None) -> None:
+        """Fill the memory of a block; without `staging`, each run is read into its place."""
+        reads: list[_Read] = []
+        scattered: list[tuple[Moves, Bytes]] = []
+        used = 0
+        for moves in ranks:
+            own: Bytes | None = None
+            if staging is not None and not moves.is_direct:
+                own = staging[used : used + moves.nbytes]
+                used += moves.nbytes
+                scattered.append((moves, own))
+            self._add_reads(reads, moves, memory, own)
+        read_into, shards = self._store.read_into, self._shards
+        jobs = (read_into(shards[read.file].meta, read.start, read.views) for read in reads)
+        await run_all(min(_READS_AT_ONCE, len(reads)), jobs)
+        if scattered:
+            await self._threads.run(_scatter, scattered, memory)
+
+    def _add_reads(self, reads: list[_Read], moves: Moves, memory: Bytes, gathered: Bytes | None) -> None:
+        for extent, views in views_of(moves, memory, gathered):
+            nbytes = sum(map(len, views))
+            last = reads[-1] if reads else None
+            if last is None or last.file != extent.file or not 0 <= extent.start - last.stop <= len(self._gap):
+                last = _Read(extent.file, extent.start, extent.start, [])
+                reads.append(last)
+            elif extent.start > last.stop:
+                last.views.append(self._gap[: extent.start - last.stop])
+            last.views += views
+            last.stop = extent.start + nbytes
+
+
+def views_of(moves: Moves, memory: Bytes, gathered: Bytes | None) -> list[tuple[Extent, list[memoryview]]]:
+    """Return the memory of each extent: its runs in the block's memory, or one range where they are gathered."""
+    if gathered is None:
+        ends = (moves.offsets + moves.lengths).tolist()
+        views = [memory[start:end].data for start, end in zip(moves.offsets.tolist(), ends, strict=True)]
+        return [(extent, views[extent.first : extent.last]) for extent in moves.extents]
+    local = [*local_offsets(moves).tolist(), moves.nbytes]
+    return [(extent, [gathered[local[extent.first] : local[extent.last]].data]) for extent in moves.extents]
+
+
+def local_offsets(moves: Moves) -> NDArray[np.int64]:
+    """Return where the runs begin when they lie one after the other."""
+    return np.cumsum(moves.lengths) - moves.lengths
+
+
+def _scatter(scattered: Sequence[tuple[Moves, Bytes]], memory: Bytes) -> None:
+    for moves, staging in scattered:
+        copy_runs(staging.data, memory.data, local_offsets(moves), moves.offsets, moves.lengths)

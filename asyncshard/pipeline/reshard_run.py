@@ -1,0 +1,182 @@
+"""A reshard from its first look at the source to the last file in its place."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from asyncshard._core import StopFlag
+from asyncshard.errors import CheckpointError
+from asyncshard.format.pattern import ShardPattern
+from asyncshard.pipeline.budget import Account
+from asyncshard.pipeline.checkpoint import Checkpoint, Selection
+from asyncshard.pipeline.pace import without_hold
+from asyncshard.pipeline.reshard import Copy
+from asyncshard.pipeline.reshard_beside import beside, copy_beside
+from asyncshard.pipeline.reshard_copies import Comparison, compare_digests
+from asyncshard.pipeline.reshard_divider import PlaceTensor
+from asyncshard.pipeline.reshard_jobs import run_all
+from asyncshard.pipeline.reshard_placements import has_placements
+from asyncshard.pipeline.reshard_plan import TargetPlan, plan_target
+from asyncshard.pipeline.reshard_reads import BlockReader, Room, take_rooms
+from asyncshard.pipeline.reshard_source import Source, join_source, open_source
+from asyncshard.pipeline.reshard_target import Target, index_text
+from asyncshard.pipeline.slicing import find_plan
+from asyncshard.plan.faults import Faults
+from asyncshard.plan.layout import INDEX_NAME, SINGLE_NAME
+from asyncshard.plan.survey import Survey, survey_names
+from asyncshard.plan.tp_plan import TpPlan
+from asyncshard.stores import Store
+from asyncshard.stores.threads import DaemonThreads
+
+WRITERS = 1
+"""Threads that gather and write: with two or three it was no faster on two cores, and the event loop waited longer."""
+_BLOCK_BYTES = 8 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class ReshardReport:
+    """What a reshard has done."""
+
+    files: tuple[str, ...]
+    """Full paths of the weights' files, and of the index where there is one, in order of rank and part."""
+    tensors: int
+    """Tensors of the checkpoint; each rank has all or a part of each."""
+    bytes_read: int
+    """Of tensor data."""
+    bytes_written: int
+    """Of tensor data."""
+    bytes_compared: int
+    """Read before that, of tensors which several ranks hold, to see that they are alike."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What was asked for."""
+
+    world_size: int
+    max_shard_size: int
+    is_ranks: bool
+    pattern: ShardPattern | None
+    tp_plan: TpPlan | Literal["auto"] | None
+    chunk_size: int | None
+
+
+class Run:
+    """The steps of one reshard: look, check, copy, put in place."""
+
+    def __init__(self, store: Store, target: Target, wanted: Wanted, threads: DaemonThreads, account: Account) -> None:
+        self._store = store
+        self._target = target
+        self._wanted = wanted
+        self._threads = threads
+        self._account = account
+
+    async def run(self) -> ReshardReport:
+        names, source = await self._open()
+        plan = await self._plan(source)
+        self._account.charge_headers(source.side.nbytes + plan.nbytes, self._store.url)
+        rooms = await take_rooms(self._account, self._wanted.chunk_size or min(self._store.chunk_size, _BLOCK_BYTES))
+        reader = BlockReader(self._store, source.shards, self._threads)
+        bytes_compared = await self._compare(source, reader, rooms)
+        await self._threads.run(self._target.begin)
+        copy = await self._copy(source, plan, reader, rooms)
+        others = await copy_beside(self._store, beside(names), self._target, rooms[0].memory, self._threads)
+        files = [file.name for file in plan.files.files]
+        if not plan.is_ranks and files != [SINGLE_NAME]:
+            await self._threads.run(self._write_index, source, plan)
+            files.append(INDEX_NAME)
+        await run_all(WRITERS, (self._threads.run(self._target.flush, name) for name in [*others, *files]))
+        await self._threads.run(self._target.commit, [*others, *files])
+        return ReshardReport(
+            tuple(os.path.join(self._target.directory, name) for name in files),
+            len(source.tensors.rows),
+            copy.bytes_read,
+            copy.bytes_written,
+            bytes_compared,
+        )
+
+    async def _open(self) -> tuple[Sequence[str], Source]:
+        """Return the names beside the weights too."""
+        url, pattern = self._store.url, self._wanted.pattern
+        listing = await self._store.list()
+
+        def look() -> tuple[Survey, ShardPattern | None]:
+            survey = survey_names(listing.names, path=url, is_file=listing.is_file, pattern=pattern)
+            if pattern is None or survey.kind == "ranks":
+                return survey, pattern
+            return survey_names(listing.names, path=url, is_file=listing.is_file), None  # the pattern is the target's
+
+        survey, found = await self._threads.run(look)
+        checkpoints = await open_source(self._store, survey, found, self._threads, self._account)
+        source = await self._join(checkpoints, is_ranks=survey.kind == "ranks")
+        return (() if listing.is_file else listing.names), source
+
+    async def _join(self, checkpoints: Sequence[Checkpoint], *, is_ranks: bool) -> Source:
+        url, plan = self._store.url, self._wanted.tp_plan
+        if isinstance(plan, TpPlan):
+            names = without_hold([name for shard in checkpoints[0].shards for name in shard.header])
+            await self._threads.run(lambda: plan.check(names, path=url))
+        place = None
+        if is_ranks and not has_placements(checkpoints[0]):
+            place = await self._find_plan(len(checkpoints))
+        return await self._threads.run(lambda: join_source(checkpoints, place, path=url, is_ranks=is_ranks))
+
+    async def _plan(self, source: Source) -> TargetPlan:
+        wanted, url = self._wanted, self._store.url
+        place = await self._find_plan(wanted.world_size) if wanted.is_ranks else None
+        if place is None and wanted.world_size > 1 and not source.is_ranks:
+            raise CheckpointError(
+                f"{url}: how its tensors are to be divided among {wanted.world_size} ranks is not known: pass a "
+                "tp_plan, or tp_plan='auto' for the models that it knows",
+                path=url,
+            )
+        return await self._threads.run(
+            lambda: plan_target(
+                source,
+                place,
+                world_size=wanted.world_size,
+                max_shard_size=wanted.max_shard_size,
+                pattern=(wanted.pattern or ShardPattern()) if wanted.is_ranks else None,
+                path=url,
+            )
+        )
+
+    async def _find_plan(self, world_size: int) -> PlaceTensor | None:
+        selection = Selection(tp_plan=self._wanted.tp_plan, world_size=world_size)
+        plan = await find_plan(self._store, selection, self._threads)
+        return None if plan is None else plan.placement_of
+
+    async def _compare(self, source: Source, reader: BlockReader, rooms: Sequence[Room]) -> int:
+        """Check that what several ranks hold alike is alike; return the bytes that were read for it."""
+        faults = Faults(self._store.url)
+        comparison = Comparison(reader, self._threads, faults)
+        for copies in await self._threads.run(compare_digests, source, faults):
+            await comparison.run(copies, rooms)
+        faults.require_none()
+        return comparison.bytes_compared
+
+    async def _copy(self, source: Source, plan: TargetPlan, reader: BlockReader, rooms: Sequence[Room]) -> Copy:
+        stop = StopFlag()
+        sizes = await self._threads.run(self._write_headers, plan, stop, on_cancel=stop.set)
+        side = await self._threads.run(plan.side, sizes)
+        copy = Copy(reader, source, self._target, side, plan.files, self._threads)
+        await copy.run(rooms)
+        return copy
+
+    def _write_headers(self, plan: TargetPlan, stop: StopFlag) -> np.ndarray[Any, np.dtype[np.int64]]:
+        sizes = np.zeros(len(plan.files.files), np.int64)
+        for number, file in enumerate(plan.files.files):
+            header = plan.header(number)
+            self._target.write(file.name, 0, [memoryview(header)], stop)
+            sizes[number] = len(header)
+            if stop.is_set():
+                break
+        return sizes
+
+    def _write_index(self, source: Source, plan: TargetPlan) -> None:
+        self._target.write_text(INDEX_NAME, index_text(int(source.sizes.sum()), plan.weight_map()))
