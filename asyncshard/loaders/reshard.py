@@ -14,8 +14,8 @@ from asyncshard.loaders.files import ModelPath, open_store
 from asyncshard.loaders.options import Options, require_int
 from asyncshard.pipeline.budget import Account, MemoryBudget
 from asyncshard.pipeline.free_memory import default_budget_mb
-from asyncshard.pipeline.reshard_run import WRITERS, ReshardReport, Run, Wanted
-from asyncshard.pipeline.reshard_target import Target
+from asyncshard.pipeline.resharding.run import WRITERS, ReshardReport, Run, Wanted
+from asyncshard.pipeline.resharding.target import Target
 from asyncshard.plan.tp_plan import TpPlan
 from asyncshard.stores.threads import DaemonThreads, finish
 

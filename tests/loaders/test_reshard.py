@@ -23,7 +23,7 @@ import asyncshard
 from asyncshard import errors
 from asyncshard.format.dtypes import DTYPES
 from asyncshard.format.header import Header
-from asyncshard.pipeline.reshard_run import ReshardReport
+from asyncshard.pipeline.resharding.run import ReshardReport
 from asyncshard.plan.layout import INCOMPLETE_NAME, INDEX_NAME
 from asyncshard.plan.placements import PackedShard, Replicate, Shard
 from asyncshard.testing import FaultyStore, GatedStore, MemoryStore

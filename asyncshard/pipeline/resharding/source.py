@@ -17,9 +17,9 @@ from asyncshard.format.pattern import ShardPattern
 from asyncshard.pipeline.budget import Account
 from asyncshard.pipeline.checkpoint import Checkpoint, Selection, Shard, open_checkpoint
 from asyncshard.pipeline.pace import without_hold
-from asyncshard.pipeline.reshard_divider import Divider, PlaceTensor
-from asyncshard.pipeline.reshard_jobs import run_all
-from asyncshard.pipeline.reshard_placements import require_whole, written_placements
+from asyncshard.pipeline.resharding.divider import Divider, PlaceTensor
+from asyncshard.pipeline.resharding.jobs import run_all
+from asyncshard.pipeline.resharding.placements import require_whole, written_placements
 from asyncshard.plan.blocks import Side
 from asyncshard.plan.divisions import Shape
 from asyncshard.plan.faults import Faults

@@ -15,16 +15,16 @@ from asyncshard.format.pattern import ShardPattern
 from asyncshard.pipeline.budget import Account
 from asyncshard.pipeline.checkpoint import Checkpoint, Selection
 from asyncshard.pipeline.pace import without_hold
-from asyncshard.pipeline.reshard import Copy
-from asyncshard.pipeline.reshard_beside import beside, copy_beside
-from asyncshard.pipeline.reshard_copies import Comparison, compare_digests
-from asyncshard.pipeline.reshard_divider import PlaceTensor
-from asyncshard.pipeline.reshard_jobs import run_all
-from asyncshard.pipeline.reshard_placements import has_placements
-from asyncshard.pipeline.reshard_plan import TargetPlan, plan_target
-from asyncshard.pipeline.reshard_reads import BlockReader, Room, take_rooms
-from asyncshard.pipeline.reshard_source import Source, join_source, open_source
-from asyncshard.pipeline.reshard_target import Target, index_text
+from asyncshard.pipeline.resharding.beside import beside, copy_beside
+from asyncshard.pipeline.resharding.copies import Comparison, compare_digests
+from asyncshard.pipeline.resharding.copying import Copy
+from asyncshard.pipeline.resharding.divider import PlaceTensor
+from asyncshard.pipeline.resharding.jobs import run_all
+from asyncshard.pipeline.resharding.placements import has_placements
+from asyncshard.pipeline.resharding.plan import TargetPlan, plan_target
+from asyncshard.pipeline.resharding.reads import BlockReader, Room, take_rooms
+from asyncshard.pipeline.resharding.source import Source, join_source, open_source
+from asyncshard.pipeline.resharding.target import Target, index_text
 from asyncshard.pipeline.slicing import find_plan
 from asyncshard.plan.faults import Faults
 from asyncshard.plan.layout import INDEX_NAME, SINGLE_NAME

@@ -13,7 +13,7 @@ from asyncshard._core import Lease, copy_runs
 from asyncshard.errors import BudgetError
 from asyncshard.pipeline.budget import Account
 from asyncshard.pipeline.checkpoint import Shard
-from asyncshard.pipeline.reshard_jobs import run_all
+from asyncshard.pipeline.resharding.jobs import run_all
 from asyncshard.plan.blocks import Extent, Moves
 from asyncshard.stores.base import Store
 from asyncshard.stores.threads import DaemonThreads

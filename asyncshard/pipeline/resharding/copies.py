@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from asyncshard.format.digests import digests_of
-from asyncshard.pipeline.reshard_jobs import run_all
-from asyncshard.pipeline.reshard_reads import BlockReader, Bytes, Room
-from asyncshard.pipeline.reshard_source import Source
+from asyncshard.pipeline.resharding.jobs import run_all
+from asyncshard.pipeline.resharding.reads import BlockReader, Bytes, Room
+from asyncshard.pipeline.resharding.source import Source
 from asyncshard.plan.blocks import Block, Side, cut_blocks
 from asyncshard.plan.divisions import Division
 from asyncshard.plan.faults import Faults

@@ -14,8 +14,8 @@ from asyncshard.format.dtypes import DTYPES
 from asyncshard.format.header import format_header
 from asyncshard.format.pattern import ShardPattern
 from asyncshard.pipeline.pace import without_hold
-from asyncshard.pipeline.reshard_divider import PlaceTensor
-from asyncshard.pipeline.reshard_source import Source
+from asyncshard.pipeline.resharding.divider import PlaceTensor
+from asyncshard.pipeline.resharding.source import Source
 from asyncshard.plan.blocks import Side
 from asyncshard.plan.divisions import Division, divide, fitted
 from asyncshard.plan.faults import Faults
