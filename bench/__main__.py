@@ -44,6 +44,8 @@ def main(arguments: list[str]) -> None:
     before = conditions()
     data = Dataset((options.data or options.output / "data") / scale.name, scale)
     data.generate()
+    if "slices" in select(options.only):
+        data.generate_whole()
     with Servers(data, data.folder / "servers") as servers:
         results = measure(
             select(options.only), data, servers, options.rounds, lambda text: print(text, file=sys.stderr)

@@ -65,12 +65,14 @@ class Scale:
     """Tensors of 1 MiB that a server sends late."""
     cancels: int
     """Loads that are cancelled."""
+    whole_layers: int
+    """Layers of a checkpoint that was not cut for ranks."""
 
 
 FULL = Scale(
-    "full", 16, 2048, 8192, 128256, (100_000, 1_000_000), 100_000, 100_000, 1_000_000, 1_024, 100_000, 256, 1_000
+    "full", 16, 2048, 8192, 128256, (100_000, 1_000_000), 100_000, 100_000, 1_000_000, 1_024, 100_000, 256, 1_000, 24
 )
-QUICK = Scale("quick", 4, 256, 1024, 4096, (1_000, 10_000), 1_000, 1_000, 10_000, 64, 1_000, 16, 20)
+QUICK = Scale("quick", 4, 256, 1024, 4096, (1_000, 10_000), 1_000, 1_000, 10_000, 64, 1_000, 16, 20, 4)
 SCALES = {scale.name: scale for scale in (FULL, QUICK)}
 RANK, WORLD_SIZE = 0, 2
 
@@ -105,6 +107,31 @@ def rank_parts(scale: Scale) -> list[list[Tensor]]:
             Tensor("lm_head.weight", "BF16", vocabulary),
         ],
     ]
+
+
+def whole_parts(scale: Scale) -> list[list[Tensor]]:
+    """Return a Llama that is not cut for ranks, named as on the Hugging Face hub, in two files."""
+    hidden, intermediate = scale.hidden, scale.intermediate
+
+    def layers(first: int, last: int) -> Iterator[Tensor]:
+        for number in range(first, last):
+            for name, shape in (
+                ("input_layernorm", (hidden,)),
+                ("mlp.down_proj", (hidden, intermediate)),
+                ("mlp.gate_proj", (intermediate, hidden)),
+                ("mlp.up_proj", (intermediate, hidden)),
+                ("post_attention_layernorm", (hidden,)),
+                ("self_attn.k_proj", (hidden // 4, hidden)),
+                ("self_attn.o_proj", (hidden, hidden)),
+                ("self_attn.q_proj", (hidden, hidden)),
+                ("self_attn.v_proj", (hidden // 4, hidden)),
+            ):
+                yield Tensor(f"model.layers.{number}.{name}.weight", "BF16", shape)
+
+    half = scale.whole_layers // 2
+    embedding = Tensor("model.embed_tokens.weight", "BF16", (scale.vocabulary // 4, hidden))
+    norm = Tensor("model.norm.weight", "BF16", (hidden,))
+    return [[embedding, *layers(0, half)], [*layers(half, scale.whole_layers), norm]]
 
 
 def _experts(count: int) -> Iterator[Tensor]:
@@ -153,6 +180,15 @@ class Dataset:
         """A file of tensors of 1 MiB."""
         return self.folder / "late.safetensors"
 
+    @property
+    def whole(self) -> Path:
+        """A directory with a checkpoint that was not cut for ranks."""
+        return self.folder / "whole"
+
+    @property
+    def whole_files(self) -> list[Path]:
+        return [self.whole / f"model-{number:05}-of-00002.safetensors" for number in (1, 2)]
+
     def objects(self) -> list[tuple[str, Path]]:
         """Return the keys of what is loaded from S3: the files' paths below the folder."""
         return [(path.relative_to(self.folder).as_posix(), path) for path in (*self.files, self.pages, self.late)]
@@ -180,6 +216,17 @@ class Dataset:
         for count in self.scale.headers:
             _write(self.header(count), _experts(count))
         _write(self.small, (Tensor(f"scale.{number}", "F32", (1,)) for number in range(self.scale.small_tensors)))
+
+    def generate_whole(self) -> None:
+        """Write what only the cases of slices load."""
+        self.whole.mkdir(parents=True, exist_ok=True)
+        parts = whole_parts(self.scale)
+        for path, tensors in zip(self.whole_files, parts, strict=True):
+            _write(path, tensors)
+        files = zip(self.whole_files, parts, strict=True)
+        weight_map = {tensor.name: path.name for path, tensors in files for tensor in tensors}
+        index = {"metadata": {"total_size": sum(tensor.nbytes for part in parts for tensor in part)}}
+        (self.whole / "model.safetensors.index.json").write_text(json.dumps(index | {"weight_map": weight_map}))
 
     def generate_objects(self) -> None:
         """Write what only the cases of S3 load."""

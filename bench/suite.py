@@ -18,6 +18,7 @@ ROOM_BUDGET_MB = 320
 """Room for the rank's largest tensor, 251 MiB."""
 SMALL_BUDGET_MB = 64
 CACHE_BUDGET_MB = 256
+RESHARD_BUDGET_MB = 512
 _CASE_S = 600
 
 
@@ -175,6 +176,16 @@ GROUPS: dict[str, list[Measured]] = {
         Measured("cache/disk/processes", "cached-processes", (), "seaweedfs"),
         Measured("cache/refresh", "refresh"),
         Measured("cache/refresh-all", "refresh-all"),
+    ],
+    "slices": [
+        *(
+            Measured(f"slices/{plan}/{way or 'ours'}", f"slices-{plan}{'-' * bool(way)}{way}")
+            for plan in ("columns", "model")
+            for way in ("", "get-slice", "full")
+        ),
+        *_group("slices", ("gather", "plan-slices")),
+        Measured("slices/reshard", "reshard", ("--budget-mb", str(RESHARD_BUDGET_MB))),
+        *_group("slices", ("copy", "copy-flushed")),
     ],
 }
 

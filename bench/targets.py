@@ -11,6 +11,7 @@ from bench.endpoint import IN_FLIGHT, LATENCY_S
 from bench.suite import (
     CACHE_BUDGET_MB,
     LAG_OF_LIBRARY,
+    RESHARD_BUDGET_MB,
     ROOM_BUDGET_MB,
     S3_PEERS,
     SAFETENSORS,
@@ -104,6 +105,7 @@ def _promises(scale: Scale) -> Iterator[tuple[str, str, _Evaluate]]:
         )
     yield from _s3_promises()
     yield from _cache_promises()
+    yield from _slices_promises(scale)
 
 
 def _cache_promises() -> Iterator[tuple[str, str, _Evaluate]]:
@@ -126,6 +128,26 @@ def _cache_promises() -> Iterator[tuple[str, str, _Evaluate]]:
     for name, what in (("refresh", "a hundredth of 1.5 GB"), ("refresh-all", "all of 1.5 GB")):
         what = f"`Update.apply`, {what}, against a copy of the same tensors"
         yield what, "≤ 2 x", _most(f"cache/{name}", "apply_over_memcpy", 2, "x")
+
+
+def _slices_promises(scale: Scale) -> Iterator[tuple[str, str, _Evaluate]]:
+    yield "bytes read of rank 0 of 8, all matrices cut along their rows, of those needed", "≤ 1.02 x", _read_over_needed
+    for plan, what in (("columns", "rows"), ("model", "rows, and columns of two matrices")):
+        for way, other, least in (("get-slice", "safetensors' `get_slice`", 1.0), ("full", "a full read, sliced", 4.0)):
+            yield (
+                f"load of rank 0 of 8, {what}, against {other}",
+                f"≥ {least:g} x" if plan == "columns" else "-",
+                _faster(f"slices/{plan}/ours", least if plan == "columns" else 0.0, f"slices/{plan}/{way}"),
+            )
+    what = "gather of the columns of each of 8 ranks, bf16, 4096 x 14336, of memcpy's speed"
+    yield what, "≥ 0.7 x", _least("slices/gather", "of_memcpy", 0.7)
+    what = f"plan of one of 64 ranks, {scale.pages:,} tensors"
+    yield what, "≤ 0.5 s", _seconds("slices/plan-slices", 0.5)
+    for copy, other in (("copy", "`cp`"), ("copy-flushed", "`cp` and a flush, as `reshard` does")):
+        what = f"`reshard` of 3 GB from 1 to 8 ranks against {other}"
+        yield what, "≥ 0.5 x", _faster("slices/reshard", 0.5, f"slices/{copy}")
+    what = f"extra peak RSS of `reshard` with a budget of {RESHARD_BUDGET_MB} MiB"
+    yield what, f"≤ {RESHARD_BUDGET_MB + 32} MiB", _memory("slices/reshard", RESHARD_BUDGET_MB, 2 * _ROOM_BYTES)
 
 
 def _s3_promises() -> Iterator[tuple[str, str, _Evaluate]]:
@@ -242,6 +264,14 @@ def _most(name: str, key: str, most: float, unit: str) -> _Evaluate:
     return evaluate
 
 
+def _least(name: str, key: str, least: float) -> _Evaluate:
+    def evaluate(results: Results) -> tuple[str, bool]:
+        value = _rounds(results, name).median(key)
+        return f"{value:.2f} x", value >= least
+
+    return evaluate
+
+
 def _seconds(name: str, most: float) -> _Evaluate:
     return _most(name, "seconds", most, "s")
 
@@ -270,6 +300,12 @@ def _sent(results: Results) -> tuple[str, bool]:
 def _read_share(results: Results) -> tuple[str, bool]:
     share = _rounds(results, "cache/refresh").median("read_share")
     return f"{share:.2%}", share <= 0.011
+
+
+def _read_over_needed(results: Results) -> tuple[str, bool]:
+    result = _rounds(results, "slices/columns/ours")
+    share = result.median("bytes_read") / result.median("bytes_needed")
+    return f"{share:.4f} x", share <= 1.02
 
 
 def _header_memory(results: Results) -> tuple[str, bool]:

@@ -12,6 +12,7 @@ from bench.ways.peers import PEERS
 from bench.ways.refreshes import REFRESHES
 from bench.ways.s3 import S3
 from bench.ways.s3_peers import S3_PEERS
+from bench.ways.slices import SLICES
 
 WAYS: dict[str, Way] = {
     **CEILINGS,
@@ -23,4 +24,5 @@ WAYS: dict[str, Way] = {
     **CACHES,
     **DISK_CACHE,
     **REFRESHES,
+    **SLICES,
 }

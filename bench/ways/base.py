@@ -30,6 +30,8 @@ class Case:
     """What is done on the loop before the clock starts; what it enters is left after it has stopped."""
     nbytes: int = 0
     """Bytes that one run moves; 0 where that says nothing."""
+    verify: Callable[[], None] | None = None
+    """Raises AssertionError where what was loaded is wrong, after the clock has stopped."""
     kept: list[Any] = field(default_factory=list)
     """What must not die before the clock has stopped."""
     _state: dict[str, Any] = field(default_factory=dict)
@@ -50,6 +52,8 @@ class Case:
 
     def check(self) -> None:
         """Compare both ends of each destination with the files."""
+        if self.verify is not None:
+            self.verify()
         for placed in self._placed:
             data = octets(self._state[placed.tensor.name])
             with placed.path.open("rb") as file:
