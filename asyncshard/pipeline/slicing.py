@@ -12,7 +12,7 @@ from asyncshard.pipeline.budget import Account
 from asyncshard.pipeline.checkpoint import Checkpoint, Selection, Shard, find_shards, open_found, require_wanted
 from asyncshard.pipeline.pace import without_hold
 from asyncshard.plan.rank_parts import make_rank_part
-from asyncshard.plan.tp_models import auto_plan
+from asyncshard.plan.tp_models import auto_plan, require_known
 from asyncshard.plan.tp_plan import TpPlan
 from asyncshard.stores.base import Store
 from asyncshard.stores.ranges import Scratch
@@ -44,7 +44,10 @@ async def open_slices(
     found = await find_shards(store, selection, threads)
     plan = await find_plan(store, selection, threads)
     whole = await open_found(store, found, selection, threads, account)
-    if plan is not None:
+    if plan is not None and selection.tp_plan == "auto":
+        names = _names(whole, found.weight_map)
+        await threads.run(lambda: require_known(plan, names, path=store.url))
+    elif plan is not None:
         names = _names(whole, found.weight_map)
         await threads.run(lambda: plan.check(names, path=store.url))
     shards = [await threads.run(slice_shard, shard, selection, plan) for shard in whole.shards]

@@ -8,11 +8,13 @@ divide is cut as ``torch.chunk`` cuts it, in the same places for all three weigh
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from reprlib import repr as short_repr
 from typing import Any, NoReturn
 
 from asyncshard.errors import CheckpointError
+from asyncshard.plan.listing import listing
 from asyncshard.plan.placements import Placement, Shard
 from asyncshard.plan.sharding import whole_number
 from asyncshard.plan.tp_plan import TpPlan
@@ -30,6 +32,7 @@ _EXPERTS = (
 )
 _QUANTIZATION = ("quantization_config", "compression_config")
 _OTHER_PARTS = ("text_config", "vision_config", "audio_config")
+_PROJECTION = re.compile(r"layers\.[0-9]+\..*proj\.(weight|bias)$")
 _EXPLICIT = "Pass a tp_plan of your own, with the name and the placement of each module that is to be split."
 
 
@@ -82,6 +85,24 @@ def auto_plan(config: Mapping[str, Any], world_size: int, *, path: str | None = 
             "model.layers.*.mlp.down_proj": "rowwise",
         }
     )
+
+
+def require_known(plan: TpPlan, names: Iterable[str], *, path: str | None = None) -> None:
+    """Check that a plan of `auto_plan` places every projection of the layers; of another form of the model it does not.
+
+    Raises
+    ------
+    CheckpointError
+        There are others: fused ones, experts, adapters.
+    """
+    others = [name for name in plan.match(names).unmatched if _PROJECTION.search(name)]
+    if others:
+        raise CheckpointError(
+            f"{path or 'the checkpoint'}: tp_plan='auto' does not know how {listing(others)} are divided; pass an "
+            "explicit tp_plan",
+            path=path,
+            tensor=others[0],
+        )
 
 
 def ties_embeddings(config: Mapping[str, Any], *, path: str | None = None) -> bool:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from asyncshard.errors import CheckpointError, NamesError
 from asyncshard.plan.slices import slice_tensor
-from asyncshard.plan.tp_models import auto_plan, ties_embeddings
+from asyncshard.plan.tp_models import auto_plan, require_known, ties_embeddings
 
 LLAMA_8B = {
     "architectures": ["LlamaForCausalLM"],
@@ -294,3 +294,14 @@ def test_tied_is_true_or_false(value):
     ) as caught:
         ties_embeddings({"tie_word_embeddings": value}, path="/ckpt/config.json")
     assert caught.value.path == "/ckpt/config.json"
+
+
+def test_a_model_in_another_form_is_refused_rather_than_loaded_whole():
+    plan = auto_plan({"model_type": "llama", "num_attention_heads": 8, "num_key_value_heads": 8}, 4)
+    layer = "model.layers.3"
+    known = [f"{layer}.self_attn.q_proj.weight", f"{layer}.input_layernorm.weight", "lm_head.weight"]
+    require_known(plan, known)
+    for name in ("self_attn.qkv_proj.weight", "mlp.experts.0.gate_up_proj.weight", "mlp.gate_up_proj.bias"):
+        with pytest.raises(CheckpointError, match=rf"^x: .*{name}.*explicit tp_plan") as caught:
+            require_known(plan, [*known, f"{layer}.{name}"], path="x")
+        assert caught.value.tensor == f"{layer}.{name}"
