@@ -82,6 +82,8 @@ class Checkpoint(NamedTuple):
     shards: tuple[Shard, ...]
     scratch_bytes: int = 0
     """Of the memory through which slices are read."""
+    tensor_filter: TensorFilter | None = None
+    """Which names are wanted, of tied tensors too; None for all."""
 
     @property
     def tensors_total(self) -> int:
@@ -91,6 +93,10 @@ class Checkpoint(NamedTuple):
     def bytes_total(self) -> int:
         """Bytes of tensor data."""
         return sum(shard.meta.size - shard.header.size for shard in self.shards)
+
+    def is_wanted(self, name: str) -> bool:
+        """Return whether a tensor of this name is wanted, if there is one."""
+        return self.tensor_filter is None or self.tensor_filter(name)
 
 
 class CheckpointInfo(Mapping[str, TensorInfo]):
@@ -121,13 +127,13 @@ class CheckpointInfo(Mapping[str, TensorInfo]):
 
 
 def ties_of(checkpoint: Checkpoint) -> dict[str, str]:
-    """Return the names that the metadata ties to a tensor that is there, each with the tensor's."""
+    """Return the wanted names that the metadata ties to a tensor that is there, each with the tensor's."""
     info = CheckpointInfo(checkpoint)
     return {
         name: kept
         for shard in checkpoint.shards
         for name, kept in shard.header.metadata.items()
-        if kept in info and name not in info
+        if kept in info and name not in info and checkpoint.is_wanted(name)
     }
 
 

@@ -55,7 +55,8 @@ async def open_slices(
         wanted = selection.tensor_filter.names
         missing = [name for name in wanted if not any(name in shard.header for shard in whole.shards)]
         require_wanted(sum(len(shard.header) for shard in shards), missing, store.url)
-    checkpoint = Checkpoint(tuple(shard for shard in shards if len(shard.header) or shard.part is None))
+    kept = tuple(shard for shard in shards if len(shard.header) or shard.part is None)
+    checkpoint = Checkpoint(kept, tensor_filter=selection.tensor_filter)
     before, after = (sum(shard.nbytes for shard in each.shards) for each in (whole, checkpoint))
     account.charge_headers(after - before, store.url)
     return slices_of(store, checkpoint, threads, account, chunk_size=chunk_size)

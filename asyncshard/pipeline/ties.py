@@ -65,7 +65,7 @@ def _lost_output(checkpoint: Checkpoint, destinations: Mapping[str, Any]) -> tup
     """Return the one output layer that has a destination and no tensor, and the one embedding that has a tensor."""
     info = CheckpointInfo(checkpoint)
     outputs = [name for name in without_hold(destinations) if name.endswith(OUTPUT) and name not in info]
-    if len(outputs) != 1:
+    if len(outputs) != 1 or not checkpoint.is_wanted(outputs[0]):
         return None
     names = (name for shard in checkpoint.shards for name in without_hold(shard.header))
     embeddings = [name for name in names if name.endswith(EMBEDDING)]
@@ -94,10 +94,13 @@ def _is_same(library: ArrayLibrary, given: Any, other: Any) -> bool:
 
 
 def _tied_shards(checkpoint: Checkpoint, ties: Mapping[str, str]) -> Iterator[Shard]:
-    """Yield what is read once more: of each shard the tensors to which names are tied, under these names."""
+    """Yield what is read once more: for each tied name the tensor to which it is tied, under this name.
+
+    Each alone: two names may be tied to one tensor, and what is read of a file at once must not overlap.
+    """
     for shard in checkpoint.shards:
-        here = {name: kept for name, kept in ties.items() if kept in shard.header}
-        if here:
-            part = rename(shard.header, shard.part, here)
-            whole = shard.meta.version.whole if shard.part is not None else shard.meta
-            yield Shard(part_meta(whole, part), shard.path, part.header, part)
+        whole = shard.meta.version.whole if shard.part is not None else shard.meta
+        for name, kept in ties.items():
+            if kept in shard.header:
+                part = rename(shard.header, shard.part, kept, name)
+                yield Shard(part_meta(whole, part), shard.path, part.header, part)

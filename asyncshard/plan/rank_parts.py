@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
@@ -22,7 +22,7 @@ from asyncshard.format.digests import DIGESTS_KEY, DIGITS
 from asyncshard.format.dtypes import DTYPES
 from asyncshard.format.header import Header, format_header, parse_header
 from asyncshard.plan.placements import Placement
-from asyncshard.plan.slices import Slice, slice_tensor
+from asyncshard.plan.slices import Slice, slice_tensor, whole_tensor
 from asyncshard.plan.tp_plan import TpPlan
 
 Offsets = NDArray[np.int64]
@@ -241,9 +241,9 @@ def make_rank_part(
     starts, kinds, kept = array("q"), array("i"), array("q")
     try:
         for index in paced(range(len(header))):
-            name, code, shape, start, stop = row(index)
+            name, code, shape, start, _ = row(index)
             if is_wanted is None or is_wanted(name):
-                kinds.append(planner.kind_of(name, code, shape, stop - start))
+                kinds.append(planner.kind_of(name, code, shape))
                 starts.append(start)
                 kept.append(index)
     except CheckpointError as error:
@@ -263,22 +263,18 @@ def make_rank_part(
     return _finish(virtual, text, np.array(starts, np.int64), np.array(kinds, np.int32), Patterns.of(planner.slices))
 
 
-def rename(header: Header, part: RankPart | None, names: Mapping[str, str]) -> RankPart:
-    """Return some tensors of a file, or of a rank's part of it, under other names: ``{"other": "in the header"}``."""
-    order = sorted(names, key=lambda name: header.table.find(names[name]))
-    indices = np.array([header.table.find(names[name]) for name in order], np.int64)
-    rows = [header.table.row(index) for index in indices.tolist()]
-    tensors = [
-        (name, DTYPES[code].name, shape, stop - start)
-        for name, (_, code, shape, start, stop) in zip(order, rows, strict=True)
-    ]
-    text = format_header(tensors, {})
-    virtual = parse_header(text, len(text) + sum(nbytes for *_, nbytes in tensors))
-    if part is None:
-        slices = [Slice(shape, 1, nbytes, ((0, nbytes),)) for _, _, shape, nbytes in tensors]
-        kinds = np.arange(len(slices), dtype=np.int32)
-        return _finish(virtual, text, header.table.starts[indices], kinds, Patterns.of(slices))
-    return _finish(virtual, text, part.starts[indices], part.kinds[indices], part.patterns)
+def rename(header: Header, part: RankPart | None, name: str, other: str) -> RankPart:
+    """Return one tensor of a file, or of a rank's part of it, alone and under another name."""
+    index = header.table.find(name)
+    one = slice(index, index + 1)
+    _, code, shape, start, stop = header.table.row(index)
+    dtype = DTYPES[code]
+    text = format_header([(other, dtype.name, shape, stop - start)])
+    virtual = parse_header(text, len(text) + stop - start)
+    if part is not None:
+        return _finish(virtual, text, part.starts[one], part.kinds[one], part.patterns)
+    whole = Patterns.of([whole_tensor(shape, dtype.bits)])
+    return _finish(virtual, text, header.table.starts[one], np.zeros(1, np.int32), whole)
 
 
 def _finish(virtual: Header, text: bytes, starts: Offsets, kinds: NDArray[np.int32], patterns: Patterns) -> RankPart:
@@ -315,20 +311,20 @@ class _Planner:
         """Of the tensors of each slice."""
         self.are_whole = True
 
-    def kind_of(self, name: str, code: int, shape: tuple[int, ...], nbytes: int) -> int:
+    def kind_of(self, name: str, code: int, shape: tuple[int, ...]) -> int:
         """Return the place in `slices` of a tensor's."""
         key = code, shape, "" if self._plan is None else self._plan.group_of(name)
         kind = self._kinds_of_groups.get(key)
         if kind is None:
-            kind = self._kinds_of_groups[key] = self._find(name, code, shape, nbytes)
+            kind = self._kinds_of_groups[key] = self._find(name, code, shape)
         return kind
 
-    def _find(self, name: str, code: int, shape: tuple[int, ...], nbytes: int) -> int:
+    def _find(self, name: str, code: int, shape: tuple[int, ...]) -> int:
         placement = None if self._plan is None else self._plan.placement_of(name, shape)
         kind = self._kinds.get((code, shape, placement))
         if kind is None:
             if placement is None:
-                made = Slice(shape, 1, nbytes, ((0, nbytes),)) if nbytes else Slice(shape, 0, 0, ())
+                made = whole_tensor(shape, DTYPES[code].bits)
             else:
                 made = slice_tensor(
                     name, shape, DTYPES[code].bits, placement, rank=self._rank, world_size=self._world_size

@@ -110,13 +110,13 @@ def slice_tensor(
         ranks are no multiple of the pieces, or, with elements of 4 or 6 bits, a piece would not begin on a byte.
     """
     if isinstance(placement, Replicate):
-        return _whole(shape, bits)
+        return whole_tensor(shape, bits)
     dim = placement.dim + len(shape) if placement.dim < 0 else placement.dim
     if not 0 <= dim < len(shape):
         raise _cannot(name, shape, placement, "there is no such dimension")
     pieces, index = _piece(name, shape, placement, rank, world_size)
     if pieces == 1 and isinstance(placement, Shard):
-        return _whole(shape, bits)
+        return whole_tensor(shape, bits)
     sizes = placement.sizes if isinstance(placement, PackedShard) else (shape[dim],)
     if sum(sizes) != shape[dim]:
         raise _cannot(name, shape, placement, f"the sizes add up to {sum(sizes)}, not {shape[dim]}")
@@ -136,12 +136,13 @@ def slice_tensor(
     if not math.prod(local):
         return Slice(local, 0, 0, ())
     if local == shape:  # all in one run, and not in one for each row
-        return _whole(shape, bits)
+        return whole_tensor(shape, bits)
     runs = tuple((first * inner // 8, (last - first) * inner // 8) for first, last in bounds if last > first)
     return Slice(local, outer, shape[dim] * inner // 8, runs)
 
 
-def _whole(shape: tuple[int, ...], bits: int) -> Slice:
+def whole_tensor(shape: tuple[int, ...], bits: int) -> Slice:
+    """Return all of a tensor."""
     nbytes = math.prod(shape) * bits // 8
     return Slice(shape, 1, nbytes, ((0, nbytes),)) if nbytes else Slice(shape, 0, 0, ())
 

@@ -225,7 +225,6 @@ class CountingStore(WrapperStore):
 
     def __init__(self, store):
         super().__init__(store)
-        self.max_gap_bytes = store.max_gap_bytes
         self.opened = []
         self.bytes_read = 0
 
@@ -240,8 +239,9 @@ class CountingStore(WrapperStore):
 
 @pytest.mark.parametrize("max_gap", [0, 30, 500, MIB])
 async def test_the_plan_tells_what_is_read(files, max_gap):
-    store = CountingStore(MemoryStore(files))
-    store.max_gap_bytes = max_gap
+    memory = MemoryStore(files)
+    memory.max_gap_bytes = max_gap
+    store = CountingStore(memory)
     loader = loader_of(5)
     plan = await loader.plan_weights(store)
     assert store.bytes_read == 0
@@ -352,18 +352,20 @@ async def test_the_plan_of_a_model_is_found_by_its_config(tmp_path, checkpoints,
         "num_hidden_layers": 1,
         "vocab_size": 8,
     }
-    prefix = "model.layers.0.self_attn"
-    tensors = {
-        f"{prefix}.q_proj.weight": np.arange(256).reshape(16, 16),
-        f"{prefix}.o_proj.weight": np.arange(256).reshape(16, 16),
+    layer = "model.layers.0"
+    whole = np.arange(512).reshape(32, 16)
+    rows = [f"self_attn.{name}_proj" for name in "qkv"] + [f"mlp.{name}_proj" for name in ("gate", "up")]
+    columns = ["self_attn.o_proj", "mlp.down_proj"]
+    tensors = {f"{layer}.{name}.weight": whole for name in rows} | {
+        f"{layer}.{name}.weight": whole.T for name in columns
     }
     path = tmp_path / "model.safetensors"
     checkpoints.write_file(path, tensors)
     (tmp_path / "config.json").write_text(json.dumps(config))
     loader = ShardedStateLoader(rank=1, world_size=2, tp_plan="auto")
     got = await loader.load_weights(path if is_file else tmp_path)
-    q, o = tensors.values()
-    assert checkpoints.same(got, {f"{prefix}.q_proj.weight": q[8:], f"{prefix}.o_proj.weight": o[:, 8:]})
+    expected = {name: whole[16:] if tensor is whole else whole.T[:, 16:] for name, tensor in tensors.items()}
+    assert checkpoints.same(got, expected)
     shard = await IncrementalShardLoader(loader).load_shard(path)
     assert checkpoints.same(shard, got)
     (tmp_path / "config.json").write_text("{")
@@ -460,8 +462,9 @@ async def test_a_file_that_is_cut_short_or_replaced_is_an_error_that_names_it(mo
 
 @pytest.mark.parametrize("failing", [0, 5, 20])
 async def test_a_read_that_fails_fails_the_load(files, failing):
-    store = FaultyStore(MemoryStore(files), reads={failing: Fault(after=3, error=StoreError("broken", path="p"))})
-    store.max_gap_bytes = 100
+    memory = MemoryStore(files)
+    memory.max_gap_bytes = 100
+    store = FaultyStore(memory, reads={failing: Fault(after=3, error=StoreError("broken", path="p"))})
     loader = loader_of(1, memory_budget_mb=1)
     state = {name: np.zeros(a.shape, a.dtype) for name, a in expected_of(1).items()}
     with pytest.raises(StoreError, match="broken") as caught:
@@ -471,8 +474,9 @@ async def test_a_read_that_fails_fails_the_load(files, failing):
 
 
 async def test_nothing_is_written_after_a_cancelled_load_has_returned(files):
-    store = GatedStore(MemoryStore(files), is_stubborn=True)
-    store.max_gap_bytes = 100
+    memory = MemoryStore(files)
+    memory.max_gap_bytes = 100
+    store = GatedStore(memory, is_stubborn=True)
     loader = loader_of(1, memory_budget_mb=1)
     state = {name: np.zeros(a.shape, a.dtype) for name, a in expected_of(1).items()}
     task = asyncio.ensure_future(loader.load_weights(store, state))

@@ -139,3 +139,42 @@ async def test_views_of_a_written_tensor_are_no_ties(tmp_path, tensors):
     await asyncshard.save_sharded_state({**tensors, **views}, tmp_path, rank=0)
     (header,) = [await asyncshard.read_header(path) for path in tmp_path.iterdir()]
     assert header.metadata == {}
+
+
+@pytest.mark.parametrize("max_gap", [None, 0, 1 << 20])
+@pytest.mark.parametrize("placement", [None, Shard(0), Shard(1)])
+async def test_several_names_may_be_tied_to_one_tensor(tmp_path, tensors, placement, max_gap):
+    from safetensors.numpy import save
+
+    whole = tensors[EMBED]
+    ties = {HEAD: EMBED, "encoder.embed.weight": EMBED, "decoder.embed.weight": EMBED, "r.weight": "model.q.weight"}
+    files = {"model.safetensors": save(tensors, metadata=ties)}
+    (tmp_path / "model.safetensors").write_bytes(files["model.safetensors"])
+    path = tmp_path
+    if max_gap is not None:
+        path = MemoryStore(files)
+        path.max_gap_bytes = max_gap
+    cut = {None: whole, Shard(0): whole[32:], Shard(1): whole[:, 8:]}[placement]
+    expected = {**tensors, EMBED: cut} | {name: cut if kept == EMBED else tensors[kept] for name, kept in ties.items()}
+    state = {name: np.zeros_like(tensor) for name, tensor in expected.items()}
+    plan = None if placement is None else {"model.embed_tokens": placement}
+    loader = ShardedStateLoader(rank=1, world_size=2, tp_plan=plan, memory_budget_mb=1)
+    await loader.load_weights(path, state)
+    assert all(np.array_equal(state[name], tensor) for name, tensor in expected.items())
+    assert loader.budget.bytes_used == 0
+
+
+@pytest.mark.parametrize("says", ["metadata", "config"])
+async def test_a_tied_tensor_that_the_filter_leaves_out_is_not_restored(says, tensors):
+    from safetensors.numpy import save
+
+    # The file has an output layer of its own, whatever is said of it.
+    tensors = {**tensors, HEAD: tensors[EMBED] + 1}
+    files = {"model.safetensors": save(tensors, metadata={HEAD: EMBED} if says == "metadata" else None)}
+    if says == "config":
+        files["config.json"] = b'{"tie_word_embeddings": true}'
+    loader = ShardedStateLoader(tensor_filter="model.*")
+    assert set(await loader.load_weights(MemoryStore(files))) == set(tensors) - {HEAD}
+    with pytest.raises(NamesError) as caught:
+        await loader.load_weights(MemoryStore(files), {name: np.zeros_like(each) for name, each in tensors.items()})
+    assert caught.value.missing == (HEAD,)
