@@ -281,7 +281,9 @@ def rename(header: Header, part: RankPart | None, names: Mapping[str, str]) -> R
     return _finish(virtual, text, part.starts[indices], part.kinds[indices], part.patterns)
 
 
-def _finish(virtual: Header, text: bytes, starts: Offsets, kinds: NDArray[np.int32], patterns: Patterns) -> RankPart:
+def _finish(
+    virtual: Header, text: bytearray, starts: Offsets, kinds: NDArray[np.int32], patterns: Patterns
+) -> RankPart:
     counts = (patterns.outer * patterns.runs_in_row)[kinds] if len(kinds) else np.empty(0, np.int64)
     digest = hashlib.blake2b(text, digest_size=16)
     for column in (starts, kinds, *patterns):
