@@ -8,7 +8,6 @@ by the compiled core, without the GIL.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from json.encoder import encode_basestring_ascii
@@ -27,6 +26,8 @@ MAX_HEADER_BYTES = 100_000_000
 
 _ALIGNMENT = 8
 """Of the data: the format's widest element has as many bytes."""
+_QUOTED = 1 << 16
+"""Characters that are quoted at once."""
 _DTYPE_NAMES = tuple(dtype.name for dtype in DTYPES)
 _REMEDY = "the file is damaged or no safetensors file: fetch or write it again"
 
@@ -192,7 +193,7 @@ def parse_header(
 
 def format_header(
     tensors: Iterable[tuple[str, str, tuple[int, ...], int]], metadata: Mapping[str, str] | None = None
-) -> bytes:
+) -> bytearray:
     """Return the header of a file that holds these tensors one after the other, up to where their data begins.
 
     Parameters
@@ -203,7 +204,17 @@ def format_header(
 
     The JSON text is padded with spaces so that the data begins at a multiple of 8.
     """
-    parts = [f'"__metadata__":{json.dumps(dict(metadata))}'] if metadata else []
+    # The text grows in steps, between which other threads get the GIL: made at once it would be held for its megabytes.
+    text = bytearray(PREFIX_BYTES)
+    text += b"{"
+    for number, (key, value) in enumerate((metadata or {}).items()):
+        text += b', "' if number else b'"__metadata__":{"'
+        _quote(text, key)
+        text += b'": "'
+        _quote(text, value)
+        text += b'"'
+    if metadata:
+        text += b"},"
     start = 0
     kinds: dict[tuple[str, tuple[int, ...]], str] = {}
     for name, dtype, shape, nbytes in tensors:
@@ -212,11 +223,20 @@ def format_header(
             sizes = ",".join(map(str, shape))
             kind = kinds[dtype, shape] = f':{{"dtype":"{dtype}","shape":[{sizes}],"data_offsets":['
         stop = start + nbytes
-        parts.append(f"{encode_basestring_ascii(name)}{kind}{start},{stop}]}}")
+        text += f"{encode_basestring_ascii(name)}{kind}{start},{stop}]}},".encode("ascii")
         start = stop
-    text = f"{{{','.join(parts)}}}".encode("ascii")
+    if text.endswith(b","):
+        text.pop()
+    text += b"}"
     text += b" " * (-len(text) % _ALIGNMENT)
-    return len(text).to_bytes(PREFIX_BYTES, "little") + text
+    text[:PREFIX_BYTES] = (len(text) - PREFIX_BYTES).to_bytes(PREFIX_BYTES, "little")
+    return text
+
+
+def _quote(text: bytearray, value: str) -> None:
+    """Add a string's JSON to a text, without the quotes."""
+    for start in range(0, len(value), _QUOTED):
+        text += encode_basestring_ascii(value[start : start + _QUOTED])[1:-1].encode("ascii")
 
 
 def _error(message: str, path: str | None, *, tensor: str | None = None, offset: int | None = None) -> FormatError:

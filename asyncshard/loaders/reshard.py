@@ -17,6 +17,7 @@ from asyncshard.pipeline.free_memory import default_budget_mb
 from asyncshard.pipeline.resharding.run import WRITERS, ReshardReport, Run, Wanted
 from asyncshard.pipeline.resharding.target import Target
 from asyncshard.plan.tp_plan import TpPlan
+from asyncshard.stores.base import Store
 from asyncshard.stores.threads import DaemonThreads, finish
 
 DEFAULT_MAX_SHARD_SIZE = 5 * 10**9
@@ -134,18 +135,19 @@ async def reshard(
         account = budget.open_account()
         return await Run(store, output, wanted, threads, account).run()
     finally:
-        await finish(asyncio.ensure_future(_close(output, threads, account)))
-        if store is not source:
-            await finish(asyncio.ensure_future(store.aclose()))
+        # One future: a cancel that comes while it runs is raised when all is closed.
+        await finish(asyncio.ensure_future(_close(output, threads, account, None if store is source else store)))
 
 
-async def _close(output: Target, threads: DaemonThreads, account: Account | None) -> None:
+async def _close(output: Target, threads: DaemonThreads, account: Account | None, store: Store | None) -> None:
     try:
         await threads.run(output.clean_up)
     finally:
         await threads.aclose()
         if account is not None:
             await account.aclose()
+        if store is not None:
+            await store.aclose()
 
 
 def _plan_of(tp_plan: object) -> TpPlan | Literal["auto"] | None:

@@ -13,7 +13,9 @@ world that it is cut for next.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from json.encoder import encode_basestring_ascii
 from typing import Any
 
 from asyncshard.errors import FormatError
@@ -23,28 +25,48 @@ PLACEMENT_KEY = "asyncshard.placement"
 WORLD_SIZE_KEY = "asyncshard.world_size"
 
 
-def format_placement(placement: Placement) -> dict[str, Any] | None:
-    """Return what stands for a placement in JSON; None for a whole tensor, which has no entry."""
-    if isinstance(placement, Replicate):
-        return None
-    if isinstance(placement, PackedShard):
-        return {"dim": placement.dim, "sizes": list(placement.sizes)}
-    return {"dim": placement.dim} if placement.pieces is None else {"dim": placement.dim, "pieces": placement.pieces}
+def format_placements(placed: Iterable[tuple[str, Placement]]) -> str:
+    """Return the entries of one file; whole tensors have none."""
+    known: dict[Placement, str] = {}
+    entries = []
+    for name, placement in placed:
+        if isinstance(placement, Replicate):
+            continue
+        if placement not in known:
+            known[placement] = json.dumps(_entry(placement), separators=(",", ":"))
+        entries.append(f"{encode_basestring_ascii(name)}:{known[placement]}")
+    return f"{{{','.join(entries)}}}"
 
 
-def parse_placements(text: str, *, path: str) -> dict[str, Placement]:
-    """Read the entries of one file.
+def parse_placements(
+    text: str, *, path: str, known: dict[str, Placement] | None = None
+) -> Iterator[tuple[str, Placement]]:
+    """Yield the entries of one file: the tensor's name and its placement. A wrapper may let go of the GIL between them.
+
+    `known` are placements by their text: those of other files, to which these are added.
 
     Raises
     ------
     FormatError
         It is something else.
     """
+    known = {} if known is None else known
     try:
-        entries = json.loads(text)
-        if not isinstance(entries, dict):
+        begin = _BEGIN.match(text)
+        if begin is None:
             raise ValueError("it is no object")
-        return {name: _placement(entry) for name, entry in entries.items()}
+        position, end = begin.end(), begin[1]
+        while end != "}":
+            entry = _ENTRY.match(text, position)
+            if entry is None:
+                raise ValueError(f"at character {position:,} there is no entry of a tensor")
+            name, value, end = entry.groups()
+            if value not in known:
+                known[value] = _placement(json.loads(value))
+            yield json.loads(name), known[value]
+            position = entry.end()
+        if text[position:].strip(_SPACE):
+            raise ValueError(f"it goes on at character {position:,}, after its end")
     except (ValueError, RecursionError) as error:
         raise FormatError(
             f"{path}: the metadata {PLACEMENT_KEY!r} cannot be read ({error}); write the file again", path=path
@@ -64,6 +86,12 @@ def parse_world_size(metadata: Mapping[str, str], *, path: str) -> int | None:
     return int(text)
 
 
+def _entry(placement: Shard | PackedShard) -> dict[str, Any]:
+    if isinstance(placement, PackedShard):
+        return {"dim": placement.dim, "sizes": list(placement.sizes)}
+    return {"dim": placement.dim} if placement.pieces is None else {"dim": placement.dim, "pieces": placement.pieces}
+
+
 def _placement(entry: Any) -> Placement:
     if not isinstance(entry, dict) or "dim" not in entry or len(entry) > 2 or not set(entry) <= _KEYS:
         raise ValueError(f"{str(entry)[:80]} is no placement")
@@ -75,3 +103,7 @@ def _placement(entry: Any) -> Placement:
 
 
 _KEYS = {"dim", "pieces", "sizes"}
+_SPACE = " \t\n\r"
+# The text is taken apart entry by entry: json.loads holds the GIL until it has read all of it.
+_BEGIN = re.compile(r"[ \t\n\r]*\{[ \t\n\r]*(\}?)")
+_ENTRY = re.compile(r'[ \t\n\r]*("[^"\\]*(?:\\.[^"\\]*)*")[ \t\n\r]*:[ \t\n\r]*(\{[^{}]*\})[ \t\n\r]*([,}])', re.DOTALL)

@@ -277,7 +277,9 @@ def rename(header: Header, part: RankPart | None, name: str, other: str) -> Rank
     return _finish(virtual, text, header.table.starts[one], np.zeros(1, np.int32), whole)
 
 
-def _finish(virtual: Header, text: bytes, starts: Offsets, kinds: NDArray[np.int32], patterns: Patterns) -> RankPart:
+def _finish(
+    virtual: Header, text: bytearray, starts: Offsets, kinds: NDArray[np.int32], patterns: Patterns
+) -> RankPart:
     counts = (patterns.outer * patterns.runs_in_row)[kinds] if len(kinds) else np.empty(0, np.int64)
     digest = hashlib.blake2b(text, digest_size=16)
     for column in (starts, kinds, *patterns):

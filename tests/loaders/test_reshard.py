@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import importlib.util
 import json
 import os
@@ -26,6 +27,7 @@ from asyncshard.format.header import Header
 from asyncshard.pipeline.resharding.run import ReshardReport
 from asyncshard.plan.layout import INCOMPLETE_NAME, INDEX_NAME
 from asyncshard.plan.placements import PackedShard, Replicate, Shard
+from asyncshard.stores import from_url
 from asyncshard.testing import FaultyStore, GatedStore, MemoryStore
 from asyncshard.testing.fakes import Fault
 from asyncshard.testing.s3_server import S3Server
@@ -695,6 +697,131 @@ async def test_a_run_that_was_killed_is_run_again(hugging_face: Path, two_ranks:
     await reshard(hugging_face, two_ranks, world_size=1)
     assert names_in(two_ranks) == {"model.safetensors"}
     assert everything(two_ranks) == everything(hugging_face)
+
+
+def contents(directory: Path) -> dict[str, bytes | None]:
+    """Return all that is below a directory, files with their bytes."""
+    return {str(path): path.read_bytes() if path.is_file() else None for path in directory.rglob("*")}
+
+
+@pytest.mark.parametrize("name", ["model-00001-of-00002.safetensors", "model.safetensors.index.json", "config.json"])
+async def test_a_folder_where_a_file_is_to_go_is_found_before_anything_is_replaced(
+    hugging_face: Path, two_ranks: Path, name: str
+) -> None:
+    (hugging_face / "config.json").write_text("{}")
+    (two_ranks / name).mkdir()
+    before = contents(two_ranks)
+    with pytest.raises(errors.TargetExistsError, match=f"{name}: this is a folder"):
+        await reshard(hugging_face, two_ranks, world_size=1, overwrite=True)
+    assert contents(two_ranks) == before
+
+
+@pytest.mark.parametrize("text", ["[" * 200_000, '{"weight_map": {"a": 1}}', "\xff", '{"weight_map": {"a": "../x"}}'])
+async def test_an_index_that_cannot_be_read_is_replaced(hugging_face: Path, tmp_path: Path, text: str) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / INDEX_NAME).write_text(text, "latin-1")
+    await reshard(hugging_face, out, world_size=1, overwrite=True)
+    assert names_in(out) == {"model.safetensors"}
+
+
+async def test_files_that_an_old_index_names_go_if_they_are_weights(hugging_face: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("odd.safetensors", "notes.md"):
+        (out / name).touch()
+    (out / INDEX_NAME).write_text(json.dumps({"weight_map": {"a": "odd.safetensors", "b": "notes.md"}}))
+    await reshard(hugging_face, out, world_size=1, overwrite=True)
+    assert names_in(out) == {"model.safetensors", "notes.md"}
+
+
+async def test_a_checkpoint_stays_whole_when_the_disk_has_no_room_for_the_marker(
+    hugging_face: Path, two_ranks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = contents(two_ranks)
+    real = os.fsync
+
+    def fail(fd: int) -> None:
+        if os.readlink(f"/proc/self/fd/{fd}").endswith(INCOMPLETE_NAME):
+            raise OSError(28, os.strerror(28))
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(errors.StoreError, match="No space left"):
+        await reshard(hugging_face, two_ranks, world_size=1, overwrite=True)
+    assert contents(two_ranks) == before
+    assert (await asyncshard.check_checkpoint(two_ranks)).is_ok
+
+
+async def test_a_small_file_that_cannot_be_read_is_found_before_a_tensor_is(hugging_face: Path, tmp_path: Path) -> None:
+    (hugging_face / "notes.txt").symlink_to(tmp_path / "elsewhere")
+    store = FaultyStore(from_url(hugging_face))
+    with pytest.raises(errors.AccessDeniedError, match=r"notes\.txt"):
+        await reshard(store, tmp_path / "deep" / "er" / "out", world_size=1)
+    await store.aclose()
+    assert store.reads_begun == 0
+    assert names_in(tmp_path) == {"hf"}  # the folders that were made are gone too
+
+
+async def test_a_link_in_place_of_our_folder_is_not_followed(hugging_face: Path, tmp_path: Path) -> None:
+    for name in ("out", "other"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "other" / "file").touch()
+    (tmp_path / "out" / ".asyncshard-reshard").symlink_to(tmp_path / "other")
+    with pytest.raises(errors.StoreError, match="remove it"):
+        await reshard(hugging_face, tmp_path / "out", world_size=1)
+    assert names_in(tmp_path / "other") == {"file"}
+
+
+async def test_a_target_that_is_a_file_or_a_link_to_nothing_is_refused(hugging_face: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "out"):
+        with pytest.raises(errors.TargetExistsError, match="is a file"):
+            await reshard(hugging_face, path, world_size=1)
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    with pytest.raises(errors.ObjectNotFoundError, match="points to nothing"):
+        await reshard(hugging_face, tmp_path / "link", world_size=1)
+
+
+async def test_a_run_that_begins_as_another_ends_takes_a_lock_that_counts(hugging_face: Path, tmp_path: Path) -> None:
+    """The other removes the lock's file between the moments in which this one opens and locks it."""
+    (tmp_path / "out").mkdir()
+    real = fcntl.flock
+    removed = []
+
+    def lock(fd: int, operation: int) -> None:
+        if not removed:
+            removed.append(True)
+            shutil.rmtree(tmp_path / "out" / ".asyncshard-reshard")
+        real(fd, operation)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fcntl, "flock", lock)
+        await reshard(hugging_face, tmp_path / "out", world_size=1)
+    assert names_in(tmp_path / "out") == {"model.safetensors"}
+
+
+async def test_a_cancel_during_the_clean_up_closes_the_source_too(
+    hugging_face: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+    real = shutil.rmtree
+
+    def remove(*args: Any, **options: Any) -> None:
+        begun.set()
+        go_on.wait()
+        real(*args, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", remove)
+    task = asyncio.ensure_future(reshard(hugging_face, tmp_path / "out", world_size=1))
+    await asyncio.to_thread(begun.wait)
+    task.cancel()
+    await asyncio.sleep(0)
+    go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    monkeypatch.undo()
+    assert [thread.name for thread in threading.enumerate() if thread.name.startswith("asyncshard")] == []
 
 
 # --- how it goes about it

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from asyncshard.errors import FormatError
-from asyncshard.plan.placement_text import format_placement, parse_placements, parse_world_size
+from asyncshard.plan.placement_text import format_placements, parse_placements, parse_world_size
 from asyncshard.plan.placements import PackedShard, Placement, Replicate, Shard
 
 
@@ -15,12 +15,25 @@ from asyncshard.plan.placements import PackedShard, Placement, Replicate, Shard
     "placement", [Shard(0), Shard(-1), Shard(1, pieces=4), PackedShard(0, (4, 2, 2)), PackedShard(-1, (0, 3))]
 )
 def test_placements_are_read_as_they_were_written(placement: Placement) -> None:
-    text = json.dumps({"t": format_placement(placement)})
-    assert parse_placements(text, path="x") == {"t": placement}
+    placed = {"t": placement, 'quoted "\\': placement, "ü\U0001f600\ud800": Shard(7)}
+    text = format_placements(placed.items())
+    assert dict(parse_placements(text, path="x")) == placed
+    assert dict(parse_placements(json.dumps(json.loads(text), indent=1), path="x")) == placed
+
+
+def test_entries_are_read_one_by_one() -> None:
+    """A thread that reads very many of them lets others run."""
+    entries = parse_placements('{"a": {"dim": 0}, "b": {"dim": 0}, "c"', path="x")
+    (first, one), (second, other) = next(entries), next(entries)
+    assert (first, second) == ("a", "b")
+    assert one is other
+    with pytest.raises(FormatError):
+        next(entries)
 
 
 def test_whole_tensors_have_no_entry() -> None:
-    assert format_placement(Replicate()) is None
+    assert format_placements([("t", Replicate())]) == "{}"
+    assert dict(parse_placements(" {\n} ", path="x")) == {}
 
 
 @pytest.mark.parametrize(
@@ -28,7 +41,14 @@ def test_whole_tensors_have_no_entry() -> None:
     [
         "",
         "[" * 100_000,
+        '{"t": {"dim": ' + "[" * 100_000 + "}}",
         "1",
+        "{",
+        '{"t": {"dim": 0}',
+        '{"t": {"dim": 0},}',
+        '{"t": {"dim": 0}} {}',
+        '{"t\n": {"dim": 0}}',
+        '{"t": {"dim": {}}}',
         '{"t": null}',
         '{"t": {}}',
         '{"t": {"dim": 0, "more": 1}}',
@@ -41,7 +61,7 @@ def test_whole_tensors_have_no_entry() -> None:
 )
 def test_anything_else_is_an_error_that_names_the_file(text: str) -> None:
     with pytest.raises(FormatError, match="x-of-1"):
-        parse_placements(text, path="x-of-1")
+        dict(parse_placements(text, path="x-of-1"))
 
 
 def test_the_world_size_is_a_number_of_ranks() -> None:

@@ -182,6 +182,14 @@ def test_a_formatted_header_is_read_by_us_and_by_safetensors(checkpoints, tmp_pa
         assert checkpoints.same({name: file.get_tensor(name) for name in tensors}, tensors)
 
 
+@pytest.mark.parametrize("shift", [0, 1, 2])
+def test_long_metadata_is_quoted_in_steps_and_read_as_it_was(shift):
+    metadata = {"a": "x" * shift + '"\n\U0001f600' * 70_000, "b": "", "": "c"}
+    head = format_header([], metadata)
+    assert parse_header(head).metadata == metadata
+    assert json.loads(head[8:]) == {"__metadata__": metadata}
+
+
 def test_a_formatted_header_without_tensors_is_one():
     head = format_header([])
     assert json.loads(head[8:]) == {}

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from asyncshard.errors import FormatError
 from asyncshard.pipeline.checkpoint import Checkpoint, Shard
+from asyncshard.pipeline.pace import without_hold
 from asyncshard.plan.faults import Faults
 from asyncshard.plan.placement_text import PLACEMENT_KEY, parse_placements, parse_world_size
 from asyncshard.plan.placements import Placement, Replicate
@@ -25,13 +26,15 @@ def written_placements(checkpoints: Sequence[Checkpoint], faults: Faults) -> dic
     for path in silent:
         faults.add(f"{path} has no metadata {PLACEMENT_KEY!r}, and other files of the checkpoint have it")
     first: dict[str, Placement] = {}
+    known: dict[str, Placement] = {}
     worlds: set[int] = set()
     for rank, checkpoint in enumerate(checkpoints):
         own: dict[str, Placement] = {}
         for shard in checkpoint.shards:
             metadata = shard.header.metadata
             try:
-                own.update(parse_placements(metadata.get(PLACEMENT_KEY, "{}"), path=shard.path))
+                text = metadata.get(PLACEMENT_KEY, "{}")
+                own.update(without_hold(parse_placements(text, path=shard.path, known=known)))
                 world_size = parse_world_size(metadata, path=shard.path)
             except FormatError as error:
                 faults.add(str(error))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -19,7 +18,7 @@ from asyncshard.pipeline.resharding.source import Source
 from asyncshard.plan.blocks import Side
 from asyncshard.plan.divisions import Division, divide, fitted
 from asyncshard.plan.faults import Faults
-from asyncshard.plan.placement_text import PLACEMENT_KEY, WORLD_SIZE_KEY, format_placement
+from asyncshard.plan.placement_text import PLACEMENT_KEY, WORLD_SIZE_KEY, format_placements
 from asyncshard.plan.placements import Placement, Replicate
 from asyncshard.plan.target_files import TargetFiles, lay_out
 
@@ -46,17 +45,15 @@ class TargetPlan(NamedTuple):
         """Bytes of memory that the arrays take."""
         return 2 * self.files.offsets.nbytes + 2 * self.files.places.nbytes + self.which.nbytes
 
-    def header(self, number: int) -> bytes:
+    def header(self, number: int) -> bytearray:
         """Return the header of a file. Slow for many tensors: not for the event loop."""
         file = self.files.files[number]
         metadata = {"format": "pt"} | self.source.metadata
         if self.is_ranks:
-            placed = {
-                self.source.tensors.name(tensor): format_placement(self.placements[self.which[tensor]])
-                for tensor in file.tensors.tolist()
-                if not isinstance(self.placements[self.which[tensor]], Replicate)
-            }
-            metadata[PLACEMENT_KEY] = json.dumps(placed, separators=(",", ":"))
+            tensors = without_hold(file.tensors.tolist())
+            metadata[PLACEMENT_KEY] = format_placements(
+                (self.source.tensors.name(tensor), self.placements[self.which[tensor]]) for tensor in tensors
+            )
             metadata[WORLD_SIZE_KEY] = str(len(self.files.offsets))
         return format_header(self._entries(file.rank, file.tensors), metadata)
 

@@ -83,10 +83,12 @@ class Run:
         rooms = await take_rooms(self._account, self._wanted.chunk_size or min(self._store.chunk_size, _BLOCK_BYTES))
         reader = BlockReader(self._store, source.shards, self._threads)
         bytes_compared = await self._compare(source, reader, rooms)
-        await self._threads.run(self._target.begin)
-        copy = await self._copy(source, plan, reader, rooms)
-        others = await copy_beside(self._store, beside(names), self._target, rooms[0].memory, self._threads)
+        others = beside(names)
         files = [file.name for file in plan.files.files]
+        await self._threads.run(self._target.begin, [*others, *files])
+        # Before the weights, which may take an hour: one that cannot be read ends the run now.
+        others = await copy_beside(self._store, others, self._target, rooms[0].memory, self._threads)
+        copy = await self._copy(source, plan, reader, rooms)
         if not plan.is_ranks and files != [SINGLE_NAME]:
             await self._threads.run(self._write_index, source, plan)
             files.append(INDEX_NAME)
@@ -119,10 +121,10 @@ class Run:
     async def _join(self, checkpoints: Sequence[Checkpoint], *, is_ranks: bool) -> Source:
         url, plan = self._store.url, self._wanted.tp_plan
         if isinstance(plan, TpPlan):
-            names = without_hold([name for shard in checkpoints[0].shards for name in shard.header])
+            names = without_hold(name for shard in checkpoints[0].shards for name in shard.header)
             await self._threads.run(lambda: plan.check(names, path=url))
         place = None
-        if is_ranks and not has_placements(checkpoints[0]):
+        if is_ranks and not await self._threads.run(has_placements, checkpoints[0]):
             place = await self._find_plan(len(checkpoints))
         return await self._threads.run(lambda: join_source(checkpoints, place, path=url, is_ranks=is_ranks))
 

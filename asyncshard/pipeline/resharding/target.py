@@ -14,10 +14,12 @@ import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from asyncshard._core import StopFlag
-from asyncshard.errors import CheckpointError, StoreError, TargetExistsError
+from asyncshard.errors import CheckpointError, FormatError, StoreError, TargetExistsError
+from asyncshard.format.index import MAX_INDEX_BYTES, parse_index
 from asyncshard.format.pattern import DEFAULT_TEMPLATE, PP_TEMPLATE, ShardPattern
 from asyncshard.plan.layout import INCOMPLETE_NAME, INDEX_NAME, SINGLE_NAME
 from asyncshard.stores.files import translate, translated
@@ -48,7 +50,8 @@ class Target:
         self._folder = os.path.join(self.directory, _FOLDER)
         self._marker = os.path.join(self.directory, INCOMPLETE_NAME)
         self._lock_fd = -1
-        self._made_directory = False
+        self._made_directories: list[str] = []
+        """The innermost first."""
         self._made_marker = False
         self._is_committing = False
         self._is_done = False
@@ -68,7 +71,15 @@ class Target:
             try:
                 names = os.listdir(self.directory)
             except FileNotFoundError:
+                if os.path.islink(self.directory):
+                    raise
                 return
+            except NotADirectoryError:
+                raise TargetExistsError(
+                    f"{self.directory}: the target, or a folder above it, is a file; name a directory",
+                    path=self.directory,
+                    errno=errno.ENOTDIR,
+                ) from None
         if INCOMPLETE_NAME in names or self._overwrite:
             return
         others = sorted(name for name in names if name != _FOLDER)
@@ -81,26 +92,18 @@ class Target:
                 errno=errno.EEXIST,
             )
 
-    def begin(self) -> None:
-        """Make the directory, take its lock, remove what a killed run left.
+    def begin(self, names: Iterable[str]) -> None:
+        """Make the directory, take its lock, remove what a killed run left; `names` are the files to come.
 
         Raises
         ------
         TargetExistsError, StoreError
         """
         with translated(self.directory):
-            self._made_directory = not os.path.isdir(self.directory)
-            os.makedirs(self._folder, exist_ok=True)
-            self._lock_fd = os.open(os.path.join(self._folder, _LOCK), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            try:
-                fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                os.close(self._lock_fd)
-                self._lock_fd = -1
-                raise StoreError(
-                    f"{self.directory}: another reshard is writing there; wait for it to end", path=self.directory
-                ) from None
+            self._make_directories()
+            self._take_lock()
             self.check()
+            self._require_no_folders(names)
             for name in os.listdir(self._folder):
                 if name != _LOCK:
                     os.unlink(os.path.join(self._folder, name))
@@ -108,8 +111,47 @@ class Target:
             if is_empty:
                 self._mark()
 
+    def _make_directories(self) -> None:
+        path = self.directory
+        while not os.path.isdir(path):
+            self._made_directories.append(path)
+            path = os.path.dirname(path)
+        os.makedirs(self.directory, exist_ok=True)
+
+    def _take_lock(self) -> None:
+        path = os.path.join(self._folder, _LOCK)
+        while self._lock_fd < 0:
+            with contextlib.suppress(FileNotFoundError):  # a run has ended, and removed the folder
+                os.makedirs(self._folder, exist_ok=True)
+                if os.path.islink(self._folder):
+                    raise StoreError(f"{self._folder}: this link is none of ours; remove it", path=self._folder)
+                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    if os.path.samestat(os.fstat(fd), os.stat(path)):
+                        self._lock_fd = fd
+                except BlockingIOError:
+                    raise StoreError(
+                        f"{self.directory}: another reshard is writing there; wait for it to end", path=self.directory
+                    ) from None
+                finally:
+                    if self._lock_fd < 0:
+                        os.close(fd)
+
+    def _require_no_folders(self, names: Iterable[str]) -> None:
+        """Raise TargetExistsError where a folder has the name of a file that is to be written or replaced."""
+        wanted = {*names, INDEX_NAME}
+        for name in os.listdir(self.directory):
+            path = os.path.join(self.directory, name)
+            if (name in wanted or self._is_weights(name)) and stat.S_ISDIR(os.lstat(path).st_mode):
+                raise TargetExistsError(
+                    f"{path}: this is a folder, and a file of that name is to be written or replaced; remove it",
+                    path=path,
+                    errno=errno.EISDIR,
+                )
+
     def _mark(self) -> None:
-        if not os.path.exists(self._marker):
+        if not os.path.lexists(self._marker):
             self._made_marker = True
             with open(self._marker, "x") as file:
                 file.write("A reshard has not ended: this is no whole checkpoint. Run it again.\n")
@@ -163,9 +205,10 @@ class Target:
         """Give the files their names, in this order; remove the weights that were there before."""
         with translated(self.directory):
             _flush(self._folder)
-            self._is_committing = True
+            old_weights = self._old_weights()
             self._mark()
-            for name in self._old_weights():
+            self._is_committing = True
+            for name in old_weights:
                 os.unlink(os.path.join(self.directory, name))
             for name in names:
                 os.replace(self.path_of(name), os.path.join(self.directory, name))
@@ -180,10 +223,10 @@ class Target:
         old = [name for name in names if self._is_weights(name)]
         if INDEX_NAME in names:
             old.insert(0, INDEX_NAME)
-            with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
-                with open(os.path.join(self.directory, INDEX_NAME), encoding="utf-8") as file:
-                    named = set(json.load(file)["weight_map"].values())
-                old += sorted((named & set(names)) - set(old))
+            with contextlib.suppress(OSError, FormatError):
+                with open(os.path.join(self.directory, INDEX_NAME), "rb") as file:
+                    named = parse_index(file.read(MAX_INDEX_BYTES), path=None).files
+                old += sorted(name for name in set(named) & set(names) - set(old) if name.endswith(".safetensors"))
         return old
 
     def _is_weights(self, name: str) -> bool:
@@ -193,17 +236,18 @@ class Target:
 
     def clean_up(self) -> None:
         """Remove what is not in its place; after a failure leave the directory as it was, where that can be."""
-        if self._lock_fd < 0:
-            return
-        shutil.rmtree(self._folder, ignore_errors=True)
-        if not self._is_done and not self._is_committing:
-            with contextlib.suppress(OSError):
-                if self._made_marker:
+        is_undone = not self._is_done and not self._is_committing
+        if self._lock_fd >= 0:
+            if is_undone and self._made_marker:
+                with contextlib.suppress(OSError):
                     os.unlink(self._marker)
-                if self._made_directory:
-                    os.rmdir(self.directory)
-        os.close(self._lock_fd)
-        self._lock_fd = -1
+            shutil.rmtree(self._folder, ignore_errors=True)
+            os.close(self._lock_fd)
+            self._lock_fd = -1
+        if is_undone:
+            with contextlib.suppress(OSError):
+                for path in self._made_directories:
+                    os.rmdir(path)
 
 
 def _flush(path: str) -> None:

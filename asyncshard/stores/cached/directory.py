@@ -76,7 +76,9 @@ class DiskCache:
                 os.mkdir(path, 0o700)
             status = os.lstat(path)
             if not stat.S_ISDIR(status.st_mode) or status.st_uid not in (0, os.geteuid()) or status.st_mode & 0o022:
-                raise PermissionError(f"{path}: others may write there; use a directory of this user's own")
+                raise PermissionError(
+                    f"{path}: this is no folder of this user's own, or others may write there; use another cache_dir"
+                )
 
     def path_of(self, key: bytes) -> str:
         """Return the path of an object's entry."""
@@ -94,6 +96,10 @@ class DiskCache:
         with self._lock:
             self._in_use.subtract(keys)
             self._in_use += Counter()  # drops those at zero
+
+    def can_keep(self, key: bytes) -> bool:
+        """Return whether blocks of an object can be written: not where a wrong entry cannot be removed."""
+        return key not in self._ignored
 
     def changed_ns(self, key: bytes) -> int:
         """Return when an object's entry was last written to, by any process; 0 where there is none."""
@@ -147,11 +153,19 @@ class DiskCache:
                 return True
         except FileNotFoundError:
             return True
-        logger.warning("%s: its entry in the cache, %s, is dropped and fetched again: %s", what, path, error)
         try:
-            os.unlink(path)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
         except OSError as failure:
-            return isinstance(failure, FileNotFoundError)
+            logger.warning(
+                "%s: its entry in the cache, %s, is wrong and cannot be removed (%s); remove it: %s",
+                what,
+                path,
+                failure.strerror,
+                error,
+            )
+            return False
+        logger.warning("%s: its entry in the cache, %s, is dropped and fetched again: %s", what, path, error)
         return True
 
     def checked(self, key: bytes, opened: Entry) -> bytearray:

@@ -13,7 +13,9 @@ XXH3 of 128 bits, seeded with the number of the block; one that is all zero is s
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import stat
 import struct
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Self
@@ -99,7 +101,7 @@ class Entry:
         OSError
             FileNotFoundError where there is none.
         """
-        fd = os.open(path, (os.O_RDWR if is_writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NOFOLLOW)
+        fd = _open(path, os.O_RDWR if is_writable else os.O_RDONLY)
         try:
             stored_key, stored_size, serial = _read_header(fd)
             if (stored_key, stored_size) != (key, size):
@@ -112,7 +114,7 @@ class Entry:
     @classmethod
     def open_any(cls, path: str) -> Self:
         """Open an entry whatever its object, whose key is the file's name. Raises what `open` does."""
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        fd = _open(path, os.O_RDONLY)
         try:
             key, size, serial = _read_header(fd)
             if os.path.basename(path) != name_of(key):
@@ -188,6 +190,23 @@ def create(path: str, key: bytes, size: int) -> None:
 
 TEMPORARY = "new-"
 """How the names of entries begin that are not whole yet."""
+
+
+def _open(path: str, mode: int) -> int:
+    """Open a regular file; anything else is a wrong entry at once, and never a wait for who opens its other end."""
+    try:
+        fd = os.open(path, mode | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENXIO, errno.EISDIR):  # a link, a socket or FIFO, a folder
+            raise
+        raise CorruptEntryError("it is no regular file", os.lstat(path).st_ino) from error
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise _corrupt(fd, "it is no regular file")
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
 
 
 def _corrupt(fd: int, message: str) -> CorruptEntryError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 import time
 from collections.abc import Container
 from typing import NamedTuple
@@ -46,12 +47,14 @@ def make_room(directory: str, max_bytes: int, in_use: Container[str]) -> int:
 
 
 def _scan(directory: str) -> list[Stored]:
-    """Return all entries; temporary files that have been left behind are removed."""
+    """Return all entries, without folders, which are none; temporary files that have been left behind are removed."""
     found = []
     with os.scandir(directory) as files:
         for file in files:
             with contextlib.suppress(FileNotFoundError):  # another process evicts too
                 status = file.stat(follow_symlinks=False)
+                if stat.S_ISDIR(status.st_mode):
+                    continue
                 if not file.name.startswith(TEMPORARY):
                     found.append(Stored(status.st_mtime_ns, file.name, status.st_blocks * 512))
                 elif time.time() - status.st_mtime > _STALE_S:

@@ -134,7 +134,7 @@ class CachedStore(WrapperStore):
 
     async def _write(self, meta: ObjectMeta, key: bytes, blocks: list[tuple[int, memoryview]]) -> None:
         try:
-            if self.can_write:
+            if self.can_write and self.cache.can_keep(key):
                 await self._write_threads.run(self._write_blocks, meta, key, blocks)
         finally:
             self.buffers.give([image for _, image in blocks])

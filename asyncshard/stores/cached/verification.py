@@ -47,8 +47,8 @@ def verify(cache: DiskCache, stop: StopFlag) -> CacheReport:
         except FileNotFoundError:  # evicted meanwhile
             continue
         except CorruptEntryError as error:
-            cache.discard(path, name, error)
-            dropped.append(path)
+            if cache.discard(path, name, error):
+                dropped.append(path)
         else:
             entries, blocks, nbytes = entries + 1, blocks + len(sizes), nbytes + sum(sizes)
         if stop.is_set():

@@ -3,14 +3,18 @@
 import asyncio
 import errno
 import os
+import stat
 import threading
 
 import filelock
 import pytest
 
+from asyncshard._core import StopFlag
 from asyncshard.stores.cached import CachedStore
 from asyncshard.stores.cached import entry as entry_module
 from asyncshard.stores.cached.entry import Layout
+from asyncshard.stores.cached.eviction import make_room
+from asyncshard.stores.cached.verification import verify
 from asyncshard.testing import GatedStore
 
 MIB = 1 << 20
@@ -219,6 +223,48 @@ async def test_a_wrong_entry_that_cannot_be_removed_is_read_no_more(make_cache, 
         result, store = await load(cache)
         assert result == data
         assert store.nbytes >= len(data)
+
+
+MAKE = {
+    "FIFO": os.mkfifo,
+    "socket": lambda path: os.mknod(path, stat.S_IFSOCK | 0o600),
+    "link": lambda path: path.symlink_to("/dev/zero"),
+    "link to nothing": lambda path: path.symlink_to("nothing"),
+}
+
+
+@pytest.mark.parametrize("kind", MAKE)
+async def test_an_entry_that_is_no_regular_file_is_dropped(kind, make_cache, load, entries, data, warnings_of):
+    await load()
+    (path,) = entries()
+    path.unlink()
+    MAKE[kind](path)
+    assert (await load())[0] == data
+    (warning,) = warnings_of()
+    assert "no regular file" in warning
+    await load()
+    assert (await load())[1].ranges == []
+    path.unlink()
+    MAKE[kind](path)
+    report = await asyncio.to_thread(verify, make_cache(), StopFlag())
+    assert report.dropped == (str(path),)
+
+
+async def test_a_folder_in_place_of_an_entry_is_left_alone(make_cache, load, entries, data, warnings_of):
+    await load()
+    (path,) = entries()
+    path.unlink()
+    path.mkdir()
+    for _ in range(2):
+        cache = make_cache()
+        for _ in range(2):
+            result, store = await load(cache)
+            assert result == data
+            assert store.nbytes == len(data)
+    assert [("cannot be removed" in warning, str(path) in warning) for warning in warnings_of()] == [(True, True)] * 2
+    assert (await asyncio.to_thread(verify, make_cache(), StopFlag())).dropped == ()
+    assert make_room(make_cache().entries, 0, ()) == 0
+    assert path.is_dir()
 
 
 async def test_locks_that_are_held_for_ever_are_waited_for_once(make_cache, load, tmp_path, data, warnings_of):
