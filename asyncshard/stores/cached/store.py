@@ -121,10 +121,11 @@ class CachedStore(WrapperStore):
     async def read_into(self, meta: ObjectMeta, start: int, buffers: Sequence[memoryview]) -> None:
         identity = self.store.identity(meta) if self.can_read else None
         stop = start + sum(buffer.nbytes for buffer in buffers)
-        if identity is None or start == stop or stop > meta.size:
+        key = None if identity is None else key_of(identity)
+        if key is None or not self.cache.can_keep(key) or start == stop or stop > meta.size:
             await self.store.read_into(meta, start, buffers)
             return
-        await CachedRead(self, meta, key_of(identity), start, stop).fill(buffers)
+        await CachedRead(self, meta, key, start, stop).fill(buffers)
 
     def begin_write(self, meta: ObjectMeta, key: bytes, blocks: list[tuple[int, memoryview]]) -> None:
         """Write blocks that this store has claimed, then give back their buffers and their claims."""
