@@ -143,7 +143,7 @@ class DiskCache:
         """
         with self._lock:
             self._checked.pop(key, None)
-            if not self.discard(self.path_of(key), what, error):
+            if key not in self._ignored and not self.discard(self.path_of(key), what, error):
                 self._ignored.add(key)
 
     def discard(self, path: str, what: str, error: CorruptEntryError) -> bool:
