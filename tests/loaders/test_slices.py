@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from asyncshard import AsyncShardLoader, IncrementalShardLoader, ShardedStateLoa
 from asyncshard.errors import CheckpointError, NamesError, ObjectChangedError, StoreError, TruncatedError
 from asyncshard.format.digests import DIGESTS_KEY
 from asyncshard.plan.placements import PackedShard, Replicate, Shard
+from asyncshard.plan.rank_parts import RankPart
 from asyncshard.testing import Fault, FaultyStore, GatedStore, MemoryStore, WrapperStore
 
 MIB = 1 << 20
@@ -515,3 +517,17 @@ async def test_scratch_counts_against_the_budget_and_stays_a_share_of_it(files):
     assert store.largest <= MIB // 4 // 8
     assert store.used <= MIB // 4
     assert loader.budget.bytes_used == 0
+
+
+async def test_what_is_read_is_added_up_in_a_thread(files, monkeypatch):
+    threads = set()
+    add_up = RankPart.bytes_read
+
+    def watched(part, max_gap):
+        threads.add(threading.current_thread())
+        return add_up(part, max_gap)
+
+    monkeypatch.setattr(RankPart, "bytes_read", watched)
+    await loader_of(1).load_weights(MemoryStore(files))
+    assert threads
+    assert threading.main_thread() not in threads
