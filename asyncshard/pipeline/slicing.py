@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from asyncshard._core import WeightMap
-from asyncshard.errors import CheckpointError
+from asyncshard.errors import CheckpointError, ObjectNotFoundError
 from asyncshard.pipeline.budget import Account
 from asyncshard.pipeline.checkpoint import Checkpoint, Selection, Shard, find_shards, open_found, require_wanted
 from asyncshard.pipeline.pace import without_hold
@@ -66,12 +66,21 @@ async def find_plan(store: Store, selection: Selection, threads: DaemonThreads) 
     ------
     CheckpointError
         It is not JSON, or there is no plan for such a model.
-    ObjectNotFoundError, AccessDeniedError, StoreError
+    ObjectNotFoundError
+        There is no config.json.
+    AccessDeniedError, StoreError
     """
     if selection.tp_plan != "auto":
         return selection.tp_plan
     path = store.path_of(_CONFIG_NAME)
-    data = await store.read(_CONFIG_NAME, max_bytes=_MAX_CONFIG_BYTES)
+    try:
+        data = await store.read(_CONFIG_NAME, max_bytes=_MAX_CONFIG_BYTES)
+    except ObjectNotFoundError as error:
+        raise ObjectNotFoundError(
+            f'{error}; tp_plan="auto" needs it, to know the model: put it beside the shards, or pass a tp_plan of your '
+            "own",
+            path=path,
+        ) from error
 
     def parse() -> TpPlan:
         try:

@@ -9,7 +9,14 @@ import pytest
 
 import asyncshard
 from asyncshard import AsyncShardLoader, IncrementalShardLoader, ShardedStateLoader
-from asyncshard.errors import CheckpointError, NamesError, ObjectChangedError, StoreError, TruncatedError
+from asyncshard.errors import (
+    CheckpointError,
+    NamesError,
+    ObjectChangedError,
+    ObjectNotFoundError,
+    StoreError,
+    TruncatedError,
+)
 from asyncshard.format.digests import DIGESTS_KEY
 from asyncshard.plan.placements import PackedShard, Replicate, Shard
 from asyncshard.plan.rank_parts import RankPart
@@ -313,9 +320,12 @@ async def test_a_filter_works_on_rank_shards_and_a_plan_does_not(tmp_path, check
     assert list(await ShardedStateLoader(tensor_filter="b").load_weights(path)) == ["b"]
     with pytest.raises(CheckpointError, match="cut already; leave tp_plan out"):
         await ShardedStateLoader(world_size=2, tp_plan={"a": Shard(0)}).load_weights(path)
-    incremental = IncrementalShardLoader(ShardedStateLoader(world_size=2, tp_plan={"a": Shard(0)}))
+    loader = ShardedStateLoader(world_size=2, tp_plan={"a": Shard(0)})
+    shard = path / "model-rank-0-part-0.safetensors"
     with pytest.raises(CheckpointError, match="cut already"):
-        await incremental.load_shard(path / "model-rank-0-part-0.safetensors")
+        await loader.load_weights(shard)
+    with pytest.raises(CheckpointError, match="cut already"):
+        await IncrementalShardLoader(loader).load_shard(shard)
     assert list(await ShardedStateLoader(tp_plan={"a": Shard(0)}).load_weights(path)) == ["a", "b"]
 
 
@@ -372,6 +382,9 @@ async def test_the_plan_of_a_model_is_found_by_its_config(tmp_path, checkpoints,
     assert checkpoints.same(shard, got)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match="not JSON"):
+        await loader.load_weights(tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ObjectNotFoundError, match=r'config\.json: .*; tp_plan="auto" needs it'):
         await loader.load_weights(tmp_path)
 
 
