@@ -282,7 +282,9 @@ class IncrementalShardLoader(Loader):
         account = self._cache.open_account()  # of the scratch for slices
         try:
             if file.shard.part is not None:
-                store, checkpoint = slices_of(store, checkpoint, opened.threads, account, chunk_size=pacing.chunk_size)
+                store, checkpoint = await slices_of(
+                    store, checkpoint, opened.threads, account, chunk_size=pacing.chunk_size
+                )
             yield StagedTransfer(checkpoint, store, pacing, opened.library, opened.threads)
         finally:
             self._cache.discard(account)

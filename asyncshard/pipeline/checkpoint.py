@@ -19,7 +19,7 @@ from asyncshard.format.pattern import ShardPattern
 from asyncshard.pipeline.budget import Account
 from asyncshard.pipeline.pace import without_hold
 from asyncshard.plan.completeness import index_disagreement
-from asyncshard.plan.layout import choose_layout, index_files
+from asyncshard.plan.layout import choose_layout, index_files, is_rank_shard
 from asyncshard.plan.rank_parts import RankPart
 from asyncshard.plan.tensor_filter import TensorFilter
 from asyncshard.plan.tp_plan import TpPlan
@@ -170,7 +170,7 @@ async def find_shards(store: Store, selection: Selection, threads: DaemonThreads
             path=store.url,
         )
     )
-    if layout.kind == "ranks":
+    if any(is_rank_shard(name, selection.pattern) for name in layout.files):
         require_whole(selection, store.url)
     if layout.kind != "index":
         return ShardNames(layout.files, None, 0)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from asyncshard._core import WeightMap
-from asyncshard.errors import CheckpointError
+from asyncshard.errors import CheckpointError, ObjectNotFoundError
 from asyncshard.pipeline.budget import Account
 from asyncshard.pipeline.checkpoint import Checkpoint, Selection, Shard, find_shards, open_found, require_wanted
 from asyncshard.pipeline.pace import without_hold
@@ -59,7 +59,7 @@ async def open_slices(
     checkpoint = Checkpoint(kept, tensor_filter=selection.tensor_filter)
     before, after = (sum(shard.nbytes for shard in each.shards) for each in (whole, checkpoint))
     account.charge_headers(after - before, store.url)
-    return slices_of(store, checkpoint, threads, account, chunk_size=chunk_size)
+    return await slices_of(store, checkpoint, threads, account, chunk_size=chunk_size)
 
 
 async def find_plan(store: Store, selection: Selection, threads: DaemonThreads) -> TpPlan | None:
@@ -69,12 +69,21 @@ async def find_plan(store: Store, selection: Selection, threads: DaemonThreads) 
     ------
     CheckpointError
         It is not JSON, or there is no plan for such a model.
-    ObjectNotFoundError, AccessDeniedError, StoreError
+    ObjectNotFoundError
+        There is no config.json.
+    AccessDeniedError, StoreError
     """
     if selection.tp_plan != "auto":
         return selection.tp_plan
     path = store.path_of(_CONFIG_NAME)
-    data = await store.read(_CONFIG_NAME, max_bytes=_MAX_CONFIG_BYTES)
+    try:
+        data = await store.read(_CONFIG_NAME, max_bytes=_MAX_CONFIG_BYTES)
+    except ObjectNotFoundError as error:
+        raise ObjectNotFoundError(
+            f'{error}; tp_plan="auto" needs it, to know the model: put it beside the shards, or pass a tp_plan of your '
+            "own",
+            path=path,
+        ) from error
 
     def parse() -> TpPlan:
         try:
@@ -100,7 +109,7 @@ def slice_shard(shard: Shard, selection: Selection, plan: TpPlan | None) -> Shar
     return shard if part is None else Shard(part_meta(shard.meta, part), shard.path, part.header, part)
 
 
-def slices_of(
+async def slices_of(
     store: Store, checkpoint: Checkpoint, threads: DaemonThreads, account: Account, *, chunk_size: int
 ) -> tuple[Store, Checkpoint]:
     """Return the store to read parts from; its scratch is charged like headers, which never wait.
@@ -109,15 +118,19 @@ def slices_of(
     ------
     BudgetError
     """
-    parts = [shard.part for shard in checkpoint.shards if shard.part is not None]
-    is_covering = any(part.bytes_read(store.max_gap_bytes) > part.bytes_needed for part in parts)
-    if store.has_own_scratch or not is_covering:
+    if store.has_own_scratch or not await threads.run(_is_covering, checkpoint, store.max_gap_bytes):
         return SlicedStore(store, threads, Scratch(threads, chunk_size, 1)), checkpoint
     total = min(account.budget.nbytes // _SHARE, _SLABS * chunk_size)
     slab = max(min(chunk_size, total // _LEAST_SLABS), _LEAST_SLAB)
     slabs = max(total // slab, 1)
     account.charge_headers(slab * slabs, store.url)
     return SlicedStore(store, threads, Scratch(threads, slab, slabs)), checkpoint._replace(scratch_bytes=slab * slabs)
+
+
+def _is_covering(checkpoint: Checkpoint, max_gap: int) -> bool:
+    """Return whether something is read that is not wanted."""
+    parts = (shard.part for shard in checkpoint.shards if shard.part is not None)
+    return any(part.bytes_read(max_gap) > part.bytes_needed for part in parts)
 
 
 def _names(checkpoint: Checkpoint, weight_map: WeightMap | None) -> Iterator[str]:

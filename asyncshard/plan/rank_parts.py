@@ -75,15 +75,17 @@ class Patterns(NamedTuple):
         return np.diff(self.first_runs)
 
     def gaps(self, max_gap: int) -> Offsets:
-        """Return for each pattern the bytes between its runs, where they are at most `max_gap` together."""
-        found = np.zeros(len(self.outer), np.int64)
+        """Return for each pattern the bytes between its runs, of the gaps that are no longer than `max_gap`."""
+        of = np.repeat(np.arange(len(self.outer)), self.runs_in_row)
         ends = self.run_offsets + self.run_lengths
-        for index in np.flatnonzero(self.runs_in_row).tolist():
-            first, last = self.first_runs[index], self.first_runs[index + 1]
-            between = self.run_offsets[first + 1 : last] - ends[first : last - 1]
-            found[index] = between[between <= max_gap].sum() * self.outer[index]
-            to_next = self.strides[index] + self.run_offsets[first] - ends[last - 1]
-            found[index] += to_next * (self.outer[index] - 1) if to_next <= max_gap else 0
+        begins, times = np.append(self.run_offsets[1:], 0), self.outer[of]
+        # After the last run of a row comes the first of the next row, once less than there are rows.
+        held = np.flatnonzero(self.runs_in_row)
+        last = self.first_runs[held + 1] - 1
+        begins[last] = self.strides[held] + self.run_offsets[self.first_runs[held]]
+        times[last] -= 1
+        found = np.zeros(len(self.outer), np.int64)
+        np.add.at(found, of, np.where(begins - ends <= max_gap, begins - ends, 0) * times)
         return found
 
 

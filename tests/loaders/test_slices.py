@@ -2,15 +2,24 @@
 
 import asyncio
 import json
+import threading
 
 import numpy as np
 import pytest
 
 import asyncshard
 from asyncshard import AsyncShardLoader, IncrementalShardLoader, ShardedStateLoader
-from asyncshard.errors import CheckpointError, NamesError, ObjectChangedError, StoreError, TruncatedError
+from asyncshard.errors import (
+    CheckpointError,
+    NamesError,
+    ObjectChangedError,
+    ObjectNotFoundError,
+    StoreError,
+    TruncatedError,
+)
 from asyncshard.format.digests import DIGESTS_KEY
 from asyncshard.plan.placements import PackedShard, Replicate, Shard
+from asyncshard.plan.rank_parts import RankPart
 from asyncshard.testing import Fault, FaultyStore, GatedStore, MemoryStore, WrapperStore
 
 MIB = 1 << 20
@@ -311,9 +320,12 @@ async def test_a_filter_works_on_rank_shards_and_a_plan_does_not(tmp_path, check
     assert list(await ShardedStateLoader(tensor_filter="b").load_weights(path)) == ["b"]
     with pytest.raises(CheckpointError, match="cut already; leave tp_plan out"):
         await ShardedStateLoader(world_size=2, tp_plan={"a": Shard(0)}).load_weights(path)
-    incremental = IncrementalShardLoader(ShardedStateLoader(world_size=2, tp_plan={"a": Shard(0)}))
+    loader = ShardedStateLoader(world_size=2, tp_plan={"a": Shard(0)})
+    shard = path / "model-rank-0-part-0.safetensors"
     with pytest.raises(CheckpointError, match="cut already"):
-        await incremental.load_shard(path / "model-rank-0-part-0.safetensors")
+        await loader.load_weights(shard)
+    with pytest.raises(CheckpointError, match="cut already"):
+        await IncrementalShardLoader(loader).load_shard(shard)
     assert list(await ShardedStateLoader(tp_plan={"a": Shard(0)}).load_weights(path)) == ["a", "b"]
 
 
@@ -370,6 +382,9 @@ async def test_the_plan_of_a_model_is_found_by_its_config(tmp_path, checkpoints,
     assert checkpoints.same(shard, got)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match="not JSON"):
+        await loader.load_weights(tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ObjectNotFoundError, match=r'config\.json: .*; tp_plan="auto" needs it'):
         await loader.load_weights(tmp_path)
 
 
@@ -515,3 +530,17 @@ async def test_scratch_counts_against_the_budget_and_stays_a_share_of_it(files):
     assert store.largest <= MIB // 4 // 8
     assert store.used <= MIB // 4
     assert loader.budget.bytes_used == 0
+
+
+async def test_what_is_read_is_added_up_in_a_thread(files, monkeypatch):
+    threads = set()
+    add_up = RankPart.bytes_read
+
+    def watched(part, max_gap):
+        threads.add(threading.current_thread())
+        return add_up(part, max_gap)
+
+    monkeypatch.setattr(RankPart, "bytes_read", watched)
+    await loader_of(1).load_weights(MemoryStore(files))
+    assert threads
+    assert threading.main_thread() not in threads
