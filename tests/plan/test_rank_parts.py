@@ -1,7 +1,6 @@
 """A rank's part of a file, against slicing the whole tensors."""
 
 import json
-import time
 
 import numpy as np
 import pytest
@@ -152,11 +151,9 @@ def test_a_large_header_is_planned_with_few_objects_and_lets_others_run(checkpoi
         seen.append(len(numbers))
         return iter(numbers)
 
-    began = time.process_time()
     part = make_rank_part(
         header, TpPlan({name: Shard(0) for name in header}), None, rank=3, world_size=64, path="x", paced=paced
     )
-    assert time.process_time() - began < 5
     assert seen == [count, count]
     assert part.bytes_needed == part.bytes_read(0) == count * 64 * 4
     assert len(part.ranges(part.header.size, part.header.file_size).offsets) == count
