@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import TYPE_CHECKING, NamedTuple
 
 from asyncshard._core import StopFlag
@@ -24,12 +25,16 @@ def make_cache(cache_dir: str | os.PathLike[str], cache_max_gb: float | None = N
     ------
     ImportError
         The packages that it needs are not installed.
+    TypeError
+        A path of bytes.
     """
+    if not isinstance(os.fspath(cache_dir), str):
+        raise TypeError(f"cache_dir must be a path of str, not {os.fspath(cache_dir)!r}")
     try:
         from asyncshard.stores.cached.directory import DiskCache
     except ImportError as error:
         raise ImportError(f"cache_dir: {error.name} is not installed: pip install 'asyncshard[cache]'") from error
-    return DiskCache(cache_dir, max_bytes=int((cache_max_gb or DEFAULT_MAX_GB) * (1 << 30)))
+    return DiskCache(cache_dir, max_bytes=int(min((cache_max_gb or DEFAULT_MAX_GB) * (1 << 30), sys.maxsize)))
 
 
 class Caching(NamedTuple):

@@ -89,6 +89,16 @@ def test_a_loader_on_a_base_shares_its_cache_unless_it_is_given_another(tmp_path
     assert base._disk_cache.max_bytes == 100 << 30
 
 
+def test_a_bound_beyond_any_disk_is_none_and_a_path_of_bytes_is_an_error():
+    class BytesPath:
+        def __fspath__(self):
+            return b"cache"
+
+    assert ShardedStateLoader(cache_dir="cache", cache_max_gb=1e300)._disk_cache.max_bytes == sys.maxsize
+    with pytest.raises(TypeError, match="path of str"):
+        ShardedStateLoader(cache_dir=BytesPath())
+
+
 async def test_a_loader_with_a_cache_pickles(tmp_path, model, checkpoints):
     tensors, files = model
     loader = pickle.loads(pickle.dumps(ShardedStateLoader(cache_dir=tmp_path / "cache")))

@@ -47,7 +47,7 @@ class CachedRead:
         since = time.monotonic()
         changed_ns = turn = 0
         while missing:
-            if not store.can_write:
+            if not (store.can_write and store.cache.can_keep(self._key)):
                 await self._fetch_only(missing)
                 return
             try:
