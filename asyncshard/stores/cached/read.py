@@ -44,47 +44,60 @@ class CachedRead:
         store = self._store
         self._scatter = await store.threads.run(Scatter, buffers)  # not on the loop: there may be thousands
         missing = await self._serve(list(self._layout.blocks_of(self._start, self._stop)))
-        since = time.monotonic()
-        changed_ns = turn = 0
         while missing:
-            if not (store.can_write and store.cache.can_keep(self._key)):
-                await self._fetch_only(missing)
-                return
-            try:
-                claimed = await store.locks.claim(self._key, missing)
-            except (OSError, NotImplementedError) as error:
-                store.fail(error)
-                continue
+            claimed = await self._claim(missing) if self._can_keep else []
+            if not claimed and self._can_keep and store.can_wait:
+                missing, claimed = await self._wait(missing)
             if claimed:
                 await self._keep(claimed)
-                since, turn = time.monotonic(), 0
-            elif not store.can_wait:
-                await self._fetch_only(missing)
+                missing = await self._serve(sorted(set(missing) - set(claimed)))
+            elif not (self._can_keep and store.can_wait):
+                for run in _runs(missing):
+                    await self._fetch(_Run(run, {}, False))
                 return
-            elif store.locks.stalled_s(since) > store.cache.lock_timeout_s:
-                before, changed_ns = changed_ns, await self._changed_ns()
-                if changed_ns == before:
-                    store.stop_waiting(
-                        f"{store.path_of(self._meta.name)} is being fetched by another process, "
-                        f"which has got nowhere for {store.cache.lock_timeout_s:g} s"
-                    )
-                since = time.monotonic()
-            else:
-                if turn == 0:
-                    changed_ns = await self._changed_ns()
+
+    @property
+    def _can_keep(self) -> bool:
+        return self._store.can_write and self._store.cache.can_keep(self._key)
+
+    async def _claim(self, blocks: list[int]) -> list[int]:
+        try:
+            return await self._store.locks.claim(self._key, blocks)
+        except (OSError, NotImplementedError) as error:
+            self._store.fail(error)
+            return []
+
+    async def _wait(self, missing: list[int]) -> tuple[list[int], list[int]]:
+        """Wait for blocks that others fetch; return what is missing once some have come, or may be claimed, and those.
+
+        One read of a store looks at a time. The others wait behind it: all together they would take from whoever
+        fetches the cores that it needs.
+        """
+        store = self._store
+        async with store.turn:
+            since, turn = time.monotonic(), 0
+            changed_ns = await self._changed_ns()
+            while self._can_keep and store.can_wait:
+                left = await self._serve(missing)
+                claimed = await self._claim(left) if left else []
+                if claimed or len(left) < len(missing):
+                    return left, claimed
+                if store.locks.stalled_s(since) > store.cache.lock_timeout_s:
+                    before, changed_ns, since = changed_ns, await self._changed_ns(), time.monotonic()
+                    if changed_ns == before:
+                        store.stop_waiting(
+                            f"{store.path_of(self._meta.name)} is being fetched by another process, "
+                            f"which has got nowhere for {store.cache.lock_timeout_s:g} s"
+                        )
                 await store.locks.wait(self._key, missing, turn)
                 turn += 1
-            missing = await self._serve(sorted(set(missing) - set(claimed)))
+        return missing, []
 
     async def _changed_ns(self) -> int:
         try:
             return await self._store.threads.run(self._store.cache.changed_ns, self._key)
         except OSError:
             return 0
-
-    async def _fetch_only(self, blocks: list[int]) -> None:
-        for run in _runs(blocks):
-            await self._fetch(_Run(run, {}, False))
 
     # --- what is there
 

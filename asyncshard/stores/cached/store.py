@@ -56,6 +56,8 @@ class CachedStore(WrapperStore):
         """Whether blocks are kept, and those that others fetch waited for."""
         self.can_wait = True
         """Whether blocks are waited for that others fetch; where not, they are fetched here too."""
+        self.turn = asyncio.Lock()
+        """Whose read looks whether the blocks have come that it waits for."""
         self._write_threads = DaemonThreads(_WRITE_THREADS, "asyncshard-cache-write")
         self._writes: set[asyncio.Task[None]] = set()
         self._keys: list[bytes] = []
