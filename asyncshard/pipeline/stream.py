@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from asyncshard.errors import StreamClosedError, UnsupportedTensorError
 from asyncshard.format.header import TensorInfo
-from asyncshard.pipeline.checkpoint import CheckpointInfo, ties_of
+from asyncshard.pipeline.checkpoint import CheckpointInfo
 from asyncshard.pipeline.load_plan import LoadPlan
 from asyncshard.pipeline.pace import Pace
 from asyncshard.pipeline.statistics import Counters, Statistics
@@ -127,7 +127,7 @@ class Stream:
     @property
     def ties(self) -> Mapping[str, str]:
         """Other names of tensors, as the files' metadata tells: ``{"lm_head.weight": "model.embed_tokens.weight"}``."""
-        return ties_of(self._transfer().checkpoint)
+        return self._transfer().ties
 
     def statistics(self) -> Statistics:
         """Return what has been done so far; at any time, zeros before the stream is open."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from asyncshard._core import Lease
-from asyncshard.pipeline.checkpoint import Checkpoint
+from asyncshard.pipeline.checkpoint import Checkpoint, ties_of
 from asyncshard.pipeline.version import CheckpointVersion
 from asyncshard.plan.items import ReadItem
 from asyncshard.stores.base import Store
@@ -43,6 +43,7 @@ class Transfer(ABC):
         self.unexpected: tuple[str, ...] = ()
         self.narrowed: tuple[str, ...] = ()
         self.version = CheckpointVersion.of(checkpoint, store)
+        self.ties = ties_of(checkpoint)
 
     @property
     def retries(self) -> int:
