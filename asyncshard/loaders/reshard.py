@@ -6,7 +6,7 @@ import asyncio
 import os
 import re
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from asyncshard.format.pattern import ShardPattern
@@ -16,7 +16,7 @@ from asyncshard.pipeline.budget import Account, MemoryBudget
 from asyncshard.pipeline.free_memory import default_budget_mb
 from asyncshard.pipeline.resharding.run import WRITERS, ReshardReport, Run, Wanted
 from asyncshard.pipeline.resharding.target import Target
-from asyncshard.plan.tp_plan import TpPlan
+from asyncshard.plan.tp_plan import TpPlan, plan_of
 from asyncshard.stores.base import Store
 from asyncshard.stores.threads import DaemonThreads, finish
 
@@ -120,7 +120,7 @@ async def reshard(
     options = Options().override(given)
     names = ShardPattern(pattern) if isinstance(pattern, str) else pattern
     is_ranks = layout == "ranks" or (layout == "auto" and world_size > 1)
-    wanted = Wanted(world_size, max_shard_size, is_ranks, names, _plan_of(tp_plan), chunk_size)
+    wanted = Wanted(world_size, max_shard_size, is_ranks, names, plan_of(tp_plan), chunk_size)
     directory = _local_directory(target)
     store = open_store(source, options)
     threads = DaemonThreads(WRITERS, "asyncshard-write")
@@ -148,16 +148,6 @@ async def _close(output: Target, threads: DaemonThreads, account: Account | None
             await account.aclose()
         if store is not None:
             await store.aclose()
-
-
-def _plan_of(tp_plan: object) -> TpPlan | Literal["auto"] | None:
-    if tp_plan is None or isinstance(tp_plan, TpPlan):
-        return tp_plan
-    if isinstance(tp_plan, Mapping):
-        return TpPlan(tp_plan)
-    if tp_plan == "auto":
-        return "auto"
-    raise TypeError(f"tp_plan must be a mapping of rules, a TpPlan, 'auto' or None, not {tp_plan!r}")
 
 
 def _local_directory(target: str | os.PathLike[str]) -> str:

@@ -13,7 +13,7 @@ from asyncshard.pipeline.checkpoint import Selection
 from asyncshard.pipeline.stream import Stream
 from asyncshard.plan.layout import validate_rank
 from asyncshard.plan.tensor_filter import TensorFilter, Wanted
-from asyncshard.plan.tp_plan import TpPlan
+from asyncshard.plan.tp_plan import TpPlan, plan_of
 
 StateDict = TypeVar("StateDict", bound=Mapping[str, Any])
 
@@ -73,7 +73,7 @@ class ShardedStateLoader(Loader):
             pp_rank=pp_rank,
             max_header_bytes=options.max_header_bytes,
             max_tensors=options.max_tensors,
-            tp_plan=_plan_of(tp_plan, unmatched),
+            tp_plan=plan_of(tp_plan, unmatched),
             tensor_filter=None if tensor_filter is None else TensorFilter(tensor_filter),
         )
         super().__init__(selection, options)
@@ -142,13 +142,3 @@ class ShardedStateLoader(Loader):
     def iterate_weights(self, path: ModelPath) -> Stream:
         """Return a stream over this rank's tensors: ``async for name, tensor in loader.iterate_weights(path)``."""
         return self._stream(Request(path))
-
-
-def _plan_of(given: Any, unmatched: str) -> TpPlan | Literal["auto"] | None:
-    if given is None or isinstance(given, TpPlan) or given == "auto":
-        if unmatched != "replicate":
-            raise ValueError("unmatched goes with a tp_plan that is a mapping; a TpPlan has its own")
-        return given  # type: ignore[no-any-return]
-    if isinstance(given, str):
-        raise ValueError(f'tp_plan must be "auto", or a mapping of names to placements, not {given!r}')
-    return TpPlan(given, unmatched=unmatched)

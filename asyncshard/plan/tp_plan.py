@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from reprlib import repr as short_repr
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from asyncshard.errors import NamesError
 from asyncshard.plan.placements import PackedShard, Placement, Replicate, Shard
@@ -203,6 +203,23 @@ class TpPlan:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (dict(self._rules), self._unmatched)
+
+
+def plan_of(given: object, unmatched: str = "replicate") -> TpPlan | Literal["auto"] | None:
+    """Return the plan that the option `tp_plan` stands for: a mapping of rules, a plan, "auto" or None.
+
+    Raises
+    ------
+    ValueError, TypeError
+        It is something else, or a rule is wrong; or `unmatched` is given for what is no mapping.
+    """
+    if given is None or isinstance(given, TpPlan) or given == "auto":
+        if unmatched != "replicate":
+            raise ValueError("unmatched goes with a tp_plan that is a mapping; a TpPlan has its own")
+        return "auto" if isinstance(given, str) else given
+    if isinstance(given, str):
+        raise ValueError(f'tp_plan must be "auto", or a mapping of names to placements, not {given!r}')
+    return TpPlan(given, unmatched=unmatched)  # type: ignore[arg-type]  # which checks it
 
 
 def _rebuild(rules: Mapping[str, str | Placement], unmatched: str) -> TpPlan:

@@ -577,7 +577,7 @@ async def test_overwrite_replaces_the_weights_alone(hugging_face: Path, two_rank
         ({"world_size": True}, TypeError),
         ({"max_shard_size": 0}, ValueError),
         ({"layout": "gguf"}, ValueError),
-        ({"tp_plan": "colwise"}, TypeError),
+        ({"tp_plan": "colwise"}, ValueError),
         ({"chunk_size": 1}, ValueError),
         ({"memory_budget_mb": -1}, ValueError),
         ({"storage_options": {"nonsense": 1}}, TypeError),
