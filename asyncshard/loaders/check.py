@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,18 +13,17 @@ from asyncshard.format.index import MAX_INDEX_BYTES, parse_index
 from asyncshard.format.pattern import ShardPattern
 from asyncshard.loaders.files import ModelPath, open_store
 from asyncshard.loaders.options import MIB, Options, require_int
+from asyncshard.pipeline.config import CONFIG_NAME, read_config
 from asyncshard.pipeline.free_memory import default_budget_mb
 from asyncshard.pipeline.header_scan import HeaderLimits, HeaderScan, is_about_the_file
 from asyncshard.pipeline.pace import without_hold
-from asyncshard.plan.completeness import CONFIG_NAME, Evidence, Finding, Problem, judge
+from asyncshard.plan.completeness import Evidence, Finding, Problem, judge
 from asyncshard.plan.file_facts import FileFacts, facts_of
 from asyncshard.plan.layout import INDEX_NAME
 from asyncshard.plan.report import CheckpointReport
 from asyncshard.plan.survey import Survey, survey_index, survey_names
 from asyncshard.stores import Listing, Store
 from asyncshard.stores.threads import DaemonThreads, finish
-
-_MAX_CONFIG_BYTES = 1 << 20
 
 
 async def check_checkpoint(
@@ -155,15 +153,9 @@ class _Check:
     async def _read_config(self) -> Mapping[str, Any] | None:
         """Return what config.json says; None if it cannot be read."""
         try:
-            data = await self._store.read(CONFIG_NAME, max_bytes=_MAX_CONFIG_BYTES)
+            config = await read_config(self._store, self._threads)
         except AsyncShardError as error:
             self._note(error, is_fatal=False)
-            return None
-        try:
-            config = await self._threads.run(json.loads, data)
-        except (ValueError, RecursionError) as error:
-            text = f"{self._store.path_of(CONFIG_NAME)}: this is no JSON: {error}. Fetch or write it again."
-            self._problems.append(Problem(text, is_fatal=False))
             return None
         return config if isinstance(config, Mapping) else None
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from typing import Any
 
 from asyncshard._core import WeightMap
-from asyncshard.errors import CheckpointError, ObjectNotFoundError
+from asyncshard.errors import ObjectNotFoundError
 from asyncshard.pipeline.budget import Account
 from asyncshard.pipeline.checkpoint import Checkpoint, Selection, Shard, find_shards, open_found, require_wanted
+from asyncshard.pipeline.config import CONFIG_NAME, read_config
 from asyncshard.pipeline.pace import without_hold
 from asyncshard.plan.rank_parts import make_rank_part
 from asyncshard.plan.tp_models import auto_plan, require_known
@@ -19,8 +18,6 @@ from asyncshard.stores.ranges import Scratch
 from asyncshard.stores.sliced import SlicedStore, part_meta
 from asyncshard.stores.threads import DaemonThreads
 
-_CONFIG_NAME = "config.json"
-_MAX_CONFIG_BYTES = 1 << 24
 _SHARE = 8
 """The scratch takes an eighth of the budget at most."""
 _SLABS = 16
@@ -44,10 +41,7 @@ async def open_slices(
     found = await find_shards(store, selection, threads)
     plan = await find_plan(store, selection, threads)
     whole = await open_found(store, found, selection, threads, account)
-    if plan is not None and selection.tp_plan == "auto":
-        names = _names(whole, found.weight_map)
-        await threads.run(lambda: require_known(plan, names, path=store.url))
-    elif plan is not None:
+    if plan is not None and selection.tp_plan != "auto":
         names = _names(whole, found.weight_map)
         await threads.run(lambda: plan.check(names, path=store.url))
     shards = [await threads.run(slice_shard, shard, selection, plan) for shard in whole.shards]
@@ -68,35 +62,37 @@ async def find_plan(store: Store, selection: Selection, threads: DaemonThreads) 
     Raises
     ------
     CheckpointError
-        It is not JSON, or there is no plan for such a model.
+        That is not JSON, or there is no plan for such a model.
     ObjectNotFoundError
         There is no config.json.
     AccessDeniedError, StoreError
     """
     if selection.tp_plan != "auto":
         return selection.tp_plan
-    path = store.path_of(_CONFIG_NAME)
+    path = store.path_of(CONFIG_NAME)
     try:
-        data = await store.read(_CONFIG_NAME, max_bytes=_MAX_CONFIG_BYTES)
+        config = await read_config(store, threads)
     except ObjectNotFoundError as error:
         raise ObjectNotFoundError(
             f'{error}; tp_plan="auto" needs it, to know the model: put it beside the shards, or pass a tp_plan of your '
             "own",
             path=path,
         ) from error
-
-    def parse() -> TpPlan:
-        try:
-            config: Any = json.loads(data)
-        except ValueError as error:
-            raise CheckpointError(f"{path}: this is not JSON: {error}", path=path) from None
-        return auto_plan(config, selection.world_size, path=path)
-
-    return await threads.run(parse)
+    return auto_plan(config, selection.world_size, path=path)
 
 
 def slice_shard(shard: Shard, selection: Selection, plan: TpPlan | None) -> Shard:
-    """Return a rank's part of a shard, or the shard where that is all of it. Slow: not for the event loop."""
+    """Return a rank's part of a shard, or the shard where that is all of it. Slow: not for the event loop.
+
+    Raises
+    ------
+    CheckpointError
+        A tensor cannot be divided so, or, with a plan of ours, we do not know how.
+    """
+    if plan is not None and selection.tp_plan == "auto":
+        names = without_hold(shard.header)
+        wanted = names if selection.tensor_filter is None else filter(selection.tensor_filter, names)
+        require_known(plan, wanted, path=shard.path)
     part = make_rank_part(
         shard.header,
         plan,

@@ -7,13 +7,13 @@ a second read of the same bytes, as if they stood in a further file.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from asyncshard.errors import CheckpointError, DestinationError, FormatError, ObjectNotFoundError
 from asyncshard.pipeline.arrays import ArrayLibrary
 from asyncshard.pipeline.checkpoint import Checkpoint, CheckpointInfo, Shard, ties_of
+from asyncshard.pipeline.config import read_config
 from asyncshard.pipeline.matching import is_sink, span
 from asyncshard.pipeline.pace import without_hold
 from asyncshard.plan.file_facts import EMBEDDING, OUTPUT
@@ -23,9 +23,6 @@ from asyncshard.stores.base import Store
 from asyncshard.stores.ranges import Scratch
 from asyncshard.stores.sliced import SlicedStore, part_meta
 from asyncshard.stores.threads import DaemonThreads
-
-CONFIG_NAME = "config.json"
-_MAX_CONFIG_BYTES = 1 << 24
 
 
 async def add_ties(
@@ -75,9 +72,8 @@ def _lost_output(checkpoint: Checkpoint, destinations: Mapping[str, Any]) -> tup
 async def _ties_embeddings(store: Store, threads: DaemonThreads) -> bool:
     """Return whether config.json says that the output layer is the embedding."""
     try:
-        data = await store.read(CONFIG_NAME, max_bytes=_MAX_CONFIG_BYTES)
-        return await threads.run(lambda: ties_embeddings(json.loads(data)))
-    except (ObjectNotFoundError, FormatError, CheckpointError, ValueError, RecursionError):
+        return ties_embeddings(await read_config(store, threads))
+    except (ObjectNotFoundError, FormatError, CheckpointError):
         return False
 
 

@@ -17,8 +17,6 @@ from asyncshard.plan.listing import LISTED, count_of, listing
 from asyncshard.plan.report import CheckpointReport, DamagedFile, DtypeUse, RankParts, Tie
 from asyncshard.plan.survey import Group, Survey
 
-CONFIG_NAME = "config.json"
-
 Finding = FileFacts | AsyncShardError
 """What a file turned out to be: valid, or why not."""
 
@@ -194,7 +192,7 @@ def _output_problems(evidence: Evidence, valid: Sequence[FileFacts]) -> Iterator
         return
     if _ending(valid, EMBEDDING) and not _ending(valid, OUTPUT) and all(map(evidence.is_whole, evidence.survey.groups)):
         yield Problem(
-            f"{evidence.path}: no file holds {OUTPUT}, and {CONFIG_NAME} says tie_word_embeddings is false. The "
+            f"{evidence.path}: no file holds {OUTPUT}, and config.json says tie_word_embeddings is false. The "
             "checkpoint is incomplete.",
             True,
         )

@@ -544,3 +544,30 @@ async def test_what_is_read_is_added_up_in_a_thread(files, monkeypatch):
     await loader_of(1).load_weights(MemoryStore(files))
     assert threads
     assert threading.main_thread() not in threads
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "[]", "{"])
+async def test_a_config_that_is_none_is_an_error_that_names_it(tmp_path, text):
+    from safetensors.numpy import save_file
+
+    save_file({"model.layers.0.self_attn.q_proj.weight": np.ones((4, 4), np.float32)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        await ShardedStateLoader(world_size=2, tp_plan="auto").load_weights(tmp_path)
+
+
+async def test_a_model_in_another_form_is_refused_in_every_way(tmp_path):
+    from safetensors.numpy import save_file
+
+    name = "model.layers.0.self_attn.qkv_proj.weight"
+    save_file({name: np.ones((12, 4), np.float32)}, tmp_path / "model.safetensors")
+    config = {"model_type": "llama", "num_attention_heads": 4, "num_key_value_heads": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    base = ShardedStateLoader(world_size=2, tp_plan="auto")
+    for load in (
+        base.load_weights(tmp_path),
+        IncrementalShardLoader(base).load_shard(tmp_path / "model.safetensors"),
+        asyncshard.reshard(tmp_path, tmp_path / "out", world_size=2, tp_plan="auto"),
+    ):
+        with pytest.raises(CheckpointError, match=rf"{name} are divided"):
+            await load

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ from asyncshard._core import StopFlag
 from asyncshard.errors import CheckpointError
 from asyncshard.format.pattern import ShardPattern
 from asyncshard.pipeline.budget import Account
-from asyncshard.pipeline.checkpoint import Checkpoint, Selection
+from asyncshard.pipeline.checkpoint import Checkpoint, Selection, Shard
 from asyncshard.pipeline.pace import without_hold
 from asyncshard.pipeline.resharding.beside import beside, copy_beside
 from asyncshard.pipeline.resharding.copies import Comparison, compare_digests
@@ -29,6 +29,7 @@ from asyncshard.pipeline.slicing import find_plan
 from asyncshard.plan.faults import Faults
 from asyncshard.plan.layout import INDEX_NAME, SINGLE_NAME
 from asyncshard.plan.survey import Survey, survey_names
+from asyncshard.plan.tp_models import require_known
 from asyncshard.plan.tp_plan import TpPlan
 from asyncshard.stores import Store
 from asyncshard.stores.threads import DaemonThreads
@@ -121,16 +122,15 @@ class Run:
     async def _join(self, checkpoints: Sequence[Checkpoint], *, is_ranks: bool) -> Source:
         url, plan = self._store.url, self._wanted.tp_plan
         if isinstance(plan, TpPlan):
-            names = without_hold(name for shard in checkpoints[0].shards for name in shard.header)
-            await self._threads.run(lambda: plan.check(names, path=url))
+            await self._threads.run(lambda: plan.check(_names(checkpoints[0].shards), path=url))
         place = None
         if is_ranks and not await self._threads.run(has_placements, checkpoints[0]):
-            place = await self._find_plan(len(checkpoints))
+            place = await self._find_plan(len(checkpoints), checkpoints[0].shards)
         return await self._threads.run(lambda: join_source(checkpoints, place, path=url, is_ranks=is_ranks))
 
     async def _plan(self, source: Source) -> TargetPlan:
         wanted, url = self._wanted, self._store.url
-        place = await self._find_plan(wanted.world_size) if wanted.is_ranks else None
+        place = await self._find_plan(wanted.world_size, source.tensors.shards) if wanted.is_ranks else None
         if place is None and wanted.world_size > 1 and not source.is_ranks:
             raise CheckpointError(
                 f"{url}: how its tensors are to be divided among {wanted.world_size} ranks is not known: pass a "
@@ -148,9 +148,12 @@ class Run:
             )
         )
 
-    async def _find_plan(self, world_size: int) -> PlaceTensor | None:
+    async def _find_plan(self, world_size: int, first: Sequence[Shard]) -> PlaceTensor | None:
+        """Return how the tensors, which the first rank's shards name, are divided among as many ranks."""
         selection = Selection(tp_plan=self._wanted.tp_plan, world_size=world_size)
         plan = await find_plan(self._store, selection, self._threads)
+        if plan is not None and self._wanted.tp_plan == "auto":
+            await self._threads.run(lambda: require_known(plan, _names(first), path=self._store.url))
         return None if plan is None else plan.placement_of
 
     async def _compare(self, source: Source, reader: BlockReader, rooms: Sequence[Room]) -> int:
@@ -182,3 +185,8 @@ class Run:
 
     def _write_index(self, source: Source, plan: TargetPlan) -> None:
         self._target.write_text(INDEX_NAME, index_text(int(source.sizes.sum()), plan.weight_map()))
+
+
+def _names(shards: Sequence[Shard]) -> Iterator[str]:
+    for shard in shards:
+        yield from without_hold(shard.header)
