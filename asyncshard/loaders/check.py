@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from asyncshard._core import WeightMap
-from asyncshard.errors import AsyncShardError
+from asyncshard.errors import AsyncShardError, CheckpointError
 from asyncshard.format.header import Header
 from asyncshard.format.index import MAX_INDEX_BYTES, parse_index
 from asyncshard.format.pattern import ShardPattern
@@ -154,6 +154,9 @@ class _Check:
         """Return what config.json says; None if it cannot be read."""
         try:
             config = await read_config(self._store, self._threads)
+        except CheckpointError as error:
+            self._problems.append(Problem(f"{error}.", is_fatal=False))
+            return None
         except AsyncShardError as error:
             self._note(error, is_fatal=False)
             return None

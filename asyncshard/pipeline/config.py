@@ -29,4 +29,4 @@ async def read_config(store: Store, threads: DaemonThreads) -> Any:
         return await threads.run(json.loads, data)
     except (ValueError, RecursionError) as error:
         path = store.path_of(CONFIG_NAME)
-        raise CheckpointError(f"{path}: this is no JSON: {error}; fetch or write it again", path=path) from None
+        raise CheckpointError(f"{path}: this is not JSON: {error}; fetch or write it again", path=path) from None
