@@ -16,7 +16,8 @@ from asyncshard.stores.threads import DaemonThreads, finish
 from asyncshard.stores.wrapper import WrapperStore
 
 READ_THREADS = 2
-_WRITE_THREADS = 2
+_WRITE_THREADS = 1
+"""Writes to one file take turns in the kernel anyway."""
 MIN_STAGED_BLOCKS = 2
 """Both ends of one read."""
 MAX_STAGED_BLOCKS = 32
@@ -68,6 +69,11 @@ class CachedStore(WrapperStore):
 
     def __repr__(self) -> str:
         return f"CachedStore({self.store!r})"
+
+    @property
+    def chunk_size(self) -> int:  # type: ignore[override]
+        """What suits a disk, or more: a load for which the cache is there reads most from it."""
+        return max(Store.chunk_size, self.store.chunk_size)
 
     @property
     def held_bytes(self) -> int:  # type: ignore[override]

@@ -177,9 +177,11 @@ async def test_the_other_store_is_closed_only_where_that_is_asked_for(make_cache
 
 async def test_it_passes_on_what_suits_the_other_store(make_cache, origin):
     store = origin()
-    store.store.chunk_size, store.store.prefetch_count, store.store.max_gap_bytes = 3, 5, 7
+    store.store.chunk_size, store.store.prefetch_count, store.store.max_gap_bytes = 1 << 25, 5, 7
     async with CachedStore(store, make_cache()) as cached:
-        assert (cached.chunk_size, cached.prefetch_count, cached.max_gap_bytes) == (3, 5, 7)
+        assert (cached.chunk_size, cached.prefetch_count, cached.max_gap_bytes) == (1 << 25, 5, 7)
+        store.store.chunk_size = 1 << 20
+        assert cached.chunk_size == 16 << 20  # as for a disk
         assert (cached.retries, cached.verified, cached.unverified) == (0, (), ())
 
 
