@@ -172,7 +172,7 @@ GROUPS: dict[str, list[Measured]] = {
         Measured("cache/incremental", "incremental-load", ("--budget-mb", str(CACHE_BUDGET_MB))),
         *(Measured(f"cache/disk/{way}", f"cached-{way}", (), "seaweedfs") for way in ("first", "second", "verified")),
         *(Measured(f"cache/disk/{way}", f"cached-{way}") for way in ("local", "disk")),
-        Measured("cache/disk/without", "s3-load-weights-from-url", (), "seaweedfs"),
+        Measured("cache/disk/without", "s3-load-weights", (), "seaweedfs"),
         Measured("cache/disk/processes", "cached-processes", (), "seaweedfs"),
         Measured("cache/refresh", "refresh"),
         Measured("cache/refresh-all", "refresh-all"),

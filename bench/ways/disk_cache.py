@@ -16,6 +16,7 @@ from asyncshard import ShardedStateLoader
 from bench.checkpoint import RANK, WORLD_SIZE
 from bench.endpoint import BUCKET
 from bench.ways.base import Case, Run, Way
+from bench.ways.s3 import open_store
 
 _RANK_URL = f"s3://{BUCKET}/rank"
 _MIB = 1 << 20
@@ -52,18 +53,7 @@ def _removed(directory: Path) -> Iterator[None]:
 
 def _first(case: Case) -> Run:
     """Load into a state dict, and write the cache."""
-    state = case.destinations()
-    loader = _loader(case)
-
-    async def begin(stack: AsyncExitStack) -> None:
-        stack.enter_context(_removed(_directory(case)))
-
-    case.open = begin
-
-    async def run() -> None:
-        await loader.load_weights(_RANK_URL, state)
-
-    return run
+    return _after(case, _loader(case))
 
 
 def _second(case: Case) -> Run:
@@ -78,20 +68,24 @@ def _verified(case: Case) -> Run:
 
 
 def _after(case: Case, *loaders: ShardedStateLoader) -> Run:
-    """Load with the last loader after having loaded with those before it."""
+    """Load with the last loader after having loaded with those before it, from a store that is open."""
     state = case.destinations()
+    store = open_store(case)
+    open_it = case.open
+    assert open_it is not None
 
     async def begin(stack: AsyncExitStack) -> None:
         stack.enter_context(_removed(_directory(case)))
+        await open_it(stack)
         for loader in loaders[:-1]:
-            await loader.load_weights(_RANK_URL, state)
+            await loader.load_weights(store, state)
         for destination in state.values():
             destination.fill_(0)
 
     case.open = begin
 
     async def run() -> None:
-        await loaders[-1].load_weights(_RANK_URL, state)
+        await loaders[-1].load_weights(store, state)
 
     return run
 

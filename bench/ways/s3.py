@@ -39,7 +39,7 @@ def _base(case: Case, framework: str = "pt", **tuning: Any) -> ShardedStateLoade
     return loader
 
 
-def _open_store(case: Case, url: str = _RANK_URL) -> Store:
+def open_store(case: Case, url: str = _RANK_URL) -> Store:
     """Return a store that has made its client and one request when the clock starts."""
     store = from_url(url, **_options(case))
 
@@ -55,7 +55,7 @@ def _load_weights(case: Case) -> Run:
     """Load into a state dict of torch tensors."""
     state = case.destinations()
     loader = _base(case)
-    store = _open_store(case)
+    store = open_store(case)
 
     async def run() -> None:
         await loader.load_weights(store, state)
@@ -78,7 +78,7 @@ def _stream_count(case: Case) -> Run:
     """Stream and let each tensor go."""
     case.nbytes = case.data.rank_bytes
     _base(case)
-    store = _open_store(case)
+    store = open_store(case)
 
     async def run() -> Mapping[str, float]:
         count = 0
@@ -123,7 +123,7 @@ def _load_late(case: Case) -> Run:
     path = case.data.late
     state = case.destinations(path=path)
     loader = _base(case, chunk_size=_MIB)
-    store = _open_store(case, f"s3://{BUCKET}/{path.name}")
+    store = open_store(case, f"s3://{BUCKET}/{path.name}")
 
     async def run() -> None:
         await loader.load_weights(store, state)
@@ -134,7 +134,7 @@ def _load_late(case: Case) -> Run:
 def _cancel(case: Case) -> Run:
     """Cancel loads of one store at random points."""
     loader, url, state = _for_cancel(case)
-    store = _open_store(case, url)
+    store = open_store(case, url)
     begin, checked = case.open, _Left()
 
     async def begin_checked(stack: AsyncExitStack) -> None:
