@@ -19,10 +19,11 @@ from asyncshard.loaders.options import ReadTuning, require_int
 from asyncshard.loaders.sources import Opened, ShardFile, Sources, key_of
 from asyncshard.pipeline.budget import Account
 from asyncshard.pipeline.cached import CachedTransfer
-from asyncshard.pipeline.checkpoint import Checkpoint, Shard, find_shards, read_header_of, require_whole
+from asyncshard.pipeline.checkpoint import Checkpoint, find_shards, require_whole
 from asyncshard.pipeline.shard_cache import CachedFile, CacheStatistics, ShardCache
 from asyncshard.pipeline.shard_reads import read_one, read_whole, unknown
 from asyncshard.pipeline.shard_tensors import ShardTensors
+from asyncshard.pipeline.shards import Shard, read_header_of
 from asyncshard.pipeline.single_flight import SingleFlight
 from asyncshard.pipeline.slicing import find_plan, slice_shard, slices_of
 from asyncshard.pipeline.staged import StagedTransfer

@@ -6,33 +6,25 @@ No tensor data is read here. All that can be known to be wrong without it is rai
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Literal, NamedTuple, TypeVar
-
-import numpy as np
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal, NamedTuple
 
 from asyncshard._core import WeightMap, duplicate_names
 from asyncshard.errors import CheckpointError, NamesError
-from asyncshard.format.header import Header, TensorInfo, header_size, parse_header
+from asyncshard.format.header import TensorInfo
 from asyncshard.format.index import MAX_INDEX_BYTES, parse_index
 from asyncshard.format.pattern import ShardPattern
 from asyncshard.pipeline.budget import Account
 from asyncshard.pipeline.pace import without_hold
+from asyncshard.pipeline.shards import Shard, read_header_of
 from asyncshard.plan.completeness import index_disagreement
 from asyncshard.plan.layout import choose_layout, index_files, is_rank_shard
-from asyncshard.plan.rank_parts import RankPart
 from asyncshard.plan.tensor_filter import TensorFilter
 from asyncshard.plan.tp_plan import TpPlan
-from asyncshard.stores.base import ObjectMeta, Store
+from asyncshard.stores.base import Store
 from asyncshard.stores.threads import DaemonThreads
 
-T = TypeVar("T")
-
-_FIRST_READ = 64 << 10
-"""Enough for the header of most shards in one read."""
 _HEADERS_AT_ONCE = 8
-_PARSE_FACTOR = 2.5
-"""Bytes that parsing takes for each byte of a header, itself included."""
 _LISTED = 20
 
 
@@ -57,23 +49,6 @@ class Selection(NamedTuple):
     def is_sliced(self) -> bool:
         """Whether less than the files' tensors may be wanted of them."""
         return self.tp_plan is not None or self.tensor_filter is not None
-
-
-class Shard(NamedTuple):
-    """One opened file of a checkpoint."""
-
-    meta: ObjectMeta
-    path: str
-    """Its full path or URL."""
-    header: Header
-    """Of the file; or of the rank's part of it."""
-    part: RankPart | None = None
-    """What of the file is read, where that is not all of it; `meta` then stands for the part."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of memory that its facts take."""
-        return self.header.nbytes if self.part is None else self.part.nbytes
 
 
 class Checkpoint(NamedTuple):
@@ -246,81 +221,6 @@ def require_wanted(count: int, missing: Sequence[str], path: str) -> None:
         )
     if not count:
         raise NamesError(f"{path}: the tensor_filter matches no tensor of the checkpoint", path=path)
-
-
-class OpenedHeader(NamedTuple):
-    """A file that is open, and how large its header is."""
-
-    meta: ObjectMeta
-    path: str
-    head: bytes
-    """The file's first bytes."""
-    size: int
-    """Bytes of the file before the tensors' data."""
-
-    @property
-    def parse_bytes(self) -> int:
-        """Bytes of memory that it takes to read and parse the header."""
-        return int(self.size * _PARSE_FACTOR)
-
-
-async def open_header(store: Store, name: str, *, max_header_bytes: int | None = None) -> OpenedHeader:
-    """Open a file and read the length of its header."""
-    path = store.path_of(name)
-    meta, head = await store.open(name, _FIRST_READ)
-    limit = {} if max_header_bytes is None else {"max_header_bytes": max_header_bytes}
-    return OpenedHeader(meta, path, head, header_size(head, meta.size, path=path, **limit))
-
-
-async def parse_opened(
-    store: Store,
-    opened: OpenedHeader,
-    threads: DaemonThreads,
-    then: Callable[[Header], T],
-    *,
-    max_header_bytes: int | None = None,
-    max_tensors: int | None = None,
-) -> T:
-    """Read and validate the rest of a header, and return what `then` makes of it, in the same thread."""
-    meta, path, head, size = opened
-    if size > len(head):
-        data = np.empty(size, np.uint8)
-        data[: len(head)] = np.frombuffer(head, np.uint8)
-        await store.read_into(meta, len(head), [data.data[len(head) :]])
-    else:
-        data = np.frombuffer(head, np.uint8)
-    # The thread gets the only reference: freeing a large header is no work for the loop.
-    holder = [data]
-    del data, head
-
-    def parse() -> T:
-        header = parse_header(
-            holder.pop().data, meta.size, max_tensors=max_tensors, max_header_bytes=max_header_bytes, path=path
-        )
-        return then(header)
-
-    return await threads.run(parse)
-
-
-async def read_header_of(
-    store: Store,
-    name: str,
-    threads: DaemonThreads,
-    *,
-    max_header_bytes: int | None = None,
-    max_tensors: int | None = None,
-    account: Account | None = None,
-) -> Shard:
-    """Read and validate the header of one file."""
-    opened = await open_header(store, name, max_header_bytes=max_header_bytes)
-    if account is not None:
-        account.charge_headers(opened.parse_bytes, opened.path)
-    header: Header = await parse_opened(
-        store, opened, threads, lambda parsed: parsed, max_header_bytes=max_header_bytes, max_tensors=max_tensors
-    )
-    if account is not None:
-        account.charge_headers(header.nbytes - opened.parse_bytes, opened.path)
-    return Shard(opened.meta, opened.path, header)
 
 
 async def _open_shards(

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Self
 
-from asyncshard.pipeline.checkpoint import Checkpoint, Shard
+from asyncshard.pipeline.checkpoint import Checkpoint
+from asyncshard.pipeline.shards import Shard
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 
 from asyncshard.errors import BudgetError
 from asyncshard.pipeline.budget import Account, MemoryBudget, Yields
-from asyncshard.pipeline.checkpoint import Shard
 from asyncshard.pipeline.shard_tensors import ShardTensors
+from asyncshard.pipeline.shards import Shard
 
 
 @dataclass(frozen=True, slots=True)

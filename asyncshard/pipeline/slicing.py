@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from asyncshard._core import WeightMap
 from asyncshard.errors import ObjectNotFoundError
 from asyncshard.pipeline.budget import Account
-from asyncshard.pipeline.checkpoint import Checkpoint, Selection, Shard, find_shards, open_found, require_wanted
+from asyncshard.pipeline.checkpoint import Checkpoint, Selection, find_shards, open_found, require_wanted
 from asyncshard.pipeline.config import CONFIG_NAME, read_config
 from asyncshard.pipeline.pace import without_hold
-from asyncshard.plan.rank_parts import make_rank_part
+from asyncshard.pipeline.shards import Shard
+from asyncshard.plan.part_planner import make_rank_part
 from asyncshard.plan.tp_models import auto_plan, require_known
 from asyncshard.plan.tp_plan import TpPlan
 from asyncshard.stores.base import Store

@@ -12,12 +12,13 @@ from typing import Any
 
 from asyncshard.errors import CheckpointError, DestinationError, FormatError, ObjectNotFoundError
 from asyncshard.pipeline.arrays import ArrayLibrary
-from asyncshard.pipeline.checkpoint import Checkpoint, CheckpointInfo, Shard, ties_of
+from asyncshard.pipeline.checkpoint import Checkpoint, CheckpointInfo, ties_of
 from asyncshard.pipeline.config import read_config
 from asyncshard.pipeline.matching import is_sink, span
 from asyncshard.pipeline.pace import without_hold
+from asyncshard.pipeline.shards import Shard
 from asyncshard.plan.file_facts import EMBEDDING, OUTPUT
-from asyncshard.plan.rank_parts import rename
+from asyncshard.plan.part_planner import rename
 from asyncshard.plan.tp_models import ties_embeddings
 from asyncshard.stores.base import Store
 from asyncshard.stores.ranges import Scratch

@@ -17,7 +17,7 @@ import numpy as np
 from asyncshard import ShardedStateLoader, parse_header, reshard
 from asyncshard._core import copy_runs
 from asyncshard.format.header import format_header
-from asyncshard.plan.rank_parts import make_rank_part
+from asyncshard.plan.part_planner import make_rank_part
 from asyncshard.plan.tp_plan import TpPlan
 from bench.checkpoint import Tensor
 from bench.ways.base import Case, Run, Way

@@ -11,8 +11,8 @@ from asyncshard import parse_header
 from asyncshard.errors import CheckpointError
 from asyncshard.format.digests import DIGESTS_KEY
 from asyncshard.format.header import format_header
+from asyncshard.plan.part_planner import make_rank_part
 from asyncshard.plan.placements import PackedShard, Replicate, Shard
-from asyncshard.plan.rank_parts import make_rank_part
 from asyncshard.plan.sharding import chunk_bounds
 from asyncshard.plan.tensor_filter import TensorFilter
 from asyncshard.plan.tp_plan import TpPlan

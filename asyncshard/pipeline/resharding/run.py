@@ -13,7 +13,7 @@ from asyncshard._core import StopFlag
 from asyncshard.errors import CheckpointError
 from asyncshard.format.pattern import ShardPattern
 from asyncshard.pipeline.budget import Account
-from asyncshard.pipeline.checkpoint import Checkpoint, Selection, Shard
+from asyncshard.pipeline.checkpoint import Checkpoint, Selection
 from asyncshard.pipeline.pace import without_hold
 from asyncshard.pipeline.resharding.beside import beside, copy_beside
 from asyncshard.pipeline.resharding.copies import Comparison, compare_digests
@@ -25,6 +25,7 @@ from asyncshard.pipeline.resharding.plan import TargetPlan, plan_target
 from asyncshard.pipeline.resharding.reads import BlockReader, Room, take_rooms
 from asyncshard.pipeline.resharding.source import Source, join_source, open_source
 from asyncshard.pipeline.resharding.target import Target, index_text
+from asyncshard.pipeline.shards import Shard
 from asyncshard.pipeline.slicing import find_plan
 from asyncshard.plan.faults import Faults
 from asyncshard.plan.layout import INDEX_NAME, SINGLE_NAME

@@ -15,11 +15,12 @@ from asyncshard.errors import CheckpointError, FormatError
 from asyncshard.format.digests import DIGESTS_KEY
 from asyncshard.format.pattern import ShardPattern
 from asyncshard.pipeline.budget import Account
-from asyncshard.pipeline.checkpoint import Checkpoint, Selection, Shard, open_checkpoint
+from asyncshard.pipeline.checkpoint import Checkpoint, Selection, open_checkpoint
 from asyncshard.pipeline.pace import without_hold
 from asyncshard.pipeline.resharding.divider import Divider, PlaceTensor
 from asyncshard.pipeline.resharding.jobs import run_all
 from asyncshard.pipeline.resharding.placements import require_whole, written_placements
+from asyncshard.pipeline.shards import Shard
 from asyncshard.plan.blocks import Side
 from asyncshard.plan.divisions import Shape
 from asyncshard.plan.faults import Faults

@@ -1,0 +1,113 @@
+"""One file of a checkpoint: open it, read its header and validate it. No tensor data is read here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+
+from asyncshard.format.header import Header, header_size, parse_header
+from asyncshard.pipeline.budget import Account
+from asyncshard.plan.rank_parts import RankPart
+from asyncshard.stores.base import ObjectMeta, Store
+from asyncshard.stores.threads import DaemonThreads
+
+T = TypeVar("T")
+
+_FIRST_READ = 64 << 10
+"""Enough for the header of most shards in one read."""
+_PARSE_FACTOR = 2.5
+"""Bytes that parsing takes for each byte of a header, itself included."""
+
+
+class Shard(NamedTuple):
+    """One opened file of a checkpoint."""
+
+    meta: ObjectMeta
+    path: str
+    """Its full path or URL."""
+    header: Header
+    """Of the file; or of the rank's part of it."""
+    part: RankPart | None = None
+    """What of the file is read, where that is not all of it; `meta` then stands for the part."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that its facts take."""
+        return self.header.nbytes if self.part is None else self.part.nbytes
+
+
+class OpenedHeader(NamedTuple):
+    """A file that is open, and how large its header is."""
+
+    meta: ObjectMeta
+    path: str
+    head: bytes
+    """The file's first bytes."""
+    size: int
+    """Bytes of the file before the tensors' data."""
+
+    @property
+    def parse_bytes(self) -> int:
+        """Bytes of memory that it takes to read and parse the header."""
+        return int(self.size * _PARSE_FACTOR)
+
+
+async def open_header(store: Store, name: str, *, max_header_bytes: int | None = None) -> OpenedHeader:
+    """Open a file and read the length of its header."""
+    path = store.path_of(name)
+    meta, head = await store.open(name, _FIRST_READ)
+    limit = {} if max_header_bytes is None else {"max_header_bytes": max_header_bytes}
+    return OpenedHeader(meta, path, head, header_size(head, meta.size, path=path, **limit))
+
+
+async def parse_opened(
+    store: Store,
+    opened: OpenedHeader,
+    threads: DaemonThreads,
+    then: Callable[[Header], T],
+    *,
+    max_header_bytes: int | None = None,
+    max_tensors: int | None = None,
+) -> T:
+    """Read and validate the rest of a header, and return what `then` makes of it, in the same thread."""
+    meta, path, head, size = opened
+    if size > len(head):
+        data = np.empty(size, np.uint8)
+        data[: len(head)] = np.frombuffer(head, np.uint8)
+        await store.read_into(meta, len(head), [data.data[len(head) :]])
+    else:
+        data = np.frombuffer(head, np.uint8)
+    # The thread gets the only reference: freeing a large header is no work for the loop.
+    holder = [data]
+    del data, head
+
+    def parse() -> T:
+        header = parse_header(
+            holder.pop().data, meta.size, max_tensors=max_tensors, max_header_bytes=max_header_bytes, path=path
+        )
+        return then(header)
+
+    return await threads.run(parse)
+
+
+async def read_header_of(
+    store: Store,
+    name: str,
+    threads: DaemonThreads,
+    *,
+    max_header_bytes: int | None = None,
+    max_tensors: int | None = None,
+    account: Account | None = None,
+) -> Shard:
+    """Read and validate the header of one file."""
+    opened = await open_header(store, name, max_header_bytes=max_header_bytes)
+    if account is not None:
+        account.charge_headers(opened.parse_bytes, opened.path)
+    header: Header = await parse_opened(
+        store, opened, threads, lambda parsed: parsed, max_header_bytes=max_header_bytes, max_tensors=max_tensors
+    )
+    if account is not None:
+        account.charge_headers(header.nbytes - opened.parse_bytes, opened.path)
+    return Shard(opened.meta, opened.path, header)

@@ -1,0 +1,155 @@
+"""Plan a rank's part of a file: which of its tensors are wanted, how each is divided, and what the part's header is."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from asyncshard.errors import CheckpointError
+from asyncshard.format.digests import DIGESTS_KEY, DIGITS
+from asyncshard.format.dtypes import DTYPES
+from asyncshard.format.header import Header, format_header, parse_header
+from asyncshard.plan.placements import Placement
+from asyncshard.plan.rank_parts import Offsets, Patterns, RankPart
+from asyncshard.plan.slices import Slice, slice_tensor, whole_tensor
+from asyncshard.plan.tp_plan import TpPlan
+
+Paced = Callable[[Iterable[int]], Iterable[int]]
+"""Passes numbers on, and lets others have their turn now and then."""
+
+
+def make_rank_part(
+    header: Header,
+    plan: TpPlan | None,
+    is_wanted: Callable[[str], bool] | None,
+    *,
+    rank: int,
+    world_size: int,
+    path: str,
+    paced: Paced = iter,
+) -> RankPart | None:
+    """Plan what a rank has of a file; None if that is all of it.
+
+    Metadata is kept. Digests of tensors are kept while every tensor of the part is whole. Slow for many tensors: call
+    it in a thread.
+
+    Parameters
+    ----------
+    header : Header
+        Of the real file.
+    plan : TpPlan, optional
+        Where tensors are placed; None leaves them whole.
+    is_wanted : callable, optional
+        Whether a tensor of this name is in the part; None for all.
+    path : str
+        For messages.
+
+    Raises
+    ------
+    CheckpointError
+        A tensor cannot be divided as its placement says.
+    """
+    planner = _Planner(plan, rank, world_size)
+    row, name_of = header.table.row, header.table.name
+    starts, kinds, kept = array("q"), array("i"), array("q")
+    try:
+        for index in paced(range(len(header))):
+            name, code, shape, start, _ = row(index)
+            if is_wanted is None or is_wanted(name):
+                kinds.append(planner.kind_of(name, code, shape))
+                starts.append(start)
+                kept.append(index)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}", path=path, tensor=error.tensor) from None
+    if len(kept) == len(header) and planner.are_whole:
+        return None
+
+    def tensors() -> Iterator[tuple[str, str, tuple[int, ...], int]]:
+        # In a second pass: a list of them would set off the garbage collector.
+        for number in paced(range(len(kept))):
+            kind = kinds[number]
+            yield name_of(kept[number]), planner.dtypes[kind], planner.slices[kind].shape, sizes[kind]
+
+    sizes = [piece.nbytes for piece in planner.slices]
+    text = format_header(tensors(), _metadata(header, np.array(kept, np.int64), are_whole=planner.are_whole))
+    virtual = parse_header(text, len(text) + sum(map(sizes.__getitem__, kinds)), path=path)
+    return _finish(virtual, text, np.array(starts, np.int64), np.array(kinds, np.int32), Patterns.of(planner.slices))
+
+
+def rename(header: Header, part: RankPart | None, name: str, other: str) -> RankPart:
+    """Return one tensor of a file, or of a rank's part of it, alone and under another name."""
+    index = header.table.find(name)
+    one = slice(index, index + 1)
+    _, code, shape, start, stop = header.table.row(index)
+    dtype = DTYPES[code]
+    text = format_header([(other, dtype.name, shape, stop - start)])
+    virtual = parse_header(text, len(text) + stop - start)
+    if part is not None:
+        return _finish(virtual, text, part.starts[one], part.kinds[one], part.patterns)
+    whole = Patterns.of([whole_tensor(shape, dtype.bits)])
+    return _finish(virtual, text, header.table.starts[one], np.zeros(1, np.int32), whole)
+
+
+def _finish(
+    virtual: Header, text: bytearray, starts: Offsets, kinds: NDArray[np.int32], patterns: Patterns
+) -> RankPart:
+    counts = (patterns.outer * patterns.runs_in_row)[kinds] if len(kinds) else np.empty(0, np.int64)
+    digest = hashlib.blake2b(text, digest_size=16)
+    for column in (starts, kinds, *patterns):
+        digest.update(column.tobytes())
+    runs_before = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    return RankPart(virtual, starts, kinds, patterns, runs_before, digest.hexdigest())
+
+
+def _metadata(header: Header, kept: Offsets, *, are_whole: bool) -> dict[str, str]:
+    metadata = header.metadata
+    digests = metadata.pop(DIGESTS_KEY, None)
+    if digests is None or not are_whole:
+        return metadata
+    if digests.isascii() and len(digests) == DIGITS * len(header):
+        rows = np.frombuffer(digests.encode("ascii"), np.uint8).reshape(-1, DIGITS)
+        digests = rows[kept].tobytes().decode("ascii")
+    return {**metadata, DIGESTS_KEY: digests}  # malformed ones as they are: whoever reads them says so
+
+
+class _Planner:
+    """Slices, made once for all tensors of the same dtype, shape and placement."""
+
+    def __init__(self, plan: TpPlan | None, rank: int, world_size: int) -> None:
+        self._plan = plan
+        self._rank = rank
+        self._world_size = world_size
+        self._kinds: dict[tuple[int, tuple[int, ...], Placement | None], int] = {}
+        self._kinds_of_groups: dict[tuple[int, tuple[int, ...], str], int] = {}
+        self.slices: list[Slice] = []
+        self.dtypes: list[str] = []
+        """Of the tensors of each slice."""
+        self.are_whole = True
+
+    def kind_of(self, name: str, code: int, shape: tuple[int, ...]) -> int:
+        """Return the place in `slices` of a tensor's."""
+        key = code, shape, "" if self._plan is None else self._plan.group_of(name)
+        kind = self._kinds_of_groups.get(key)
+        if kind is None:
+            kind = self._kinds_of_groups[key] = self._find(name, code, shape)
+        return kind
+
+    def _find(self, name: str, code: int, shape: tuple[int, ...]) -> int:
+        placement = None if self._plan is None else self._plan.placement_of(name, shape)
+        kind = self._kinds.get((code, shape, placement))
+        if kind is None:
+            if placement is None:
+                made = whole_tensor(shape, DTYPES[code].bits)
+            else:
+                made = slice_tensor(
+                    name, shape, DTYPES[code].bits, placement, rank=self._rank, world_size=self._world_size
+                )
+            self.are_whole = self.are_whole and made.shape == shape
+            kind = self._kinds[code, shape, placement] = len(self.slices)
+            self.slices.append(made)
+            self.dtypes.append(DTYPES[code].name)
+        return kind
