@@ -3,6 +3,7 @@
 import pickle
 import subprocess
 import sys
+from contextlib import asynccontextmanager
 
 import numpy as np
 import pytest
@@ -21,6 +22,15 @@ def model(checkpoints):
     return tensors, checkpoints.rank_files(tensors)
 
 
+@asynccontextmanager
+async def serving(files):
+    """Serve files as a model in S3; yields the server and the storage options that reach it."""
+    async with S3Server() as server:
+        for name, data in files.items():
+            server.put("models", f"m/{name}", data)
+        yield server, {"endpoint_url": server.endpoint_url, "unsigned": True, "region_name": "us-east-1"}
+
+
 @pytest.fixture
 def entries(tmp_path):
     return lambda: sorted((tmp_path / "cache" / "entries").glob("*"))
@@ -28,10 +38,7 @@ def entries(tmp_path):
 
 async def test_a_second_load_of_an_object_in_s3_is_a_local_one(tmp_path, model, checkpoints):
     tensors, files = model
-    async with S3Server() as server:
-        for name, data in files.items():
-            server.put("models", f"m/{name}", data)
-        options = {"endpoint_url": server.endpoint_url, "unsigned": True, "region_name": "us-east-1"}
+    async with serving(files) as (server, options):
         sent = []
         for _ in range(2):
             weights = await asyncshard.load("s3://models/m", cache_dir=tmp_path / "cache", storage_options=options)
@@ -173,10 +180,7 @@ async def test_the_cache_takes_an_eighth_of_the_budget_and_no_more_than_it_needs
 
 async def test_an_incremental_loader_reads_through_it_and_counts_its_buffers(tmp_path, model, checkpoints):
     tensors, files = model
-    async with S3Server() as server:
-        for name, data in files.items():
-            server.put("models", f"m/{name}", data)
-        options = {"endpoint_url": server.endpoint_url, "unsigned": True, "region_name": "us-east-1"}
+    async with serving(files) as (server, options):
         sent = []
         for _ in range(2):
             loader = IncrementalShardLoader(cache_dir=tmp_path / "cache", memory_budget_mb=64, storage_options=options)
