@@ -1,11 +1,13 @@
 """Typed stub of the compiled core; ``stubtest`` holds the two together."""
 
 from collections.abc import Callable, Sequence
-from typing import Never, Self, final
+from typing import Literal, Never, Self, final
 
 import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import Buffer
+
+_Spelling = Literal["", "parts", "digits"]
 
 # --- memory
 
@@ -88,6 +90,14 @@ class HeaderTable:
     def row(self, index: int) -> tuple[str, int, tuple[int, ...], int, int]:
         """Return name, code of the dtype, shape, and the half-open byte range of the file."""
 
+    def kinds(self, spelling: _Spelling) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """Number the tensors that have the same dtype and shape, and whose names are alike.
+
+        Returns the number of each tensor, and the index of the first tensor of each number; numbers ascend with these.
+        Names are looked at with ``*`` for each part that is a number ("parts"), with ``*`` for each run of digits
+        ("digits"), or not at all ("").
+        """
+
     def metadata(self) -> dict[str, str]: ...
     @property
     def starts(self) -> NDArray[np.int64]:
@@ -125,6 +135,10 @@ class WeightMap:
 
     def entry(self, index: int) -> tuple[str, int]:
         """Return a tensor's name, and the place in `files` of its file, for each index below the length."""
+
+    def name(self, index: int) -> str: ...
+    def kinds(self, spelling: _Spelling) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """Number the names that are alike, as `HeaderTable.kinds` does."""
 
     def first_name(self, file_index: int) -> str:
         """Return the first tensor that is mapped to the file."""

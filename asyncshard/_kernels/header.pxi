@@ -254,7 +254,7 @@ cdef int read_metadata_into(Reader *reader, Strings *keys) noexcept nogil:
 cdef int64_t claim_all(Strings *strings) noexcept nogil:
     """Make every row findable. Return -1, or a row that equals an earlier one, or -2 when there is no memory."""
     cdef size_t row
-    if strings_make_slots(strings) < 0:
+    if strings_make_slots(strings, strings.count) < 0:
         return -2
     for row in range(strings.count):
         if strings_claim(strings, row) >= 0:
@@ -432,6 +432,9 @@ cdef class HeaderTable:
             self.bounds[index],
             self.bounds[index + 1],
         )
+
+    def kinds(self, spelling):
+        return kinds_of(&self.names, self.codes, &self.shapes, self.shape_offsets, spelling)
 
     def metadata(self):
         cdef size_t i

@@ -187,13 +187,13 @@ cdef int strings_append(Strings *strings, Text text) noexcept nogil:
     return 0
 
 
-cdef int strings_make_slots(Strings *strings) noexcept nogil:
-    """Make an empty table of slots for the rows there are. It will be full to 4/5: a slot's part of the hash tells
-    other names apart without a look at them."""
+cdef int strings_make_slots(Strings *strings, size_t rows) noexcept nogil:
+    """Make an empty table of slots for as many rows. It will be full to 4/5: a slot's part of the hash tells other
+    names apart without a look at them."""
     cdef size_t room = 0
-    cdef size_t wanted = strings.count + strings.count // 4 + 2
+    cdef size_t wanted = rows + rows // 4 + 2
     strings.row_mask = 1
-    while strings.row_mask < strings.count + 1:
+    while strings.row_mask < rows + 1:
         strings.row_mask = strings.row_mask * 2 + 1
     if reserve(<void **> &strings.slots, &room, wanted, sizeof(uint32_t)) < 0:
         return -1

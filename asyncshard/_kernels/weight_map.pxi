@@ -74,7 +74,7 @@ cdef int number_files(Mapping *mapping, uint32_t *file_of, uint32_t *first, size
     cdef size_t row
     cdef int64_t earlier
     files[0] = 0
-    if strings_make_slots(&mapping.values) < 0:
+    if strings_make_slots(&mapping.values, mapping.values.count) < 0:
         return -1
     for row in range(mapping.values.count):
         earlier = strings_claim(&mapping.values, row)
@@ -157,6 +157,12 @@ cdef class WeightMap:
         if index < 0 or <size_t> index >= self.names.count:
             raise IndexError(f"no entry {index} in the weight_map")
         return text_to_str(strings_at(&self.names, index)), self.file_of[index]
+
+    def name(self, Py_ssize_t index):
+        return self.entry(index)[0]
+
+    def kinds(self, spelling):
+        return kinds_of(&self.names, NULL, NULL, NULL, spelling)
 
     def first_name(self, Py_ssize_t file_index):
         return text_to_str(strings_at(&self.names, self.first[self.checked(file_index)]))

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-from asyncshard._core import WeightMap
 from asyncshard.errors import ObjectNotFoundError
 from asyncshard.pipeline.budget import Account
 from asyncshard.pipeline.checkpoint import Checkpoint, Selection, find_shards, open_found, require_wanted
@@ -43,8 +40,8 @@ async def open_slices(
     plan = await find_plan(store, selection, threads)
     whole = await open_found(store, found, selection, threads, account)
     if plan is not None and selection.tp_plan != "auto":
-        names = _names(whole, found.weight_map)
-        await threads.run(lambda: plan.check(names, path=store.url))
+        tables = [shard.header.table for shard in whole.shards] if found.weight_map is None else [found.weight_map]
+        await threads.run(lambda: plan.check_tables(tables, path=store.url, paced=without_hold))
     shards = [await threads.run(slice_shard, shard, selection, plan) for shard in whole.shards]
     if selection.tensor_filter is not None and found.weight_map is None:
         wanted = selection.tensor_filter.names
@@ -91,8 +88,10 @@ def slice_shard(shard: Shard, selection: Selection, plan: TpPlan | None) -> Shar
         A tensor cannot be divided so, or, with a plan of ours, we do not know how.
     """
     if plan is not None and selection.tp_plan == "auto":
-        names = without_hold(shard.header)
-        wanted = names if selection.tensor_filter is None else filter(selection.tensor_filter, names)
+        if selection.tensor_filter is None:
+            wanted = plan.samples([shard.header.table], without_hold)
+        else:
+            wanted = filter(selection.tensor_filter, without_hold(shard.header))
         require_known(plan, wanted, path=shard.path)
     part = make_rank_part(
         shard.header,
@@ -128,13 +127,3 @@ def _is_covering(checkpoint: Checkpoint, max_gap: int) -> bool:
     """Return whether something is read that is not wanted."""
     parts = (shard.part for shard in checkpoint.shards if shard.part is not None)
     return any(part.bytes_read(max_gap) > part.bytes_needed for part in parts)
-
-
-def _names(checkpoint: Checkpoint, weight_map: WeightMap | None) -> Iterator[str]:
-    """Yield the names of the whole checkpoint, in the files that are not opened too."""
-    if weight_map is not None:
-        for index in without_hold(range(len(weight_map))):
-            yield weight_map.entry(index)[0]
-        return
-    for shard in checkpoint.shards:
-        yield from without_hold(shard.header)

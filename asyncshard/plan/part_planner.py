@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,10 +15,7 @@ from asyncshard.format.header import Header, format_header, parse_header
 from asyncshard.plan.placements import Placement
 from asyncshard.plan.rank_parts import Offsets, Patterns, RankPart
 from asyncshard.plan.slices import Slice, slice_tensor, whole_tensor
-from asyncshard.plan.tp_plan import TpPlan
-
-Paced = Callable[[Iterable[int]], Iterable[int]]
-"""Passes numbers on, and lets others have their turn now and then."""
+from asyncshard.plan.tp_plan import Paced, TpPlan
 
 
 def make_rank_part(
@@ -53,31 +49,30 @@ def make_rank_part(
     CheckpointError
         A tensor cannot be divided as its placement says.
     """
+    table = header.table
+    if is_wanted is None:
+        kept = np.arange(len(header))
+    else:
+        kept = np.fromiter((at for at in paced(range(len(header))) if is_wanted(table.name(at))), np.int64)
+    alike, _ = table.kinds("") if plan is None else plan.kinds(table)
+    _, firsts, of = np.unique(alike[kept], return_index=True, return_inverse=True)
     planner = _Planner(plan, rank, world_size)
-    row, name_of = header.table.row, header.table.name
-    starts, kinds, kept = array("q"), array("i"), array("q")
     try:
-        for index in paced(range(len(header))):
-            name, code, shape, start, _ = row(index)
-            if is_wanted is None or is_wanted(name):
-                kinds.append(planner.kind_of(name, code, shape))
-                starts.append(start)
-                kept.append(index)
+        found = [planner.kind_of(*table.row(index)[:3]) for index in paced(kept[firsts].tolist())]
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}", path=path, tensor=error.tensor) from None
     if len(kept) == len(header) and planner.are_whole:
         return None
+    kinds = np.array(found, np.int32)[of]
+    sizes = [piece.nbytes for piece in planner.slices]
 
     def tensors() -> Iterator[tuple[str, str, tuple[int, ...], int]]:
-        # In a second pass: a list of them would set off the garbage collector.
-        for number in paced(range(len(kept))):
-            kind = kinds[number]
-            yield name_of(kept[number]), planner.dtypes[kind], planner.slices[kind].shape, sizes[kind]
+        for index, kind in zip(paced(kept), kinds, strict=True):
+            yield table.name(index), planner.dtypes[kind], planner.slices[kind].shape, sizes[kind]
 
-    sizes = [piece.nbytes for piece in planner.slices]
-    text = format_header(tensors(), _metadata(header, np.array(kept, np.int64), are_whole=planner.are_whole))
-    virtual = parse_header(text, len(text) + sum(map(sizes.__getitem__, kinds)), path=path)
-    return _finish(virtual, text, np.array(starts, np.int64), np.array(kinds, np.int32), Patterns.of(planner.slices))
+    text = format_header(tensors(), _metadata(header, kept, are_whole=planner.are_whole))
+    virtual = parse_header(text, len(text) + int(np.array(sizes, np.int64)[kinds].sum()), path=path)
+    return _finish(virtual, text, table.starts[kept], kinds, Patterns.of(planner.slices))
 
 
 def rename(header: Header, part: RankPart | None, name: str, other: str) -> RankPart:
@@ -124,7 +119,6 @@ class _Planner:
         self._rank = rank
         self._world_size = world_size
         self._kinds: dict[tuple[int, tuple[int, ...], Placement | None], int] = {}
-        self._kinds_of_groups: dict[tuple[int, tuple[int, ...], str], int] = {}
         self.slices: list[Slice] = []
         self.dtypes: list[str] = []
         """Of the tensors of each slice."""
@@ -132,13 +126,6 @@ class _Planner:
 
     def kind_of(self, name: str, code: int, shape: tuple[int, ...]) -> int:
         """Return the place in `slices` of a tensor's."""
-        key = code, shape, "" if self._plan is None else self._plan.group_of(name)
-        kind = self._kinds_of_groups.get(key)
-        if kind is None:
-            kind = self._kinds_of_groups[key] = self._find(name, code, shape)
-        return kind
-
-    def _find(self, name: str, code: int, shape: tuple[int, ...]) -> int:
         placement = None if self._plan is None else self._plan.placement_of(name, shape)
         kind = self._kinds.get((code, shape, placement))
         if kind is None:

@@ -13,16 +13,25 @@ before the name of its module; and either side may leave a leading ``model.`` ou
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from reprlib import repr as short_repr
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
+from asyncshard._core import HeaderTable, WeightMap
 from asyncshard.errors import NamesError
 from asyncshard.plan.placements import PackedShard, Placement, Replicate, Shard
 from asyncshard.plan.tp_words import check_word, placement_of_word
 
-_DIGITS = re.compile(r"\d+")
+Paced = Callable[[Iterable[int]], Iterable[int]]
+"""Passes numbers on, and lets others have their turn now and then."""
+
+_DIGITS = re.compile("[0-9]+")
+_NUMBER = r"(?:[0-9]+|\*)"
+"""What a ``*`` of a rule stands for: a name may hold one itself, and then its own rule still matches it."""
 _WITHIN_WORD = re.compile(r"[^.]\*|\*[^.]")
 _PREFIX = "model."
 _LISTED = 20
@@ -74,11 +83,13 @@ class TpPlan:
         The rules are not a mapping, a key is not a text, or a value neither a word nor a placement.
     """
 
-    __slots__ = ("_alike", "_has_numbers", "_index", "_rules", "_unmatched")
+    __slots__ = ("_alike", "_has_numbers", "_index", "_rules", "_spelling", "_unmatched")
     _alike: Callable[[str], str]
     _has_numbers: bool
     _index: Mapping[str, tuple[_Rule, ...]]
     _rules: Mapping[str, str | Placement]
+    _spelling: Literal["parts", "digits"]
+    """How the core is told of `_alike`."""
     _unmatched: str
 
     def __init__(self, rules: Mapping[str, Any], *, unmatched: str = "replicate") -> None:
@@ -90,8 +101,10 @@ class TpPlan:
         _check_conflicts(read)
         object.__setattr__(self, "_rules", MappingProxyType(read))
         object.__setattr__(self, "_unmatched", unmatched)
-        alike = _without_digits if any(map(_WITHIN_WORD.search, read)) else _without_numbers
+        is_within_word = any(map(_WITHIN_WORD.search, read))
+        alike = _without_digits if is_within_word else _without_numbers
         object.__setattr__(self, "_alike", alike)
+        object.__setattr__(self, "_spelling", "digits" if is_within_word else "parts")
         object.__setattr__(self, "_index", _indexed(read, alike))
         has_numbers = any(
             alike(spelling) != spelling or any(rule.pattern for rule in rules)
@@ -127,9 +140,19 @@ class TpPlan:
             raise _unmatched_error([name], None)
         return _WHOLE
 
-    def group_of(self, name: str) -> str:
-        """Return what the names have in common that the same rules match: tensors of one shape are placed alike."""
-        return name if self._has_numbers else self._alike(name)
+    def kinds(self, tensors: HeaderTable | WeightMap) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """Number the tensors by kinds: those of a kind have one dtype and shape, and are matched by the same rules.
+
+        Returns the kind of each tensor, and the index of the first tensor of each kind. A weight map knows names alone.
+        """
+        if not self._has_numbers:
+            return tensors.kinds(self._spelling)
+        return np.arange(len(tensors), dtype=np.int32), np.arange(len(tensors), dtype=np.int64)
+
+    def samples(self, tables: Iterable[HeaderTable | WeightMap], paced: Paced = iter) -> Iterator[str]:
+        """Yield a name of each kind of tensor that the tables have."""
+        for table in tables:
+            yield from map(table.name, paced(self.kinds(table)[1].tolist()))
 
     def match(self, names: Iterable[str]) -> TpMatch:
         """Return which rules match none of the names, and which names no rule matches.
@@ -139,15 +162,10 @@ class TpPlan:
         """
         used: set[str] = set()
         unmatched = []
-        seen: dict[str, bool] = {}
         for name in names:
-            group = self.group_of(name)
-            is_matched = seen.get(group)
-            if is_matched is None:
-                found = self._rules_of(name)
-                used.update(rule.key for rule in found)
-                is_matched = seen[group] = bool(found)
-            if not is_matched:
+            found = self._rules_of(name)
+            used.update(rule.key for rule in found)
+            if not found:
                 unmatched.append(name)
         return TpMatch(tuple(key for key in self._rules if key not in used), tuple(unmatched))
 
@@ -170,6 +188,15 @@ class TpPlan:
             )
         if unmatched and self._unmatched == "error":
             raise _unmatched_error(unmatched, path)
+
+    def check_tables(
+        self, tables: Sequence[HeaderTable | WeightMap], *, path: str | None = None, paced: Paced = iter
+    ) -> None:
+        """Do what `check` does, with a name of each kind: all names are read only where they are to be listed."""
+        samples = list(self.samples(tables, paced))
+        if self._unmatched == "error" and self.match(samples).unmatched:
+            self.check((table.name(index) for table in tables for index in paced(range(len(table)))), path=path)
+        self.check(samples, path=path)
 
     def _rules_of(self, name: str) -> tuple[_Rule, ...]:
         """Return the rules that match, the most exact first."""
@@ -265,7 +292,7 @@ def _check_conflicts(rules: Mapping[str, str | Placement]) -> None:
 
 def _without_numbers(name: str) -> str:
     """Return a name with ``*`` for each number that is a layer's or an expert's: ``w1`` stays."""
-    return ".".join(["*" if part.isdecimal() else part for part in name.split(".")])
+    return ".".join(["*" if part.isascii() and part.isdecimal() else part for part in name.split(".")])
 
 
 def _without_digits(name: str) -> str:
@@ -282,7 +309,7 @@ def _indexed(rules: Mapping[str, str | Placement], alike_of: Callable[[str], str
             order = (spelling.count("*"), spelling != key, key)
             if "*" in spelling and alike != spelling:
                 literals = map(re.escape, spelling.split("*"))
-                ranked.setdefault(alike, []).append((order, _Rule(key, value, re.compile(r"\d+".join(literals)))))
+                ranked.setdefault(alike, []).append((order, _Rule(key, value, re.compile(_NUMBER.join(literals)))))
             else:
                 ranked.setdefault(spelling, []).append((order, _Rule(key, value, None)))
     return {

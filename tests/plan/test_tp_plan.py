@@ -4,11 +4,12 @@ import sys
 
 import pytest
 import torch.distributed.tensor as torch_tensor
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from asyncshard.errors import CheckpointError, NamesError
+from asyncshard.format.header import format_header, parse_header
 from asyncshard.plan.placements import PackedShard, Replicate, Shard
 from asyncshard.plan.tp_plan import TpPlan
 from asyncshard.plan.tp_words import KNOWN_WORDS
@@ -119,12 +120,13 @@ def test_a_rule_behind_a_more_exact_one_is_used():
     assert plan.match(["layers.0.o_proj.weight"]).unused == ()
 
 
+@example("", "0*")
 @given(st.text(max_size=30), st.text(min_size=1, max_size=30))
 def test_no_name_and_no_key_breaks_the_matching(name, key):
     plan = TpPlan({key: Shard(0), "a.*": Shard(0)})
     assert plan.placement_of(name, (4, 4)) in (Shard(0), Replicate())
     plan.match([name, key])
-    assert key == "" or TpPlan({key: Shard(1)}).placement_of(key, (4, 4)) == Shard(1)
+    assert TpPlan({key: Shard(1)}).placement_of(key, (4, 4)) == Shard(1)
 
 
 # What no rule matches, and rules that match nothing
@@ -144,6 +146,18 @@ def test_unmatched_names_are_whole_or_refused():
     assert caught.value.unexpected == tuple(names)
     assert "norms.20.weight" not in str(caught.value)
     assert plan.match(names).unmatched == tuple(names)
+
+
+def test_all_names_of_a_table_are_listed_though_one_of_a_kind_is_looked_at():
+    names = [f"layers.{index}.{module}.weight" for index in range(9) for module in ("a", "b")]
+    header = parse_header(format_header((name, "U8", (0,), 0) for name in names))
+    TpPlan({"layers.*.a": Shard(0)}).check_tables([header.table])
+    with pytest.raises(NamesError) as caught:
+        TpPlan({"layers.*.a": Shard(0)}, unmatched="error").check_tables([header.table], path="/ckpt")
+    assert caught.value.unexpected == tuple(names[1::2])
+    with pytest.raises(NamesError) as caught:
+        TpPlan({"layers.*.c": Shard(0)}).check_tables([header.table], path="/ckpt")
+    assert caught.value.missing == ("layers.*.c",)
 
 
 def test_rules_that_match_nothing_are_listed_twenty_at_most():

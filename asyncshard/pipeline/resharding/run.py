@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
-from asyncshard._core import StopFlag
+from asyncshard._core import HeaderTable, StopFlag
 from asyncshard.errors import CheckpointError
 from asyncshard.format.pattern import ShardPattern
 from asyncshard.pipeline.budget import Account
@@ -123,7 +123,9 @@ class Run:
     async def _join(self, checkpoints: Sequence[Checkpoint], *, is_ranks: bool) -> Source:
         url, plan = self._store.url, self._wanted.tp_plan
         if isinstance(plan, TpPlan):
-            await self._threads.run(lambda: plan.check(_names(checkpoints[0].shards), path=url))
+            await self._threads.run(
+                lambda: plan.check_tables(_tables(checkpoints[0].shards), path=url, paced=without_hold)
+            )
         place = None
         if is_ranks and not await self._threads.run(has_placements, checkpoints[0]):
             place = await self._find_plan(len(checkpoints), checkpoints[0].shards)
@@ -154,7 +156,9 @@ class Run:
         selection = Selection(tp_plan=self._wanted.tp_plan, world_size=world_size)
         plan = await find_plan(self._store, selection, self._threads)
         if plan is not None and self._wanted.tp_plan == "auto":
-            await self._threads.run(lambda: require_known(plan, _names(first), path=self._store.url))
+            await self._threads.run(
+                lambda: require_known(plan, plan.samples(_tables(first), without_hold), path=self._store.url)
+            )
         return None if plan is None else plan.placement_of
 
     async def _compare(self, source: Source, reader: BlockReader, rooms: Sequence[Room]) -> int:
@@ -188,6 +192,5 @@ class Run:
         self._target.write_text(INDEX_NAME, index_text(int(source.sizes.sum()), plan.weight_map()))
 
 
-def _names(shards: Sequence[Shard]) -> Iterator[str]:
-    for shard in shards:
-        yield from without_hold(shard.header)
+def _tables(shards: Sequence[Shard]) -> list[HeaderTable]:
+    return [shard.header.table for shard in shards]
