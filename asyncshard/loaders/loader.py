@@ -260,6 +260,8 @@ class Loader:
     async def _plan(self, request: Request, store: Store, checkpoint: Checkpoint, threads: DaemonThreads) -> Transfer:
         pacing = self._pacing(store)
         library = await threads.run(self._options.library, request.into)
+        if request.into is None:
+            checkpoint = checkpoint.with_tied()
         if request.into is None and not request.is_new:
 
             def stage() -> Transfer:

@@ -51,14 +51,30 @@ class Selection(NamedTuple):
         return self.tp_plan is not None or self.tensor_filter is not None
 
 
+class TiedShard(NamedTuple):
+    """A tied tensor that is placed otherwise than the one to which it is tied."""
+
+    name: str
+    kept: str
+    """The name under which the files hold it."""
+    shard: Shard
+    """Of this tensor alone."""
+
+
 class Checkpoint(NamedTuple):
     """The shards of one rank, in delivery order."""
 
     shards: tuple[Shard, ...]
+    tied: tuple[TiedShard, ...] = ()
+    """What stands in no shard; whoever has a destination for it, or takes everything, reads it too."""
     scratch_bytes: int = 0
     """Of the memory through which slices are read."""
     tensor_filter: TensorFilter | None = None
     """Which names are wanted, of tied tensors too; None for all."""
+
+    def with_tied(self) -> Checkpoint:
+        """Return the same with the tied tensors as shards after the others."""
+        return self._replace(shards=self.shards + tuple(tied.shard for tied in self.tied), tied=())
 
     @property
     def tensors_total(self) -> int:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from asyncshard.errors import ObjectNotFoundError
 from asyncshard.pipeline.budget import Account
-from asyncshard.pipeline.checkpoint import Checkpoint, Selection, find_shards, open_found, require_wanted
+from asyncshard.pipeline.checkpoint import Checkpoint, Selection, TiedShard, find_shards, open_found, require_wanted
 from asyncshard.pipeline.config import CONFIG_NAME, read_config
 from asyncshard.pipeline.pace import without_hold
 from asyncshard.pipeline.shards import Shard
+from asyncshard.pipeline.ties import place_ties, ties_with_rules
 from asyncshard.plan.part_planner import make_rank_part
 from asyncshard.plan.tp_models import auto_plan, require_known
 from asyncshard.plan.tp_plan import TpPlan
@@ -39,17 +40,20 @@ async def open_slices(
     found = await find_shards(store, selection, threads)
     plan = await find_plan(store, selection, threads)
     whole = await open_found(store, found, selection, threads, account)
+    tied: tuple[TiedShard, ...] = ()
     if plan is not None and selection.tp_plan != "auto":
         tables = [shard.header.table for shard in whole.shards] if found.weight_map is None else [found.weight_map]
-        await threads.run(lambda: plan.check_tables(tables, path=store.url, paced=without_hold))
+        ties = await ties_with_rules(store, whole, tables, plan, threads)
+        await threads.run(lambda: plan.check_tables(tables, ties, path=store.url, paced=without_hold))
+        tied = tuple(await threads.run(lambda: list(place_ties(whole, ties, selection, plan))))
     shards = [await threads.run(slice_shard, shard, selection, plan) for shard in whole.shards]
     if selection.tensor_filter is not None and found.weight_map is None:
         wanted = selection.tensor_filter.names
         missing = [name for name in wanted if not any(name in shard.header for shard in whole.shards)]
         require_wanted(sum(len(shard.header) for shard in shards), missing, store.url)
     kept = tuple(shard for shard in shards if len(shard.header) or shard.part is None)
-    checkpoint = Checkpoint(kept, tensor_filter=selection.tensor_filter)
-    before, after = (sum(shard.nbytes for shard in each.shards) for each in (whole, checkpoint))
+    checkpoint = Checkpoint(kept, tied, tensor_filter=selection.tensor_filter)
+    before, after = (sum(shard.nbytes for shard in each.with_tied().shards) for each in (whole, checkpoint))
     account.charge_headers(after - before, store.url)
     return await slices_of(store, checkpoint, threads, account, chunk_size=chunk_size)
 
@@ -125,5 +129,5 @@ async def slices_of(
 
 def _is_covering(checkpoint: Checkpoint, max_gap: int) -> bool:
     """Return whether something is read that is not wanted."""
-    parts = (shard.part for shard in checkpoint.shards if shard.part is not None)
+    parts = (shard.part for shard in checkpoint.with_tied().shards if shard.part is not None)
     return any(part.bytes_read(max_gap) > part.bytes_needed for part in parts)

@@ -7,19 +7,21 @@ a second read of the same bytes, as if they stood in a further file.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from asyncshard._core import HeaderTable, WeightMap
 from asyncshard.errors import CheckpointError, DestinationError, FormatError, ObjectNotFoundError
 from asyncshard.pipeline.arrays import ArrayLibrary
-from asyncshard.pipeline.checkpoint import Checkpoint, CheckpointInfo, ties_of
+from asyncshard.pipeline.checkpoint import Checkpoint, CheckpointInfo, Selection, TiedShard, ties_of
 from asyncshard.pipeline.config import read_config
 from asyncshard.pipeline.matching import is_sink, span
 from asyncshard.pipeline.pace import without_hold
 from asyncshard.pipeline.shards import Shard
 from asyncshard.plan.file_facts import EMBEDDING, OUTPUT
-from asyncshard.plan.part_planner import rename
+from asyncshard.plan.part_planner import place_tied, rename
 from asyncshard.plan.tp_models import ties_embeddings
+from asyncshard.plan.tp_plan import TpPlan
 from asyncshard.stores.base import Store
 from asyncshard.stores.ranges import Scratch
 from asyncshard.stores.sliced import SlicedStore, part_meta
@@ -46,6 +48,7 @@ async def add_ties(
     lost = await threads.run(_lost_output, checkpoint, destinations)
     if lost is not None and lost[0] not in ties and await _ties_embeddings(store, threads):
         ties.update([lost])
+    ties.update({tied.name: tied.kept for tied in checkpoint.tied})
     own = {
         name: kept
         for name, kept in ties.items()
@@ -53,10 +56,57 @@ async def add_ties(
     }
     if not own:
         return store, checkpoint
-    shards = await threads.run(lambda: tuple(_tied_shards(checkpoint, own)))
+    shards = tuple(tied.shard for tied in checkpoint.tied if own.pop(tied.name, None) is not None)
+    shards += await threads.run(lambda: tuple(_tied_shards(checkpoint, own)))
     if not isinstance(store, SlicedStore):
         store = SlicedStore(store, threads, Scratch(threads, store.chunk_size, 1))
-    return store, checkpoint._replace(shards=checkpoint.shards + shards)
+    return store, checkpoint._replace(shards=checkpoint.shards + shards, tied=())
+
+
+async def ties_with_rules(
+    store: Store,
+    checkpoint: Checkpoint,
+    tables: Sequence[HeaderTable | WeightMap],
+    plan: TpPlan,
+    threads: DaemonThreads,
+) -> dict[str, str]:
+    """Return the tied names that rules of a plan match, each with that of the tensor that is there.
+
+    `tables` have the names of the whole checkpoint. ``config.json`` is only read where there is a rule for the output
+    layer, and no such tensor.
+
+    Raises
+    ------
+    StoreError
+    """
+    ties = await threads.run(ties_of, checkpoint)
+    if OUTPUT not in ties and plan.has_rule(OUTPUT) and all(table.find(OUTPUT) < 0 for table in tables):
+        names = (table.name(index) for table in tables for index in without_hold(range(len(table))))
+        embeddings = await threads.run(lambda: [name for name in names if name.endswith(EMBEDDING)])
+        if len(embeddings) == 1 and await _ties_embeddings(store, threads):
+            ties[OUTPUT] = embeddings[0]
+    return {name: kept for name, kept in ties.items() if plan.has_rule(name)}
+
+
+def place_ties(
+    checkpoint: Checkpoint, ties: Mapping[str, str], selection: Selection, plan: TpPlan
+) -> Iterator[TiedShard]:
+    """Yield the wanted tied tensors that the plan divides otherwise than the tensors to which they are tied.
+
+    The checkpoint's shards are whole.
+
+    Raises
+    ------
+    CheckpointError
+        One cannot be divided so.
+    """
+    for shard in checkpoint.shards:
+        for name, kept in ties.items():
+            if kept in shard.header and (selection.tensor_filter is None or selection.tensor_filter(name)):
+                rank, world_size, path = selection.rank, selection.world_size, shard.path
+                part = place_tied(shard.header, kept, name, plan, rank=rank, world_size=world_size, path=path)
+                if part is not None:
+                    yield TiedShard(name, kept, Shard(part_meta(shard.meta, part), path, part.header, part))
 
 
 def _lost_output(checkpoint: Checkpoint, destinations: Mapping[str, Any]) -> tuple[str, str] | None:

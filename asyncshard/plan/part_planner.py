@@ -89,6 +89,35 @@ def rename(header: Header, part: RankPart | None, name: str, other: str) -> Rank
     return _finish(virtual, text, header.table.starts[one], np.zeros(1, np.int32), whole)
 
 
+def place_tied(
+    header: Header, name: str, other: str, plan: TpPlan, *, rank: int, world_size: int, path: str
+) -> RankPart | None:
+    """Return one tensor of a file, alone and under another name, divided as the plan says for that.
+
+    None if the tensor is divided so under its own name too.
+
+    Raises
+    ------
+    CheckpointError
+        It cannot be divided so.
+    """
+    index = header.table.find(name)
+    _, code, shape, _, _ = header.table.row(index)
+    dtype = DTYPES[code]
+    try:
+        piece, kept = (
+            slice_tensor(each, shape, dtype.bits, plan.placement_of(each, shape), rank=rank, world_size=world_size)
+            for each in (other, name)
+        )
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}", path=path, tensor=error.tensor) from None
+    if piece == kept:
+        return None
+    text = format_header([(other, dtype.name, piece.shape, piece.nbytes)])
+    virtual = parse_header(text, len(text) + piece.nbytes)
+    return _finish(virtual, text, header.table.starts[index : index + 1], np.zeros(1, np.int32), Patterns.of([piece]))
+
+
 def _finish(
     virtual: Header, text: bytearray, starts: Offsets, kinds: NDArray[np.int32], patterns: Patterns
 ) -> RankPart:

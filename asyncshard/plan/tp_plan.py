@@ -140,6 +140,10 @@ class TpPlan:
             raise _unmatched_error([name], None)
         return _WHOLE
 
+    def has_rule(self, name: str) -> bool:
+        """Return whether a rule matches the name."""
+        return bool(self._rules_of(name))
+
     def kinds(self, tensors: HeaderTable | WeightMap) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         """Number the tensors by kinds: those of a kind have one dtype and shape, and are matched by the same rules.
 
@@ -190,10 +194,18 @@ class TpPlan:
             raise _unmatched_error(unmatched, path)
 
     def check_tables(
-        self, tables: Sequence[HeaderTable | WeightMap], *, path: str | None = None, paced: Paced = iter
+        self,
+        tables: Sequence[HeaderTable | WeightMap],
+        others: Iterable[str] = (),
+        *,
+        path: str | None = None,
+        paced: Paced = iter,
     ) -> None:
-        """Do what `check` does, with a name of each kind: all names are read only where they are to be listed."""
-        samples = list(self.samples(tables, paced))
+        """Do what `check` does, with a name of each kind: all names are read only where they are to be listed.
+
+        `others` are names that a rule matches and no table has.
+        """
+        samples = [*self.samples(tables, paced), *others]
         if self._unmatched == "error" and self.match(samples).unmatched:
             self.check((table.name(index) for table in tables for index in paced(range(len(table)))), path=path)
         self.check(samples, path=path)

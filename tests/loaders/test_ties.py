@@ -8,7 +8,7 @@ import torch
 
 import asyncshard
 from asyncshard import AsyncShardLoader, ShardedStateLoader
-from asyncshard.errors import NamesError
+from asyncshard.errors import CheckpointError, NamesError
 from asyncshard.plan.placements import Shard
 from asyncshard.testing import MemoryStore
 
@@ -178,3 +178,70 @@ async def test_a_tied_tensor_that_the_filter_leaves_out_is_not_restored(says, te
     with pytest.raises(NamesError) as caught:
         await loader.load_weights(MemoryStore(files), {name: np.zeros_like(each) for name, each in tensors.items()})
     assert caught.value.missing == (HEAD,)
+
+
+# A plan with a rule for the tied name
+
+
+@pytest.mark.parametrize("plan", [{"lm_head": "colwise_gather_output"}, {"lm_head": Shard(0), "model.q": Shard(1)}])
+async def test_a_tied_name_with_a_rule_is_divided_by_it(tied, tensors, plan):
+    loader = ShardedStateLoader(rank=1, world_size=4, tp_plan=plan)
+    whole, rows = tensors[EMBED], tensors[EMBED][16:32]
+    state = {EMBED: np.zeros_like(whole), HEAD: np.zeros_like(rows)}
+    await loader.load_weights(tied, state, strict=False)
+    assert np.array_equal(state[EMBED], whole)
+    assert np.array_equal(state[HEAD], rows)
+    weights = await AsyncShardLoader(loader).load_weights_async(tied)
+    assert np.array_equal(weights[EMBED], whole)
+    assert np.array_equal(weights[HEAD], rows)
+    streamed = {name: tensor async for name, tensor in loader.iterate_weights(tied)}
+    assert np.array_equal(streamed[HEAD], rows)
+
+
+async def test_who_has_no_place_for_it_or_the_same_one_is_left_alone(tied, tensors):
+    loader = ShardedStateLoader(rank=1, world_size=4, tp_plan={"lm_head": "colwise"})
+    state = {name: np.zeros_like(tensor) for name, tensor in tensors.items()}
+    await loader.load_weights(tied, state)
+    assert np.array_equal(state[EMBED], tensors[EMBED])
+    state[HEAD] = state[EMBED]
+    await loader.load_weights(tied, state)
+    assert np.array_equal(state[HEAD], tensors[EMBED])
+
+
+async def test_divided_alike_it_is_one_tensor(tied, tensors):
+    plan = {"lm_head": "colwise", "model.embed_tokens": Shard(0)}
+    weights = await ShardedStateLoader(rank=1, world_size=4, tp_plan=plan).load_weights(tied)
+    assert np.array_equal(weights[EMBED], tensors[EMBED][16:32])
+    assert HEAD not in weights or weights[HEAD] is weights[EMBED]
+
+
+async def test_a_filter_leaves_it_out(tied, tensors):
+    loader = ShardedStateLoader(rank=1, world_size=4, tp_plan={"lm_head": "colwise"}, tensor_filter=["model.*"])
+    assert set(await loader.load_weights(tied)) == set(tensors)
+
+
+async def test_a_rule_for_it_without_a_tie_matches_nothing(tmp_path, tensors):
+    from safetensors.numpy import save_file
+
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(NamesError, match="'lm_head'"):
+        await ShardedStateLoader(world_size=4, tp_plan={"lm_head": "colwise"}).load_weights(tmp_path)
+
+
+async def test_it_must_be_divisible_as_its_rule_says(tied):
+    with pytest.raises(CheckpointError, match=r"'lm_head\.weight'"):
+        await ShardedStateLoader(world_size=4, tp_plan={"lm_head": Shard(3)}).load_weights(tied)
+
+
+async def test_a_refresh_of_it_is_divided_too(tied, tensors):
+    from safetensors.numpy import save_file
+
+    loader = ShardedStateLoader(rank=1, world_size=4, tp_plan={"lm_head": "colwise"})
+    state = {name: np.zeros_like(tensor) for name, tensor in tensors.items()}
+    state[HEAD] = np.zeros_like(tensors[EMBED][16:32])
+    await loader.load_weights(tied, state)
+    tensors[EMBED] = tensors[EMBED] + 1
+    save_file(tensors, tied / "model.safetensors", metadata={HEAD: EMBED})
+    update = await loader.prepare_refresh(tied, state, since=loader.last_report.version)
+    await update.apply()
+    assert np.array_equal(state[HEAD], tensors[EMBED][16:32])
