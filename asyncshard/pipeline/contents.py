@@ -16,8 +16,8 @@ from asyncshard.pipeline.destinations import ShardDestinations, StridedTarget
 from asyncshard.pipeline.matching import fit, is_sink
 from asyncshard.pipeline.pace import without_hold
 
-_LARGE = 1 << 20
-"""Bytes of a tensor that takes more time to copy than to look up."""
+_LARGE = 2 << 20
+"""Bytes of a tensor that takes much more time to copy than to look up."""
 
 
 class Layout(NamedTuple):
@@ -51,7 +51,7 @@ class Share:
         self._sources: list[NDArray[np.uint8]] = []
 
     def add(self, target: NDArray[Any] | StridedTarget, source: NDArray[np.uint8]) -> None:
-        """Append a copy of bytes into contiguous memory, or of elements into a strided view."""
+        """Append a copy of bytes into flat memory, or of elements into a strided view."""
         self.nbytes += len(source)
         self._targets.append(target)
         self._sources.append(source)
@@ -62,8 +62,7 @@ class Share:
             if isinstance(target, StridedTarget):
                 target.store(0, source.data)
             else:
-                # In one piece: the C library copies what is larger than its caches faster, past these.
-                np.copyto(target.reshape(-1).view(np.uint8), source)
+                np.copyto(target, source)
         self.clear()
 
     def clear(self) -> None:
@@ -126,7 +125,7 @@ class Contents:
         )
 
     def share(self, shares: Sequence[Share]) -> list[Row]:
-        """Append what has to be copied into arrays, large ones to the share with the fewest bytes, others to the first.
+        """Append what has to be copied into arrays: a part of each large one to every share, others to the first.
 
         Returns the tensors that go to sinks. The arrays' memory is looked up anew: it may have moved since.
 
@@ -143,11 +142,15 @@ class Contents:
                 continue
             shape = self.library.shape_of(row.dtype, row.shape, row.nbytes)
             memory, strided, _ = fit(self.library, row.name, row.dtype, shape, row.given, cast=self.cast)
-            if row.nbytes:
-                # Two threads that take turns with the GIL at small copies would leave none of it to the event loop.
-                is_large = row.nbytes >= _LARGE
-                lightest = min(shares, key=lambda share: share.nbytes) if is_large else shares[0]
-                lightest.add(strided or memory, staged[row.offset : row.offset + row.nbytes])
+            source = staged[row.offset : row.offset + row.nbytes]
+            if strided is not None:
+                shares[0].add(strided, source)
+                continue
+            target = memory.reshape(-1).view(np.uint8)
+            # Two threads that take turns with the GIL at small copies would leave none of it to the event loop.
+            part = -(-row.nbytes // len(shares)) if row.nbytes >= _LARGE else row.nbytes
+            for share, start in zip(shares, range(0, row.nbytes, part or 1), strict=False):
+                share.add(target[start : start + part], source[start : start + part])
         return sinks
 
     def bytes_of(self, row: Row, start: int, stop: int) -> memoryview:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import weakref
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -17,6 +17,8 @@ from asyncshard.stores.threads import DaemonThreads, finish
 
 _COPYING_THREADS = 2
 """As many saturate memory bandwidth on most machines."""
+_MUCH = 32 << 20
+"""Bytes that take much more time to copy than a further thread takes to start."""
 
 
 class Update:
@@ -127,10 +129,19 @@ class Update:
 
     async def _apply(self, contents: Contents) -> None:
         threads = DaemonThreads(_COPYING_THREADS, "asyncshard-apply")
-        shares = [Share() for _ in range(_COPYING_THREADS)]
+        shares = [Share() for _ in range(_COPYING_THREADS if self._bytes_read >= _MUCH else 1)]
+
+        def begin() -> list[Row]:
+            sinks = contents.share(shares)
+            if not sinks:
+                _copy(shares, threads)
+            return sinks
+
         try:
-            await _write_sinks(contents, await threads.run(contents.share, shares))
-            await asyncio.gather(*(threads.run(share.run) for share in shares if share.nbytes))
+            sinks = await threads.run(begin)
+            if sinks:
+                await _write_sinks(contents, sinks)
+                await threads.run(_copy, shares, threads)
         finally:
             del contents
             for share in shares:
@@ -171,6 +182,14 @@ class _Tensors:
         for row in self._rows:
             return row.name, contents.view(row) if self._update._is_staged else row.given
         raise StopAsyncIteration
+
+
+def _copy(shares: Sequence[Share], threads: DaemonThreads) -> None:
+    """Copy the first share here, and the others in further threads."""
+    others = [threads.submit(share.run) for share in shares[1:] if share.nbytes]
+    shares[0].run()
+    for other in others:
+        other.result()
 
 
 async def _write_sinks(contents: Contents, rows: list[Row]) -> None:
