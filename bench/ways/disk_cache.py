@@ -58,17 +58,21 @@ def _first(case: Case) -> Run:
 
 def _second(case: Case) -> Run:
     """Load what is in the cache into a state dict, as a process that comes later, which verifies it."""
-    return _after(case, _loader(case), _loader(case))
+    writer = _loader(case)
+    return _after(case, writer, writer, _loader(case))
 
 
 def _verified(case: Case) -> Run:
     """Load what is in the cache, and has been verified, into a state dict."""
     loader = _loader(case)
-    return _after(case, loader, loader, loader)
+    return _after(case, loader, loader, loader, loader)
 
 
 def _after(case: Case, *loaders: ShardedStateLoader) -> Run:
-    """Load with the last loader after having loaded with those before it, from a store that is open."""
+    """Load with the last loader after having loaded with those before it, from a store that is open.
+
+    A disk that is slower than the load may have taken a part only, of which the next load takes the rest.
+    """
     state = case.destinations()
     store = open_store(case)
     open_it = case.open
@@ -79,6 +83,7 @@ def _after(case: Case, *loaders: ShardedStateLoader) -> Run:
         await open_it(stack)
         for loader in loaders[:-1]:
             await loader.load_weights(store, state)
+        os.sync()  # what they have written is not to be waited for
         for destination in state.values():
             destination.fill_(0)
 
