@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import weakref
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable
 from types import TracebackType
 from typing import Any, Self
 
@@ -108,7 +108,10 @@ class Update:
         self._is_applied = True
         if not self._is_staged:
             return
-        self._applying = asyncio.ensure_future(self._apply(contents))
+        self._contents = None  # its memory goes back in a thread: no more views of it
+        count = _COPYING_THREADS if self._bytes_read >= _MUCH else 1
+        self._applying = asyncio.ensure_future(self._apply(_Application(contents, count, self._release)))
+        del contents
         try:
             await finish(self._applying)
         finally:
@@ -124,34 +127,29 @@ class Update:
 
     def _open_contents(self) -> Contents:
         if self._contents is None:
-            raise StreamClosedError("the update has been closed; prepare another one")
+            what = "applied" if self._is_applied else "closed"
+            raise StreamClosedError(f"the update has been {what}; prepare another one")
         return self._contents
 
-    async def _apply(self, contents: Contents) -> None:
+    async def _apply(self, application: _Application) -> None:
         threads = DaemonThreads(_COPYING_THREADS, "asyncshard-apply")
-        shares = [Share() for _ in range(_COPYING_THREADS if self._bytes_read >= _MUCH else 1)]
-
-        def begin() -> list[Row]:
-            sinks = contents.share(shares)
-            if not sinks:
-                _copy(shares, threads)
-            return sinks
-
         try:
-            sinks = await threads.run(begin)
+            sinks = await threads.run(application.run, threads)
             if sinks:
-                await _write_sinks(contents, sinks)
-                await threads.run(_copy, shares, threads)
+                await _write_sinks(application.contents, sinks)
+                await threads.run(application.copy, threads)
+        except BaseException:
+            await threads.run(application.end)
+            raise
         finally:
-            del contents
-            for share in shares:
-                if share.nbytes:  # an error refers to this frame, and would keep the memory alive
-                    await threads.run(share.clear)
-            account = self._let_go()
-            if account is not None:
-                account.close()
-                await threads.run(account.budget.trim)
             await threads.aclose()
+
+    def _release(self) -> None:
+        """Give the memory back, unused pages to the system; for a thread."""
+        account = self._let_go()
+        if account is not None:
+            account.close()
+            account.budget.trim()
 
     def _let_go(self) -> Account | None:
         """Let go of the memory; return the account, which the caller closes."""
@@ -184,12 +182,37 @@ class _Tensors:
         raise StopAsyncIteration
 
 
-def _copy(shares: Sequence[Share], threads: DaemonThreads) -> None:
-    """Copy the first share here, and the others in further threads."""
-    others = [threads.submit(share.run) for share in shares[1:] if share.nbytes]
-    shares[0].run()
-    for other in others:
-        other.result()
+class _Application:
+    """Copy what has changed into its destinations, in threads, then give its memory back."""
+
+    def __init__(self, contents: Contents, count: int, release: Callable[[], None]) -> None:
+        self.contents = contents
+        self._shares = [Share() for _ in range(count)]
+        self._release = release
+
+    def run(self, threads: DaemonThreads) -> list[Row]:
+        """Find where all goes; return what goes to sinks. Where nothing does, do the rest at once."""
+        sinks = self.contents.share(self._shares)
+        if not sinks:
+            self.copy(threads)
+        return sinks
+
+    def copy(self, threads: DaemonThreads) -> None:
+        """Copy the first share here, and the others in further threads."""
+        others = [threads.submit(share.run) for share in self._shares[1:] if share.nbytes]
+        try:
+            self._shares[0].run()
+        finally:
+            for other in others:
+                other.result()
+        self.end()
+
+    def end(self) -> None:
+        """Forget everything, and give the memory back."""
+        for share in self._shares:  # an error refers to their frames, and would keep the memory alive
+            share.clear()
+        self.contents.lease = None
+        self._release()
 
 
 async def _write_sinks(contents: Contents, rows: list[Row]) -> None:
