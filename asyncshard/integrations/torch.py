@@ -64,12 +64,12 @@ class TorchTensors:
             raise DestinationError(
                 f"the destination of {name!r} has dtype {tensor.dtype}, which no tensor has", tensor=name
             )
-        strides = [stride * size for stride in tensor.stride()]
-        span = 0
-        if tensor.numel():
-            span = sum(stride * (count - 1) for stride, count in zip(strides, tensor.shape, strict=True)) + size
+        shape, span, strides = tuple(tensor.shape), tensor.numel() * size, None
+        if not tensor.is_contiguous():
+            strides = [stride * size for stride in tensor.stride()]
+            span = sum(stride * (count - 1) for stride, count in zip(strides, shape, strict=True)) + size
         memory: Any = Span(tensor.data_ptr(), span, tensor)
-        array = np.ndarray(tuple(tensor.shape), f"u{size}", memory, 0, strides)
+        array = np.ndarray(shape, f"u{size}", memory, 0, strides)
         kind = _NAMES.get(tensor.dtype)
         return RawArray(array, by_name[kind] if kind else None)
 

@@ -35,7 +35,7 @@ _STEPS = 256
 
 def without_hold(items: Iterable[T]) -> Iterator[T]:
     """Yield the items, and let go of the GIL now and then; for a thread that works through very many."""
-    for number, item in enumerate(items):
+    for number, item in enumerate(items, 1):
+        yield item
         if number % _STEPS == 0:
             time.sleep(0)
-        yield item

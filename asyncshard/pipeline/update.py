@@ -206,6 +206,7 @@ class _Application:
             for other in others:
                 other.result()
         self.end()
+        threads.shutdown(wait=False)
 
     def end(self) -> None:
         """Forget everything, and give the memory back."""
