@@ -88,6 +88,22 @@ def _numpy_zeros(shape: tuple[int, ...]) -> Any:
 _LIBRARIES: dict[str, Callable[[tuple[int, ...]], Any]] = {"torch": _torch_zeros, "numpy": _numpy_zeros}
 
 
+def touch_memory(folder: Path, nbytes: int) -> None:
+    """Have the kernel use as much memory for a file, and free it again, before so many bytes are written for the clock.
+
+    A virtual machine gets memory from its host when it first touches it, and gives it back seconds after it was freed.
+    That takes several times as long as a copy, and whoever writes after somebody else would be spared of it.
+    """
+    path = folder / "touched"
+    piece = os.urandom(1 << 20)
+    try:
+        with path.open("wb", buffering=0) as file:
+            for _ in range(-(-nbytes // len(piece))):
+                file.write(piece)
+    finally:
+        path.unlink(missing_ok=True)
+
+
 def octets(array: Any) -> np.ndarray:
     if isinstance(array, np.ndarray):
         return array.reshape(-1).view(np.uint8)

@@ -15,7 +15,7 @@ from pathlib import Path
 from asyncshard import ShardedStateLoader
 from bench.checkpoint import RANK, WORLD_SIZE
 from bench.endpoint import BUCKET
-from bench.ways.base import Case, Run, Way
+from bench.ways.base import Case, Run, Way, touch_memory
 from bench.ways.s3 import open_store
 
 _RANK_URL = f"s3://{BUCKET}/rank"
@@ -86,6 +86,7 @@ def _after(case: Case, *loaders: ShardedStateLoader) -> Run:
         os.sync()  # what they have written is not to be waited for
         for destination in state.values():
             destination.fill_(0)
+        touch_memory(case.data.folder, case.nbytes)
 
     case.open = begin
 
@@ -115,6 +116,7 @@ def _disk(case: Case) -> Run:
     async def begin(stack: AsyncExitStack) -> None:
         stack.enter_context(_removed(_directory(case)))
         _directory(case).mkdir()
+        touch_memory(case.data.folder, case.nbytes)
 
     case.open = begin
 

@@ -20,7 +20,7 @@ from asyncshard.format.header import format_header
 from asyncshard.plan.part_planner import make_rank_part
 from asyncshard.plan.tp_plan import TpPlan
 from bench.checkpoint import Tensor
-from bench.ways.base import Case, Run, Way
+from bench.ways.base import Case, Run, Way, touch_memory
 
 _RANK, _RANKS = 0, 8
 _MANY_RANKS = 64
@@ -226,6 +226,7 @@ def _writing(case: Case, target: Path, run: Callable[[], Awaitable[None] | None]
     async def begin(stack: AsyncExitStack) -> None:
         shutil.rmtree(target, ignore_errors=True)
         os.sync()  # what others have written is not to be waited for
+        touch_memory(case.data.folder, case.nbytes)
         stack.callback(shutil.rmtree, target, ignore_errors=True)
 
     case.open = begin
