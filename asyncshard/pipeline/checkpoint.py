@@ -189,23 +189,25 @@ async def open_found(
     store: Store, found: ShardNames, selection: Selection, threads: DaemonThreads, account: Account
 ) -> Checkpoint:
     """Do so for files that have been found; their tensors are whole."""
-    files, weight_map, _ = found
-    shards = await _open_shards(store, files, selection, threads, account)
-    tables = [shard.header.table for shard in shards]
-    twice = await threads.run(duplicate_names, tables, _LISTED)
+    shards = await _open_shards(store, found.files, selection, threads, account)
+    await threads.run(_check_names, shards, found, store.url)
+    return Checkpoint(tuple(shards))
+
+
+def _check_names(shards: Sequence[Shard], found: ShardNames, path: str) -> None:
+    """Raise CheckpointError where a tensor stands in two shards, or where the index is wrong. Slow for many tensors."""
+    twice = duplicate_names([shard.header.table for shard in shards], _LISTED)
     if twice:
+        files = found.files
         listed = "; ".join(f"{name!r} in {files[one]} and {files[other]}" for name, one, other in twice)
-        raise CheckpointError(f"{store.url}: the same tensor stands in two shards: {listed}", path=store.url)
-    if weight_map is not None:
-        numbers = {name: number for number, name in enumerate(weight_map.files)}
+        raise CheckpointError(f"{path}: the same tensor stands in two shards: {listed}", path=path)
+    if found.weight_map is not None:
+        numbers = {name: number for number, name in enumerate(found.weight_map.files)}
         for shard in shards:
-            missing, unexpected = await threads.run(
-                weight_map.compare, numbers[shard.meta.name], shard.header.table, _LISTED
-            )
-            disagreement = index_disagreement(shard.path, missing, unexpected)
+            names = found.weight_map.compare(numbers[shard.meta.name], shard.header.table, _LISTED)
+            disagreement = index_disagreement(shard.path, *names)
             if disagreement is not None:
                 raise disagreement
-    return Checkpoint(tuple(shards))
 
 
 def require_whole(selection: Selection, path: str) -> None:

@@ -54,7 +54,7 @@ def make_rank_part(
         kept = np.arange(len(header))
     else:
         kept = np.fromiter((at for at in paced(range(len(header))) if is_wanted(table.name(at))), np.int64)
-    alike, _ = table.kinds("") if plan is None else plan.kinds(table)
+    alike = table.kinds("")[0] if plan is None else plan.kinds(table)
     _, firsts, of = np.unique(alike[kept], return_index=True, return_inverse=True)
     planner = _Planner(plan, rank, world_size)
     try:

@@ -1,18 +1,7 @@
-"""Plans of tensor parallelism: which placement each tensor of a checkpoint has, by its name.
-
-The names of a plan are matched as transformers matches them. A number stands as ``*``; the name of the parameter goes
-before the name of its module; and either side may leave a leading ``model.`` out:
-
-    model.layers.7.self_attn.q_proj.weight
-        model.layers.7.self_attn.q_proj.weight     the parameter
-        model.layers.*.self_attn.q_proj.weight
-        model.layers.7.self_attn.q_proj            its module
-        model.layers.*.self_attn.q_proj
-"""
+"""Plans of tensor parallelism: which placement each tensor of a checkpoint has, by its name."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from reprlib import repr as short_repr
 from types import MappingProxyType
@@ -24,16 +13,12 @@ from numpy.typing import NDArray
 from asyncshard._core import HeaderTable, WeightMap
 from asyncshard.errors import NamesError
 from asyncshard.plan.placements import PackedShard, Placement, Replicate, Shard
+from asyncshard.plan.tp_rules import PREFIX, RuleIndex
 from asyncshard.plan.tp_words import check_word, placement_of_word
 
 Paced = Callable[[Iterable[int]], Iterable[int]]
 """Passes numbers on, and lets others have their turn now and then."""
 
-_DIGITS = re.compile("[0-9]+")
-_NUMBER = r"(?:[0-9]+|\*)"
-"""What a ``*`` of a rule stands for: a name may hold one itself, and then its own rule still matches it."""
-_WITHIN_WORD = re.compile(r"[^.]\*|\*[^.]")
-_PREFIX = "model."
 _LISTED = 20
 _UNMATCHED = ("replicate", "error")
 _WHOLE = Replicate()
@@ -46,13 +31,6 @@ class TpMatch(NamedTuple):
     """Rules that match no name, as they stand in the plan."""
     unmatched: tuple[str, ...]
     """Names that no rule matches, in their order."""
-
-
-class _Rule(NamedTuple):
-    key: str
-    value: str | Placement
-    pattern: re.Pattern[str] | None
-    """Of the names that it matches; None for all that are alike but for their numbers."""
 
 
 class TpPlan:
@@ -83,13 +61,9 @@ class TpPlan:
         The rules are not a mapping, a key is not a text, or a value neither a word nor a placement.
     """
 
-    __slots__ = ("_alike", "_has_numbers", "_index", "_rules", "_spelling", "_unmatched")
-    _alike: Callable[[str], str]
-    _has_numbers: bool
-    _index: Mapping[str, tuple[_Rule, ...]]
+    __slots__ = ("_index", "_rules", "_unmatched")
+    _index: RuleIndex
     _rules: Mapping[str, str | Placement]
-    _spelling: Literal["parts", "digits"]
-    """How the core is told of `_alike`."""
     _unmatched: str
 
     def __init__(self, rules: Mapping[str, Any], *, unmatched: str = "replicate") -> None:
@@ -101,16 +75,7 @@ class TpPlan:
         _check_conflicts(read)
         object.__setattr__(self, "_rules", MappingProxyType(read))
         object.__setattr__(self, "_unmatched", unmatched)
-        is_within_word = any(map(_WITHIN_WORD.search, read))
-        alike = _without_digits if is_within_word else _without_numbers
-        object.__setattr__(self, "_alike", alike)
-        object.__setattr__(self, "_spelling", "digits" if is_within_word else "parts")
-        object.__setattr__(self, "_index", _indexed(read, alike))
-        has_numbers = any(
-            alike(spelling) != spelling or any(rule.pattern for rule in rules)
-            for spelling, rules in self._index.items()
-        )
-        object.__setattr__(self, "_has_numbers", has_numbers)
+        object.__setattr__(self, "_index", RuleIndex(read))
 
     @property
     def rules(self) -> Mapping[str, str | Placement]:
@@ -132,7 +97,7 @@ class TpPlan:
         CheckpointError
             The shape is not one that the word of the rule can place.
         """
-        found = self._rules_of(name)
+        found = self._index.find(name)
         if found:
             value = found[0].value
             return placement_of_word(value, name, shape) if isinstance(value, str) else value
@@ -142,21 +107,16 @@ class TpPlan:
 
     def has_rule(self, name: str) -> bool:
         """Return whether a rule matches the name."""
-        return bool(self._rules_of(name))
+        return bool(self._index.find(name))
 
-    def kinds(self, tensors: HeaderTable | WeightMap) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-        """Number the tensors by kinds: those of a kind have one dtype and shape, and are matched by the same rules.
-
-        Returns the kind of each tensor, and the index of the first tensor of each kind. A weight map knows names alone.
-        """
-        if not self._has_numbers:
-            return tensors.kinds(self._spelling)
-        return np.arange(len(tensors), dtype=np.int32), np.arange(len(tensors), dtype=np.int64)
+    def kinds(self, tensors: HeaderTable) -> NDArray[np.int32]:
+        """Number the tensors of a file so that those of a number have one dtype, shape and placement."""
+        return self._index.kinds(tensors)[0]
 
     def samples(self, tables: Iterable[HeaderTable | WeightMap], paced: Paced = iter) -> Iterator[str]:
         """Yield a name of each kind of tensor that the tables have."""
         for table in tables:
-            yield from map(table.name, paced(self.kinds(table)[1].tolist()))
+            yield from map(table.name, paced(self._index.kinds(table)[1].tolist()))
 
     def match(self, names: Iterable[str]) -> TpMatch:
         """Return which rules match none of the names, and which names no rule matches.
@@ -167,7 +127,7 @@ class TpPlan:
         used: set[str] = set()
         unmatched = []
         for name in names:
-            found = self._rules_of(name)
+            found = self._index.find(name)
             used.update(rule.key for rule in found)
             if not found:
                 unmatched.append(name)
@@ -209,19 +169,6 @@ class TpPlan:
         if self._unmatched == "error" and self.match(samples).unmatched:
             self.check((table.name(index) for table in tables for index in paced(range(len(table)))), path=path)
         self.check(samples, path=path)
-
-    def _rules_of(self, name: str) -> tuple[_Rule, ...]:
-        """Return the rules that match, the most exact first."""
-        alike = self._alike(name)
-        alike_module = alike.rpartition(".")[0]
-        if not self._has_numbers:
-            return self._index.get(alike, ()) + self._index.get(alike_module, ())
-        return self._rules_for(name, alike) + self._rules_for(name.rpartition(".")[0], alike_module)
-
-    def _rules_for(self, name: str, alike: str) -> tuple[_Rule, ...]:
-        numbered = self._index.get(name, ()) if name != alike else ()
-        others = self._index.get(alike, ())
-        return numbered + tuple(rule for rule in others if rule.pattern is None or rule.pattern.fullmatch(name))
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"a TpPlan does not change: cannot set {name!r}")
@@ -297,36 +244,9 @@ def _of_torch(key: str, value: Any) -> Placement:
 def _check_conflicts(rules: Mapping[str, str | Placement]) -> None:
     """Raise ValueError for two rules that differ in a leading ``model.`` and in what they say."""
     for key, value in rules.items():
-        other = _PREFIX + key
+        other = PREFIX + key
         if other in rules and rules[other] != value:
             raise ValueError(f"tp_plan: {key!r} and {other!r} mean the same names but differ; keep one of them")
-
-
-def _without_numbers(name: str) -> str:
-    """Return a name with ``*`` for each number that is a layer's or an expert's: ``w1`` stays."""
-    return ".".join(["*" if part.isascii() and part.isdecimal() else part for part in name.split(".")])
-
-
-def _without_digits(name: str) -> str:
-    """Return a name with ``*`` for each number, as transformers did before 5: ``w*`` was how to say ``w1``."""
-    return _DIGITS.sub("*", name)
-
-
-def _indexed(rules: Mapping[str, str | Placement], alike_of: Callable[[str], str]) -> Mapping[str, tuple[_Rule, ...]]:
-    """Return the rules by the names they match, with ``*`` for numbers where the rule has one; the most exact first."""
-    ranked: dict[str, list[tuple[tuple[int, bool, str], _Rule]]] = {}
-    for key, value in rules.items():
-        for spelling in {key, _PREFIX + key, key.removeprefix(_PREFIX)} - {""}:
-            alike = alike_of(spelling)
-            order = (spelling.count("*"), spelling != key, key)
-            if "*" in spelling and alike != spelling:
-                literals = map(re.escape, spelling.split("*"))
-                ranked.setdefault(alike, []).append((order, _Rule(key, value, re.compile(_NUMBER.join(literals)))))
-            else:
-                ranked.setdefault(spelling, []).append((order, _Rule(key, value, None)))
-    return {
-        alike: tuple(rule for _, rule in sorted(found, key=lambda item: item[0])) for alike, found in ranked.items()
-    }
 
 
 def _unmatched_error(names: Sequence[str], path: str | None) -> NamesError:

@@ -14,6 +14,7 @@ from asyncshard.format.dtypes import DTYPES
 from asyncshard.format.header import format_header
 from asyncshard.plan.placements import Shard
 from asyncshard.plan.tp_plan import TpPlan
+from asyncshard.plan.tp_rules import RuleIndex
 
 SPELLINGS = {
     "": lambda name: "",
@@ -63,9 +64,9 @@ def test_an_unknown_spelling_is_an_error():
 
 @given(NAMES, st.lists(st.text("01*.w", min_size=1, max_size=9), max_size=4))
 def test_names_of_a_kind_are_matched_by_the_same_rules(names, keys):
-    plan = TpPlan({key.removeprefix("model."): Shard(0) for key in keys})
+    plan = TpPlan({key: Shard(0) for key in keys})
     table = weight_map_of(names)
-    kinds, firsts = plan.kinds(table)
+    kinds, firsts = RuleIndex(plan.rules).kinds(table)
     assert plan.match(plan.samples([table])).unused == plan.match(names).unused
     unmatched = set(plan.match(names).unmatched)
     assert [name in unmatched for name in names] == [names[firsts[kind]] in unmatched for kind in kinds]
