@@ -13,6 +13,10 @@ cdef inline bint is_decimal(uint8_t octet) noexcept nogil:
     return c'0' <= octet <= c'9'
 
 
+cdef inline bint is_part(Text name, size_t start, size_t stop) noexcept nogil:
+    return (start == 0 or name.start[start - 1] == c'.') and (stop == name.size or name.start[stop] == c'.')
+
+
 cdef uint8_t *write_alike(uint8_t *target, Text name, int spelling) noexcept nogil:
     """Write a name with `*` for its numbers, which makes it no longer; return the end."""
     cdef size_t i = 0
@@ -22,10 +26,7 @@ cdef uint8_t *write_alike(uint8_t *target, Text name, int spelling) noexcept nog
         end = i
         while end < name.size and is_decimal(name.start[end]):
             end += 1
-        is_number = end > i and (
-            spelling == ALL_DIGITS
-            or (i == 0 or name.start[i - 1] == c'.') and (end == name.size or name.start[end] == c'.')
-        )
+        is_number = end > i and (spelling == ALL_DIGITS or is_part(name, i, end))
         if is_number:
             target[0] = c'*'
             target += 1

@@ -220,7 +220,7 @@ class Loader:
         threads = DaemonThreads(1, "asyncshard-work")
         try:
             async with self._opened(path, account, threads) as (store, checkpoint):
-                return await threads.run(LoadPlan.of, checkpoint, store.max_gap_bytes)
+                return await threads.run(LoadPlan.of, checkpoint.with_tied(), store.max_gap_bytes)
         finally:
             account.close()
             await threads.aclose()
@@ -260,17 +260,16 @@ class Loader:
     async def _plan(self, request: Request, store: Store, checkpoint: Checkpoint, threads: DaemonThreads) -> Transfer:
         pacing = self._pacing(store)
         library = await threads.run(self._options.library, request.into)
-        if request.into is None:
-            checkpoint = checkpoint.with_tied()
         if request.into is None and not request.is_new:
 
             def stage() -> Transfer:
-                staged = self._staged_transfer(checkpoint, store, pacing, library, threads)
+                staged = self._staged_transfer(checkpoint.with_tied(), store, pacing, library, threads)
                 staged.plan(self._budget, is_strict=self._options.strict_budget)
                 return staged
 
             return await threads.run(stage)
         if request.into is None:
+            checkpoint = checkpoint.with_tied()
             placement = await new_destinations(checkpoint, library)
         else:
             store, checkpoint = await add_ties(store, checkpoint, request.into, library, threads)

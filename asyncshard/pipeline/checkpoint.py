@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Literal, NamedTuple
 
 from asyncshard._core import WeightMap, duplicate_names
@@ -18,6 +19,7 @@ from asyncshard.pipeline.budget import Account
 from asyncshard.pipeline.pace import without_hold
 from asyncshard.pipeline.shards import Shard, read_header_of
 from asyncshard.plan.completeness import index_disagreement
+from asyncshard.plan.file_facts import EMBEDDING, output_names
 from asyncshard.plan.layout import choose_layout, index_files, is_rank_shard
 from asyncshard.plan.tensor_filter import TensorFilter
 from asyncshard.plan.tp_plan import TpPlan
@@ -52,11 +54,13 @@ class Selection(NamedTuple):
 
 
 class TiedShard(NamedTuple):
-    """A tied tensor that is placed otherwise than the one to which it is tied."""
+    """A tied tensor that the plan divides by a rule of its own."""
 
     name: str
     kept: str
     """The name under which the files hold it."""
+    kept_nbytes: int
+    """Of that tensor, whole."""
     shard: Shard
     """Of this tensor alone."""
 
@@ -67,6 +71,8 @@ class Checkpoint(NamedTuple):
     shards: tuple[Shard, ...]
     tied: tuple[TiedShard, ...] = ()
     """What stands in no shard; whoever has a destination for it, or takes everything, reads it too."""
+    ties: tuple[tuple[str, str], ...] = ()
+    """Names that are tied, each with the one that is there, beside those that the files' metadata tells."""
     scratch_bytes: int = 0
     """Of the memory through which slices are read."""
     tensor_filter: TensorFilter | None = None
@@ -118,12 +124,12 @@ class CheckpointInfo(Mapping[str, TensorInfo]):
 
 
 def ties_of(checkpoint: Checkpoint) -> dict[str, str]:
-    """Return the wanted names that the metadata ties to a tensor that is there, each with the tensor's."""
+    """Return the wanted names that are tied to a tensor that is there, each with the tensor's."""
     info = CheckpointInfo(checkpoint)
+    told = (shard.header.metadata.items() for shard in checkpoint.shards)
     return {
         name: kept
-        for shard in checkpoint.shards
-        for name, kept in shard.header.metadata.items()
+        for name, kept in chain(*told, checkpoint.ties)
         if kept in info and name not in info and checkpoint.is_wanted(name)
     }
 
@@ -220,12 +226,19 @@ def require_whole(selection: Selection, path: str) -> None:
 
 def wanted_files(weight_map: WeightMap, is_wanted: TensorFilter, path: str) -> tuple[str, ...]:
     """Return the files of an index that hold a wanted tensor. Slow for many tensors: not for the event loop."""
-    counts = [0] * len(weight_map.files)
+    opened: set[int] = set()
+    count = 0
     for index in without_hold(range(len(weight_map))):
         name, file = weight_map.entry(index)
-        counts[file] += is_wanted(name)
-    require_wanted(sum(counts), [name for name in is_wanted.names if weight_map.find(name) < 0], path)
-    return tuple(name for name, count in zip(weight_map.files, counts, strict=True) if count)
+        if is_wanted(name):
+            opened.add(file)
+            count += 1
+        elif name.endswith(EMBEDDING) and any(
+            is_wanted(output) and weight_map.find(output) < 0 for output in output_names(name)
+        ):
+            opened.add(file)  # the output layer may be tied to it
+    require_wanted(count, [name for name in is_wanted.names if weight_map.find(name) < 0], path)
+    return tuple(name for file, name in enumerate(weight_map.files) if file in opened)
 
 
 def require_wanted(count: int, missing: Sequence[str], path: str) -> None:

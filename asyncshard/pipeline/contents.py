@@ -16,8 +16,8 @@ from asyncshard.pipeline.destinations import ShardDestinations, StridedTarget
 from asyncshard.pipeline.matching import fit, is_sink
 from asyncshard.pipeline.pace import without_hold
 
-_LARGE = 2 << 20
-"""Bytes of a tensor that takes much more time to copy than to look up."""
+_SPLIT_BYTES = 2 << 20
+"""A tensor of so many takes much more time to copy than to look up."""
 
 
 class Layout(NamedTuple):
@@ -125,7 +125,7 @@ class Contents:
         )
 
     def share(self, shares: Sequence[Share]) -> list[Row]:
-        """Append what has to be copied into arrays: a part of each large one to every share, others to the first.
+        """Append what has to be copied: a part of each large contiguous array to every share, others to the first.
 
         Returns the tensors that go to sinks. The arrays' memory is looked up anew: it may have moved since.
 
@@ -134,26 +134,36 @@ class Contents:
         DestinationError
             A destination does not fit any more.
         """
-        staged = np.frombuffer(b"" if self.lease is None else memoryview(self.lease), np.uint8)
         sinks = []
         for row in self.rows():
             if is_sink(row.given):
                 sinks.append(row)
-                continue
-            shape = self.library.shape_of(row.dtype, row.shape, row.nbytes)
-            memory, strided, _ = fit(self.library, row.name, row.dtype, shape, row.given, cast=self.cast)
-            source = staged[row.offset : row.offset + row.nbytes]
-            if strided is not None:
-                shares[0].add(strided, source)
-                continue
-            target = memory.reshape(-1).view(np.uint8)
-            # Two threads that take turns with the GIL at small copies would leave none of it to the event loop.
-            part = -(-row.nbytes // len(shares)) if row.nbytes >= _LARGE else row.nbytes
-            for share, start in zip(shares, range(0, row.nbytes, part or 1), strict=False):
-                share.add(target[start : start + part], source[start : start + part])
+            else:
+                self._share_one(row, shares)
         return sinks
+
+    def _share_one(self, row: Row, shares: Sequence[Share]) -> None:
+        shape = self.library.shape_of(row.dtype, row.shape, row.nbytes)
+        memory, strided, _ = fit(self.library, row.name, row.dtype, shape, row.given, cast=self.cast)
+        if not row.nbytes:
+            return
+        # Not before the destination fits: an error refers to this frame, and would keep the memory alive.
+        source = np.frombuffer(self.bytes_of(row, 0, row.nbytes), np.uint8)
+        if strided is not None:
+            shares[0].add(strided, source)
+        elif row.nbytes < _SPLIT_BYTES:
+            # Two threads that take turns with the GIL at small copies would leave none of it to the event loop.
+            shares[0].add(_flat(memory), source)
+        else:
+            targets, sources = np.array_split(_flat(memory), len(shares)), np.array_split(source, len(shares))
+            for share, target, part in zip(shares, targets, sources, strict=True):
+                share.add(target, part)
 
     def bytes_of(self, row: Row, start: int, stop: int) -> memoryview:
         """Return staged bytes of a tensor."""
         assert self.lease is not None
         return memoryview(self.lease)[row.offset + start : row.offset + stop]
+
+
+def _flat(memory: NDArray[Any]) -> NDArray[np.uint8]:
+    return memory.reshape(-1).view(np.uint8)

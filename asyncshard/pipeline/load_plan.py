@@ -32,7 +32,10 @@ class LoadPlan:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, max_gap: int) -> Self:
-        return cls(tuple(_file_plan(shard, max_gap) for shard in checkpoint.shards))
+        files: dict[str, FilePlan] = {}
+        for shard in checkpoint.shards:
+            files[shard.path] = _with(files.get(shard.path), shard, max_gap)
+        return cls(tuple(files.values()))
 
     @property
     def tensors(self) -> int:
@@ -47,7 +50,11 @@ class LoadPlan:
         return sum(file.bytes_read for file in self.files)
 
 
-def _file_plan(shard: Shard, max_gap: int) -> FilePlan:
+def _with(before: FilePlan | None, shard: Shard, max_gap: int) -> FilePlan:
+    """Return what is read of a file when a shard is too; a tied tensor is a shard of its own."""
     needed = shard.meta.size - shard.header.size
     read = needed if shard.part is None else shard.part.bytes_read(max_gap)
-    return FilePlan(shard.path, len(shard.header), needed, read)
+    tensors = len(shard.header)
+    if before is None:
+        return FilePlan(shard.path, tensors, needed, read)
+    return FilePlan(shard.path, before.tensors + tensors, before.bytes_needed + needed, before.bytes_read + read)

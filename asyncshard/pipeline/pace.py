@@ -30,7 +30,7 @@ class Pace:
 
 
 def without_hold(items: Iterable[T]) -> Iterator[T]:
-    """Yield the items, and let go of the GIL twice a millisecond; for a thread that works through very many."""
+    """Yield the items, and let go of the GIL about twice a millisecond; for a thread that works through very many."""
     due = time.perf_counter() + SLICE_S
     for item in items:
         yield item

@@ -40,6 +40,7 @@ async def open_slices(
     found = await find_shards(store, selection, threads)
     plan = await find_plan(store, selection, threads)
     whole = await open_found(store, found, selection, threads, account)
+    ties: dict[str, str] = {}
     tied: tuple[TiedShard, ...] = ()
     if plan is not None and selection.tp_plan != "auto":
         tables = [shard.header.table for shard in whole.shards] if found.weight_map is None else [found.weight_map]
@@ -52,7 +53,7 @@ async def open_slices(
         missing = [name for name in wanted if not any(name in shard.header for shard in whole.shards)]
         require_wanted(sum(len(shard.header) for shard in shards), missing, store.url)
     kept = tuple(shard for shard in shards if len(shard.header) or shard.part is None)
-    checkpoint = Checkpoint(kept, tied, tensor_filter=selection.tensor_filter)
+    checkpoint = Checkpoint(kept, tied, tuple(ties.items()), tensor_filter=selection.tensor_filter)
     before, after = (sum(shard.nbytes for shard in each.with_tied().shards) for each in (whole, checkpoint))
     account.charge_headers(after - before, store.url)
     return await slices_of(store, checkpoint, threads, account, chunk_size=chunk_size)

@@ -2,13 +2,14 @@
 
 The files' metadata tells the others, ``{"lm_head.weight": "model.embed_tokens.weight"}``, as safetensors' own writers
 put it there; or ``config.json`` says ``tie_word_embeddings``. A destination of its own under such a name is filled with
-a second read of the same bytes, as if they stood in a further file.
+a second read of the same bytes, as if they stood in a further file. Where a plan has a rule for the name, these are the
+rank's bytes by that rule, with a destination or without.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from asyncshard._core import HeaderTable, WeightMap
 from asyncshard.errors import CheckpointError, DestinationError, FormatError, ObjectNotFoundError
@@ -18,8 +19,8 @@ from asyncshard.pipeline.config import read_config
 from asyncshard.pipeline.matching import is_sink, span
 from asyncshard.pipeline.pace import without_hold
 from asyncshard.pipeline.shards import Shard
-from asyncshard.plan.file_facts import EMBEDDING, OUTPUT
-from asyncshard.plan.part_planner import place_tied, rename
+from asyncshard.plan.file_facts import EMBEDDING, OUTPUT, output_names
+from asyncshard.plan.part_planner import rename, rename_placed
 from asyncshard.plan.tp_models import ties_embeddings
 from asyncshard.plan.tp_plan import TpPlan
 from asyncshard.stores.base import Store
@@ -49,14 +50,17 @@ async def add_ties(
     if lost is not None and lost[0] not in ties and await _ties_embeddings(store, threads):
         ties.update([lost])
     ties.update({tied.name: tied.kept for tied in checkpoint.tied})
-    own = {
-        name: kept
-        for name, kept in ties.items()
-        if name in destinations and not _is_same(library, destinations[name], destinations.get(kept))
-    }
+    tied = {each.name: each for each in checkpoint.tied}
+    info = CheckpointInfo(checkpoint)
+
+    def is_there(name: str, kept: str) -> bool:
+        inner = _within(library, destinations[name], destinations.get(kept))
+        return inner is not None and (name not in tied or _is_right(inner, tied[name], info))
+
+    own = {name: kept for name, kept in ties.items() if name in destinations and not is_there(name, kept)}
     if not own:
         return store, checkpoint
-    shards = tuple(tied.shard for tied in checkpoint.tied if own.pop(tied.name, None) is not None)
+    shards = tuple(tied[name].shard for name in tied if own.pop(name, None) is not None)
     shards += await threads.run(lambda: tuple(_tied_shards(checkpoint, own)))
     if not isinstance(store, SlicedStore):
         store = SlicedStore(store, threads, Scratch(threads, store.chunk_size, 1))
@@ -72,41 +76,63 @@ async def ties_with_rules(
 ) -> dict[str, str]:
     """Return the tied names that rules of a plan match, each with that of the tensor that is there.
 
-    `tables` have the names of the whole checkpoint. ``config.json`` is only read where there is a rule for the output
-    layer, and no such tensor.
+    `tables` have the names of the whole checkpoint. ``config.json`` is only read where there is a rule for an output
+    layer, and no such tensor. Where a filter left the file of the embedding unopened, and with it the metadata, the
+    rule is taken at its word.
 
     Raises
     ------
     StoreError
     """
     ties = await threads.run(ties_of, checkpoint)
-    if OUTPUT not in ties and plan.has_rule(OUTPUT) and all(table.find(OUTPUT) < 0 for table in tables):
-        names = (table.name(index) for table in tables for index in without_hold(range(len(table))))
-        embeddings = await threads.run(lambda: [name for name in names if name.endswith(EMBEDDING)])
-        if len(embeddings) == 1 and await _ties_embeddings(store, threads):
-            ties[OUTPUT] = embeddings[0]
+    lost = await threads.run(_output_with_rule, tables, plan)
+    if lost is not None and lost[0] not in ties:
+        is_opened = any(lost[1] in shard.header for shard in checkpoint.shards)
+        if not is_opened or await _ties_embeddings(store, threads):
+            ties.update([lost])
     return {name: kept for name, kept in ties.items() if plan.has_rule(name)}
 
 
 def place_ties(
     checkpoint: Checkpoint, ties: Mapping[str, str], selection: Selection, plan: TpPlan
 ) -> Iterator[TiedShard]:
-    """Yield the wanted tied tensors that the plan divides otherwise than the tensors to which they are tied.
+    """Yield the wanted tied tensors that do not come with those to which they are tied.
 
-    The checkpoint's shards are whole.
+    Those are divided otherwise, or not wanted. The checkpoint's shards are whole.
 
     Raises
     ------
     CheckpointError
         One cannot be divided so.
     """
+    is_wanted = selection.tensor_filter or (lambda _: True)
     for shard in checkpoint.shards:
         for name, kept in ties.items():
-            if kept in shard.header and (selection.tensor_filter is None or selection.tensor_filter(name)):
-                rank, world_size, path = selection.rank, selection.world_size, shard.path
-                part = place_tied(shard.header, kept, name, plan, rank=rank, world_size=world_size, path=path)
-                if part is not None:
-                    yield TiedShard(name, kept, Shard(part_meta(shard.meta, part), path, part.header, part))
+            if kept in shard.header and is_wanted(name):
+                part, is_alike = rename_placed(
+                    shard.header,
+                    kept,
+                    name,
+                    plan,
+                    rank=selection.rank,
+                    world_size=selection.world_size,
+                    path=shard.path,
+                )
+                if not is_alike or not is_wanted(kept):
+                    alone = Shard(part_meta(shard.meta, part), shard.path, part.header, part)
+                    yield TiedShard(name, kept, shard.header[kept].nbytes, alone)
+
+
+def _output_with_rule(tables: Sequence[HeaderTable | WeightMap], plan: TpPlan) -> tuple[str, str] | None:
+    """Return the output layer that is in no table and has a rule, and the one embedding beside which it would be."""
+    names = (table.name(index) for table in tables for index in without_hold(range(len(table))))
+    embeddings = [name for name in names if name.endswith(EMBEDDING)]
+    if len(embeddings) != 1:
+        return None
+    for name in output_names(embeddings[0]):
+        if plan.has_rule(name) and all(table.find(name) < 0 for table in tables):
+            return name, embeddings[0]
+    return None
 
 
 def _lost_output(checkpoint: Checkpoint, destinations: Mapping[str, Any]) -> tuple[str, str] | None:
@@ -128,16 +154,38 @@ async def _ties_embeddings(store: Store, threads: DaemonThreads) -> bool:
         return False
 
 
-def _is_same(library: ArrayLibrary, given: Any, other: Any) -> bool:
-    """Return whether a destination lies in the memory of another one."""
+class _Within(NamedTuple):
+    """Which bytes of another destination's memory one covers."""
+
+    start: int
+    stop: int
+    nbytes: int
+    """Of the other."""
+
+
+def _within(library: ArrayLibrary, given: Any, other: Any) -> _Within | None:
+    """Return where a destination lies in the memory of another one, if it does."""
     if other is None or is_sink(given) or is_sink(other):
-        return False
+        return None
     try:
         low, high = span(library.memory_of("", given).array)
         other_low, other_high = span(library.memory_of("", other).array)
     except DestinationError:  # whoever matches them says what is wrong
+        return None
+    if other_low <= low and high <= other_high:
+        return _Within(low - other_low, high - other_low, other_high - other_low)
+    return None
+
+
+def _is_right(inner: _Within, tied: TiedShard, info: CheckpointInfo) -> bool:
+    """Return whether memory of the tensor that is there has what a rank needs: all of it, or just the rank's bytes."""
+    if tied.kept not in info or not info[tied.kept].nbytes == tied.kept_nbytes == inner.nbytes:
         return False
-    return other_low <= low and high <= other_high
+    part = tied.shard.part
+    assert part is not None
+    offsets, lengths = part.ranges(part.header.size, part.header.file_size)
+    ranges = [(0, inner.nbytes), *zip(offsets - part.starts[0], offsets - part.starts[0] + lengths, strict=True)]
+    return len(ranges) <= 2 and (inner.start, inner.stop) in ranges
 
 
 def _tied_shards(checkpoint: Checkpoint, ties: Mapping[str, str]) -> Iterator[Shard]:

@@ -17,16 +17,16 @@ from asyncshard.stores.threads import DaemonThreads, finish
 
 _COPYING_THREADS = 2
 """As many saturate memory bandwidth on most machines."""
-_MUCH = 32 << 20
-"""Bytes that take much more time to copy than a further thread takes to start."""
+_TWO_THREADS_BYTES = 32 << 20
+"""So many take much more time to copy than a further thread takes to start."""
 
 
 class Update:
     """The tensors of a checkpoint that differ from those loaded. Made by ``await loader.prepare_refresh(...)``.
 
     They are read, checked, and in memory of the budget; nothing live has been touched. ``async for name, tensor in
-    update`` gives views of that memory, in plan order, as often as is asked; `apply` copies them into the state dict.
-    The memory goes back to the budget after `apply`, at the end of ``async with update``, at `aclose`, or when the
+    update`` gives views of that memory, in plan order, as often as is asked, until `apply` copies them into the state
+    dict. The memory goes back to the budget after that, at the end of ``async with update``, at `aclose`, or when the
     object is dropped; views that are still alive then count as held.
 
     With ``stage=False`` they are in the state dict already: iterating yields ``(name, destination)``.
@@ -85,7 +85,7 @@ class Update:
         return _Tensors(self)
 
     async def apply(self) -> None:
-        """Copy everything into the state dict, in threads, and give the memory back.
+        """Copy everything into the state dict, in threads, and give the memory back: from now on nobody iterates.
 
         It cannot be interrupted half way: when cancelled it finishes, and then raises. Sinks are written to first.
         Tensors may have got other memory since `prepare_refresh`, of the same shape and dtype. After ``stage=False``
@@ -109,8 +109,7 @@ class Update:
         if not self._is_staged:
             return
         self._contents = None  # its memory goes back in a thread: no more views of it
-        count = _COPYING_THREADS if self._bytes_read >= _MUCH else 1
-        self._applying = asyncio.ensure_future(self._apply(_Application(contents, count, self._release)))
+        self._applying = asyncio.ensure_future(self._apply(contents))
         del contents
         try:
             await finish(self._applying)
@@ -127,19 +126,20 @@ class Update:
 
     def _open_contents(self) -> Contents:
         if self._contents is None:
-            what = "applied" if self._is_applied else "closed"
-            raise StreamClosedError(f"the update has been {what}; prepare another one")
+            raise StreamClosedError("the update has been applied or closed; prepare another one")
         return self._contents
 
-    async def _apply(self, application: _Application) -> None:
+    async def _apply(self, contents: Contents) -> None:
         threads = DaemonThreads(_COPYING_THREADS, "asyncshard-apply")
+        count = _COPYING_THREADS if self._bytes_read >= _TWO_THREADS_BYTES else 1
+        copying = _Copying(contents, threads, count, self._release)
         try:
-            sinks = await threads.run(application.run, threads)
+            sinks = await threads.run(copying.find_and_copy)
             if sinks:
-                await _write_sinks(application.contents, sinks)
-                await threads.run(application.copy, threads)
+                await _write_sinks(contents, sinks)
+                await threads.run(copying.copy)
         except BaseException:
-            await threads.run(application.end)
+            await threads.run(copying.end)
             raise
         finally:
             await threads.aclose()
@@ -182,34 +182,34 @@ class _Tensors:
         raise StopAsyncIteration
 
 
-class _Application:
-    """Copy what has changed into its destinations, in threads, then give its memory back."""
+class _Copying:
+    """Copies what has changed to where it goes. Every method is for a thread."""
 
-    def __init__(self, contents: Contents, count: int, release: Callable[[], None]) -> None:
+    def __init__(self, contents: Contents, threads: DaemonThreads, count: int, release: Callable[[], None]) -> None:
         self.contents = contents
+        self._threads = threads
         self._shares = [Share() for _ in range(count)]
         self._release = release
 
-    def run(self, threads: DaemonThreads) -> list[Row]:
-        """Find where all goes; return what goes to sinks. Where nothing does, do the rest at once."""
+    def find_and_copy(self) -> list[Row]:
+        """Find all destinations, then copy and `end`; where some are sinks return these, and copy nothing yet."""
         sinks = self.contents.share(self._shares)
         if not sinks:
-            self.copy(threads)
+            self.copy()
         return sinks
 
-    def copy(self, threads: DaemonThreads) -> None:
-        """Copy the first share here, and the others in further threads."""
-        others = [threads.submit(share.run) for share in self._shares[1:] if share.nbytes]
+    def copy(self) -> None:
+        """Copy the first share here, and the others in further threads; then `end`."""
+        others = [self._threads.submit(share.run) for share in self._shares[1:] if share.nbytes]
         try:
             self._shares[0].run()
         finally:
             for other in others:
                 other.result()
         self.end()
-        threads.shutdown(wait=False)
 
     def end(self) -> None:
-        """Forget everything, and give the memory back."""
+        """Forget everything, and give the memory back; once more does nothing."""
         for share in self._shares:  # an error refers to their frames, and would keep the memory alive
             share.clear()
         self.contents.lease = None

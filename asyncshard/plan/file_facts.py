@@ -204,3 +204,9 @@ def _is_in(values: NDArray[np.int64], others: NDArray[np.int64]) -> NDArray[np.b
     places = np.minimum(np.searchsorted(others, values), len(others) - 1)
     found: NDArray[np.bool_] = others[places] == values
     return found
+
+
+def output_names(embedding: str) -> tuple[str, ...]:
+    """Return the names that the output layer may have beside an embedding: it stands in one of the modules above."""
+    above = embedding.removesuffix(EMBEDDING).split(".")[:-1]
+    return tuple(".".join([*above[:depth], OUTPUT]) for depth in range(len(above) + 1))

@@ -51,50 +51,48 @@ def make_rank_part(
     """
     table = header.table
     if is_wanted is None:
-        kept = np.arange(len(header))
+        rows = np.arange(len(header))
     else:
-        kept = np.fromiter((at for at in paced(range(len(header))) if is_wanted(table.name(at))), np.int64)
+        rows = np.fromiter((row for row in paced(range(len(header))) if is_wanted(table.name(row))), np.int64)
     alike = table.kinds("")[0] if plan is None else plan.kinds(table)
-    _, firsts, of = np.unique(alike[kept], return_index=True, return_inverse=True)
+    firsts, numbers = _numbered(alike[rows])
     planner = _Planner(plan, rank, world_size)
     try:
-        found = [planner.kind_of(*table.row(index)[:3]) for index in paced(kept[firsts].tolist())]
+        found = [planner.kind_of(*table.row(row)[:3]) for row in paced(rows[firsts].tolist())]
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}", path=path, tensor=error.tensor) from None
-    if len(kept) == len(header) and planner.are_whole:
+    if len(rows) == len(header) and planner.are_whole:
         return None
-    kinds = np.array(found, np.int32)[of]
-    sizes = [piece.nbytes for piece in planner.slices]
+    kinds = np.array(found, np.int32)[numbers]
+    sizes = np.array([piece.nbytes for piece in planner.slices], np.int64)[kinds]
 
     def tensors() -> Iterator[tuple[str, str, tuple[int, ...], int]]:
-        for index, kind in zip(paced(kept), kinds, strict=True):
-            yield table.name(index), planner.dtypes[kind], planner.slices[kind].shape, sizes[kind]
+        # One at a time: a list of such tuples would set off the garbage collector.
+        for row, kind, nbytes in zip(paced(rows.tolist()), kinds.tolist(), sizes.tolist(), strict=True):
+            yield table.name(row), planner.dtypes[kind], planner.slices[kind].shape, nbytes
 
-    text = format_header(tensors(), _metadata(header, kept, are_whole=planner.are_whole))
-    virtual = parse_header(text, len(text) + int(np.array(sizes, np.int64)[kinds].sum()), path=path)
-    return _finish(virtual, text, table.starts[kept], kinds, Patterns.of(planner.slices))
+    text = format_header(tensors(), _metadata(header, rows, are_whole=planner.are_whole))
+    virtual = parse_header(text, len(text) + int(sizes.sum()), path=path)
+    return _finish(virtual, text, table.starts[rows], kinds, Patterns.of(planner.slices))
 
 
 def rename(header: Header, part: RankPart | None, name: str, other: str) -> RankPart:
     """Return one tensor of a file, or of a rank's part of it, alone and under another name."""
     index = header.table.find(name)
+    _, code, shape, _, _ = header.table.row(index)
+    if part is None:
+        return _alone(header, index, other, whole_tensor(shape, DTYPES[code].bits))
     one = slice(index, index + 1)
-    _, code, shape, start, stop = header.table.row(index)
-    dtype = DTYPES[code]
-    text = format_header([(other, dtype.name, shape, stop - start)])
-    virtual = parse_header(text, len(text) + stop - start)
-    if part is not None:
-        return _finish(virtual, text, part.starts[one], part.kinds[one], part.patterns)
-    whole = Patterns.of([whole_tensor(shape, dtype.bits)])
-    return _finish(virtual, text, header.table.starts[one], np.zeros(1, np.int32), whole)
+    virtual, text = _header_of_one(other, code, shape, header.at(index).nbytes)
+    return _finish(virtual, text, part.starts[one], part.kinds[one], part.patterns)
 
 
-def place_tied(
+def rename_placed(
     header: Header, name: str, other: str, plan: TpPlan, *, rank: int, world_size: int, path: str
-) -> RankPart | None:
+) -> tuple[RankPart, bool]:
     """Return one tensor of a file, alone and under another name, divided as the plan says for that.
 
-    None if the tensor is divided so under its own name too.
+    Also whether every rank has the same of it under its own name.
 
     Raises
     ------
@@ -103,19 +101,34 @@ def place_tied(
     """
     index = header.table.find(name)
     _, code, shape, _, _ = header.table.row(index)
-    dtype = DTYPES[code]
+
+    def pieces_of(each: str) -> list[Slice]:
+        placement, bits = plan.placement_of(each, shape), DTYPES[code].bits
+        return [slice_tensor(each, shape, bits, placement, rank=at, world_size=world_size) for at in range(world_size)]
+
     try:
-        piece, kept = (
-            slice_tensor(each, shape, dtype.bits, plan.placement_of(each, shape), rank=rank, world_size=world_size)
-            for each in (other, name)
-        )
+        pieces, own = pieces_of(other), pieces_of(name)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}", path=path, tensor=error.tensor) from None
-    if piece == kept:
-        return None
-    text = format_header([(other, dtype.name, piece.shape, piece.nbytes)])
-    virtual = parse_header(text, len(text) + piece.nbytes)
-    return _finish(virtual, text, header.table.starts[index : index + 1], np.zeros(1, np.int32), Patterns.of([piece]))
+    return _alone(header, index, other, pieces[rank]), pieces == own
+
+
+def _alone(header: Header, index: int, other: str, piece: Slice) -> RankPart:
+    virtual, text = _header_of_one(other, int(header.table.dtype_codes[index]), piece.shape, piece.nbytes)
+    starts = header.table.starts[index : index + 1]
+    return _finish(virtual, text, starts, np.zeros(1, np.int32), Patterns.of([piece]))
+
+
+def _header_of_one(name: str, code: int, shape: tuple[int, ...], nbytes: int) -> tuple[Header, bytearray]:
+    text = format_header([(name, DTYPES[code].name, shape, nbytes)])
+    return parse_header(text, len(text) + nbytes), text
+
+
+def _numbered(values: NDArray[np.int32]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Return where each value is first, in this order, and for each place the number of its value among these."""
+    _, firsts, numbers = np.unique(values, return_index=True, return_inverse=True)
+    order = np.argsort(firsts)
+    return firsts[order], np.argsort(order)[numbers]
 
 
 def _finish(
@@ -129,14 +142,14 @@ def _finish(
     return RankPart(virtual, starts, kinds, patterns, runs_before, digest.hexdigest())
 
 
-def _metadata(header: Header, kept: Offsets, *, are_whole: bool) -> dict[str, str]:
+def _metadata(header: Header, rows: Offsets, *, are_whole: bool) -> dict[str, str]:
     metadata = header.metadata
     digests = metadata.pop(DIGESTS_KEY, None)
     if digests is None or not are_whole:
         return metadata
     if digests.isascii() and len(digests) == DIGITS * len(header):
-        rows = np.frombuffer(digests.encode("ascii"), np.uint8).reshape(-1, DIGITS)
-        digests = rows[kept].tobytes().decode("ascii")
+        digits = np.frombuffer(digests.encode("ascii"), np.uint8).reshape(-1, DIGITS)
+        digests = digits[rows].tobytes().decode("ascii")
     return {**metadata, DIGESTS_KEY: digests}  # malformed ones as they are: whoever reads them says so
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from reprlib import repr as short_repr
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
@@ -144,12 +145,7 @@ class TpPlan:
         """
         unused, unmatched = self.match(names)
         if unused:
-            raise NamesError(
-                f"{_of(path)}the tp_plan has rules that match no tensor of the checkpoint: {_listing(unused)}. Mend "
-                "or remove them: '*' stands for a number, and the name is a parameter's or its module's.",
-                path=path,
-                missing=unused,
-            )
+            raise _unused_error(unused, path)
         if unmatched and self._unmatched == "error":
             raise _unmatched_error(unmatched, path)
 
@@ -164,11 +160,17 @@ class TpPlan:
         """Do what `check` does, with a name of each kind: all names are read only where they are to be listed.
 
         `others` are names that a rule matches and no table has.
+
+        Raises
+        ------
+        NamesError
         """
-        samples = [*self.samples(tables, paced), *others]
-        if self._unmatched == "error" and self.match(samples).unmatched:
-            self.check((table.name(index) for table in tables for index in paced(range(len(table)))), path=path)
-        self.check(samples, path=path)
+        unused, unmatched = self.match(chain(self.samples(tables, paced), others))
+        if unused:
+            raise _unused_error(unused, path)
+        if unmatched and self._unmatched == "error":
+            names = (table.name(index) for table in tables for index in paced(range(len(table))))
+            raise _unmatched_error(self.match(names).unmatched, path)
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"a TpPlan does not change: cannot set {name!r}")
@@ -247,6 +249,15 @@ def _check_conflicts(rules: Mapping[str, str | Placement]) -> None:
         other = PREFIX + key
         if other in rules and rules[other] != value:
             raise ValueError(f"tp_plan: {key!r} and {other!r} mean the same names but differ; keep one of them")
+
+
+def _unused_error(rules: Sequence[str], path: str | None) -> NamesError:
+    return NamesError(
+        f"{_of(path)}the tp_plan has rules that match no tensor of the checkpoint: {_listing(rules)}. Mend or remove "
+        "them: '*' stands for a number, and the name is a parameter's or its module's.",
+        path=path,
+        missing=tuple(rules),
+    )
 
 
 def _unmatched_error(names: Sequence[str], path: str | None) -> NamesError:

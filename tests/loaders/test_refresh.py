@@ -650,6 +650,22 @@ async def test_a_cancel_while_it_is_applied_finishes_it(old, new, new_files, tim
     raise AssertionError("it does not end")
 
 
+async def test_a_loop_that_ends_lets_it_finish_and_hears_of_nothing_else(old, new, new_files):
+    loader = make_loader()
+    for count in range(30):
+        live = {name: array.copy() for name, array in old.items()}
+        update = await loader.prepare_refresh(MemoryStore(new_files), live)
+        task = asyncio.ensure_future(update.apply())
+        await turns(count)
+        for other in asyncio.all_tasks() - {asyncio.current_task()}:
+            other.cancel()
+        (result,) = await asyncio.gather(task, return_exceptions=True)
+        assert result is None or type(result) is asyncio.CancelledError
+        assert is_same(live, new) or is_same(live, old)
+        await update.aclose()
+        assert is_clean(loader.budget)
+
+
 async def test_closing_waits_for_what_is_being_applied(new, new_files, live):
     update = await make_loader().prepare_refresh(MemoryStore(new_files), live)
     task = asyncio.ensure_future(update.apply())
@@ -758,6 +774,9 @@ async def test_a_destination_that_fits_no_more_is_an_error_before_anything_is_wr
         await update.apply()
     assert not state["a"].any()
     assert is_clean(loader.budget)
+    assert loader.budget.bytes_held == 0  # no frame of the error holds the memory
+    with pytest.raises(StreamClosedError, match="applied or closed"):
+        aiter(update)
 
 
 async def test_tied_weights_are_refreshed_through_the_name_that_is_there(tmp_path):

@@ -8,8 +8,9 @@ import torch
 
 import asyncshard
 from asyncshard import AsyncShardLoader, ShardedStateLoader
-from asyncshard.errors import CheckpointError, NamesError
+from asyncshard.errors import CheckpointError, DestinationError, NamesError
 from asyncshard.plan.placements import Shard
+from asyncshard.plan.tp_plan import TpPlan
 from asyncshard.testing import MemoryStore
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -245,3 +246,101 @@ async def test_a_refresh_of_it_is_divided_too(tied, tensors):
     update = await loader.prepare_refresh(tied, state, since=loader.last_report.version)
     await update.apply()
     assert np.array_equal(state[HEAD], tensors[EMBED][16:32])
+
+
+@pytest.mark.parametrize("rank", range(4))
+async def test_memory_of_the_kept_tensor_serves_only_where_it_has_the_rank_s_bytes(tied, tensors, rank):
+    loader = ShardedStateLoader(rank=rank, world_size=4, tp_plan={"lm_head": Shard(0)})
+    state = {name: np.zeros_like(tensor) for name, tensor in tensors.items()}
+    await loader.load_weights(tied, {**state, HEAD: state[EMBED][16 * rank : 16 * (rank + 1)]})
+    assert np.array_equal(state[EMBED], tensors[EMBED])
+    other = (rank + 1) % 4
+    with pytest.raises(DestinationError, match="share memory"):
+        await loader.load_weights(tied, {**state, HEAD: state[EMBED][16 * other : 16 * (other + 1)]})
+
+
+async def test_memory_of_another_slice_does_not_serve(tied, tensors):
+    plan = {"lm_head": Shard(1), "model.embed_tokens": Shard(0)}
+    state = {name: np.zeros_like(tensor) for name, tensor in tensors.items()}
+    state[EMBED] = np.zeros_like(tensors[EMBED][16:32])
+    state[HEAD] = state[EMBED].reshape(64, 4)
+    with pytest.raises(DestinationError, match="share memory"):
+        await ShardedStateLoader(rank=1, world_size=4, tp_plan=plan).load_weights(tied, state)
+
+
+@pytest.mark.parametrize("world_size", [1, 4])
+@pytest.mark.parametrize(
+    "embedding", [{}, {"model.embed_tokens": Shard(0, pieces=2)}, {"model.embed_tokens": Shard(0)}]
+)
+async def test_every_rank_of_every_world_has_the_same_names(tied, tensors, world_size, embedding):
+    if world_size == 1 and embedding.get("model.embed_tokens", Shard(0)).pieces:
+        return
+    for rank in range(world_size):
+        plan = {"lm_head": "colwise", **embedding}
+        weights = await ShardedStateLoader(rank=rank, world_size=world_size, tp_plan=plan).load_weights(tied)
+        assert set(weights) == {*tensors, HEAD}
+        assert np.array_equal(weights[HEAD], np.array_split(tensors[EMBED], world_size)[rank])
+
+
+async def test_names_without_a_rule_are_listed_though_a_tied_one_has_one(tied):
+    plan = {"lm_head": "colwise", "model.embed_tokens": Shard(0), "model.q": "replicate"}
+    with pytest.raises(NamesError, match=r"no rule of the tp_plan matches 'model\.norm\.weight'") as caught:
+        await ShardedStateLoader(world_size=4, tp_plan=TpPlan(plan, unmatched="error")).load_weights(tied)
+    assert caught.value.unexpected == ("model.norm.weight",)
+
+
+async def test_the_plan_of_a_load_counts_it(tied, tensors):
+    loader = ShardedStateLoader(rank=1, world_size=4, tp_plan={"lm_head": "colwise"})
+    plan = await loader.plan_weights(tied)
+    (file,) = plan.files
+    assert file.tensors == len(tensors) + 1
+    assert plan.bytes_needed == sum(tensor.nbytes for tensor in tensors.values()) + tensors[EMBED].nbytes // 4
+    async with AsyncShardLoader(loader).stream(tied) as stream:
+        assert stream.plan == plan
+        await stream.drain()
+
+
+async def test_an_output_layer_within_a_model_has_its_rule_too(tmp_path, tensors):
+    from safetensors.numpy import save_file
+
+    embedding, head = f"language_model.{EMBED}", f"language_model.{HEAD}"
+    save_file({embedding: tensors[EMBED]}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"tie_word_embeddings": True}))
+    loader = ShardedStateLoader(rank=1, world_size=4, tp_plan={"language_model.lm_head": "colwise"})
+    weights = await loader.load_weights(tmp_path)
+    assert np.array_equal(weights[head], tensors[EMBED][16:32])
+
+
+@pytest.fixture(params=["metadata", "config"])
+def tied_index(request, tmp_path, tensors):
+    """The same in two files, with an index."""
+    from safetensors.numpy import save_file
+
+    folder = tmp_path / "index"
+    folder.mkdir()
+    weight_map = {EMBED: "a.safetensors", **{name: "b.safetensors" for name in tensors if name != EMBED}}
+    metadata = {HEAD: EMBED} if request.param == "metadata" else None
+    for file in ("a.safetensors", "b.safetensors"):
+        held = {name: tensors[name] for name in tensors if weight_map[name] == file}
+        save_file(held, folder / file, metadata=metadata if EMBED in held else None)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "config.json").write_text(json.dumps({"tie_word_embeddings": request.param == "config"}))
+    return folder
+
+
+@pytest.mark.parametrize("embedding", [{}, {"model.embed_tokens": Shard(0)}])
+async def test_a_filter_may_want_it_without_the_tensor_that_is_there(tied, tied_index, embedding, tensors):
+    def is_wanted(name):
+        return name in (HEAD, "model.norm.weight")
+
+    plan = {"lm_head": "colwise", **embedding}
+    loader = ShardedStateLoader(rank=1, world_size=4, tp_plan=plan, tensor_filter=is_wanted)
+    for path in (tied, tied_index):
+        weights = await loader.load_weights(path)
+        assert set(weights) == {HEAD, "model.norm.weight"}
+        assert np.array_equal(weights[HEAD], tensors[EMBED][16:32])
+
+
+async def test_a_rule_for_it_is_used_though_its_file_is_not_opened(tied_index, tensors):
+    loader = ShardedStateLoader(rank=1, world_size=4, tp_plan={"lm_head": "colwise"}, tensor_filter="model.norm.*")
+    assert set(await loader.load_weights(tied_index)) == {"model.norm.weight"}

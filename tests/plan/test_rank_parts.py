@@ -63,6 +63,16 @@ def read(data, part, start, stop):
     return b"".join(data[at : at + size] for at, size in zip(offsets.tolist(), lengths.tolist(), strict=True))
 
 
+def test_what_a_filter_leaves_out_numbers_nothing_else(checkpoints):
+    tensors = {name: np.zeros(shape, np.float32) for name, shape in (("a.0", (2, 4)), ("b", 4), ("a.1", (2, 4)))}
+    data = checkpoints.shard(tensors)
+    part = part_of(data, {"a.*": Shard(0)}, wanted=lambda name: name != "a.0")
+    alone = part_of(checkpoints.shard({"x": tensors["b"], "y": tensors["a.1"]}), {"y": Shard(0)})
+    assert part.kinds.tolist() == alone.kinds.tolist() == [0, 1]
+    with pytest.raises(CheckpointError, match="'b'"):
+        part_of(data, {"a.*": Shard(3), "b": Shard(3)}, wanted=lambda name: name != "a.0")
+
+
 @given(st.lists(placed_arrays(), max_size=8), st.integers(0, WORLD - 1), st.booleans(), st.data())
 def test_the_ranges_of_any_bytes_of_a_part_are_those_of_the_sliced_tensors(checkpoints, placed, rank, skips, draw):
     tensors = {f"t{number}": array for number, (array, _) in enumerate(placed)}

@@ -44,6 +44,7 @@ def written_placements(checkpoints: Sequence[Checkpoint], faults: Faults) -> dic
                 worlds.add(world_size)
         if rank == 0:
             first = own
+            continue
         # One by one: the comparison of two dicts would hold the GIL to its end.
         wrong = [name for name, placement in without_hold(own.items()) if first.get(name) != placement]
         wrong += [name for name in without_hold(first) if name not in own]
