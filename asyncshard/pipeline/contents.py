@@ -148,7 +148,8 @@ class Contents:
         if not row.nbytes:
             return
         # Not before the destination fits: an error refers to this frame, and would keep the memory alive.
-        source = np.frombuffer(self.bytes_of(row, 0, row.nbytes), np.uint8)
+        staged: Any = self.lease
+        source = np.ndarray((row.nbytes,), np.uint8, staged, row.offset)
         if strided is not None:
             shares[0].add(strided, source)
         elif row.nbytes < _SPLIT_BYTES:
