@@ -344,3 +344,20 @@ async def test_a_filter_may_want_it_without_the_tensor_that_is_there(tied, tied_
 async def test_a_rule_for_it_is_used_though_its_file_is_not_opened(tied_index, tensors):
     loader = ShardedStateLoader(rank=1, world_size=4, tp_plan={"lm_head": "colwise"}, tensor_filter="model.norm.*")
     assert set(await loader.load_weights(tied_index)) == {"model.norm.weight"}
+
+
+async def test_resharding_keeps_them_one_and_needs_them_divided_alike(tied, tensors, tmp_path):
+    from asyncshard import reshard
+
+    alike = {"lm_head": "colwise", "model.embed_tokens": Shard(0)}
+    await reshard(tied, tmp_path / "ranks", world_size=4, tp_plan=alike)
+    state = {name: np.zeros_like(tensor) for name, tensor in tensors.items()}
+    state[EMBED], state[HEAD] = np.zeros_like(tensors[EMBED][:16]), np.zeros_like(tensors[EMBED][:16])
+    await ShardedStateLoader(rank=2, world_size=4).load_weights(tmp_path / "ranks", state)
+    assert np.array_equal(state[HEAD], tensors[EMBED][32:48])
+    assert np.array_equal(state[EMBED], tensors[EMBED][32:48])
+    with pytest.raises(CheckpointError, match=r"'lm_head\.weight' is tied to 'model\.embed_tokens\.weight'"):
+        await reshard(tied, tmp_path / "others", world_size=4, tp_plan={"lm_head": "colwise"})
+    assert not (tmp_path / "others").exists()
+    await reshard(tied, tmp_path / "whole", world_size=1, tp_plan={"lm_head": "colwise"})
+    assert np.array_equal((await asyncshard.load(tmp_path / "whole"))[EMBED], tensors[EMBED])

@@ -27,6 +27,7 @@ from asyncshard.pipeline.resharding.source import Source, join_source, open_sour
 from asyncshard.pipeline.resharding.target import Target, index_text
 from asyncshard.pipeline.shards import Shard
 from asyncshard.pipeline.slicing import find_plan
+from asyncshard.pipeline.ties import place_ties, ties_with_rules
 from asyncshard.plan.faults import Faults
 from asyncshard.plan.layout import INDEX_NAME, SINGLE_NAME
 from asyncshard.plan.survey import Survey, survey_names
@@ -123,13 +124,26 @@ class Run:
     async def _join(self, checkpoints: Sequence[Checkpoint], *, is_ranks: bool) -> Source:
         url, plan = self._store.url, self._wanted.tp_plan
         if isinstance(plan, TpPlan):
-            await self._threads.run(
-                lambda: plan.check_tables(_tables(checkpoints[0].shards), path=url, paced=without_hold)
-            )
+            await self._check(plan, checkpoints[0], is_ranks=is_ranks)
         place = None
         if is_ranks and not await self._threads.run(has_placements, checkpoints[0]):
             place = await self._find_plan(len(checkpoints), checkpoints[0].shards)
         return await self._threads.run(lambda: join_source(checkpoints, place, path=url, is_ranks=is_ranks))
+
+    async def _check(self, plan: TpPlan, first: Checkpoint, *, is_ranks: bool) -> None:
+        """Check a plan against the names of the first rank: tied tensors stay one, so they must be divided alike."""
+        url, tables = self._store.url, _tables(first.shards)
+        ties = await ties_with_rules(self._store, first, tables, plan, self._threads)
+        await self._threads.run(lambda: plan.check_tables(tables, ties, path=url, paced=without_hold))
+        if ties and not is_ranks:
+            selection = Selection(world_size=self._wanted.world_size)
+            for tied in await self._threads.run(lambda: list(place_ties(first, ties, selection, plan))):
+                raise CheckpointError(
+                    f"{url}: {tied.name!r} is tied to {tied.kept!r}, and the tp_plan divides them differently: reshard "
+                    "keeps tied tensors one. Leave the rule for the former out; a load may still have it",
+                    path=url,
+                    tensor=tied.name,
+                )
 
     async def _plan(self, source: Source) -> TargetPlan:
         wanted, url = self._wanted, self._store.url
