@@ -6,6 +6,8 @@ import asyncio
 import time
 from collections import deque
 
+import numpy as np
+
 from asyncshard.stores.cached.entry import BLOCK_BYTES
 
 
@@ -81,7 +83,8 @@ class BlockBuffers:
 
     def _lend(self, count: int) -> list[memoryview]:
         while len(self._free) < count:
-            self._free.append(memoryview(bytearray(BLOCK_BYTES)))
+            # Not a bytearray: that would be filled with zeros, on the event loop.
+            self._free.append(np.empty(BLOCK_BYTES, np.uint8).data)
             self._made += 1
         lent = self._free[-count:]
         del self._free[-count:]
