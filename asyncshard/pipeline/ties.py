@@ -28,6 +28,8 @@ from asyncshard.stores.ranges import Scratch
 from asyncshard.stores.sliced import SlicedStore, part_meta
 from asyncshard.stores.threads import DaemonThreads
 
+_OUTPUT_MODULE = OUTPUT.rpartition(".")[0]
+
 
 async def add_ties(
     store: Store,
@@ -125,6 +127,8 @@ def place_ties(
 
 def _output_with_rule(tables: Sequence[HeaderTable | WeightMap], plan: TpPlan) -> tuple[str, str] | None:
     """Return the output layer that is in no table and has a rule, and the one embedding beside which it would be."""
+    if not any(_OUTPUT_MODULE in key for key in plan.rules):
+        return None
     names = (table.name(index) for table in tables for index in without_hold(range(len(table))))
     embeddings = [name for name in names if name.endswith(EMBEDDING)]
     if len(embeddings) != 1:
