@@ -45,7 +45,7 @@ async def open_slices(
     if plan is not None and selection.tp_plan != "auto":
         tables = [shard.header.table for shard in whole.shards] if found.weight_map is None else [found.weight_map]
         ties = await ties_with_rules(store, whole, tables, plan, threads)
-        await threads.run(lambda: plan.check_tables(tables, ties, path=store.url, paced=without_hold))
+        await threads.run(lambda: plan.check(tables, ties, path=store.url, paced=without_hold))
         tied = tuple(await threads.run(lambda: list(place_ties(whole, ties, selection, plan))))
     shards = [await threads.run(slice_shard, shard, selection, plan) for shard in whole.shards]
     if selection.tensor_filter is not None and found.weight_map is None:

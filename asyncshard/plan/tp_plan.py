@@ -134,22 +134,7 @@ class TpPlan:
                 unmatched.append(name)
         return TpMatch(tuple(key for key in self._rules if key not in used), tuple(unmatched))
 
-    def check(self, names: Iterable[str], *, path: str | None = None) -> None:
-        """Check the plan against the names of the whole checkpoint.
-
-        Raises
-        ------
-        NamesError
-            A rule matches nothing: its `missing` are the rules. Or, where the plan says so, a name is matched by no
-            rule: its `unexpected` are the names.
-        """
-        unused, unmatched = self.match(names)
-        if unused:
-            raise _unused_error(unused, path)
-        if unmatched and self._unmatched == "error":
-            raise _unmatched_error(unmatched, path)
-
-    def check_tables(
+    def check(
         self,
         tables: Sequence[HeaderTable | WeightMap],
         others: Iterable[str] = (),
@@ -157,17 +142,25 @@ class TpPlan:
         path: str | None = None,
         paced: Paced = iter,
     ) -> None:
-        """Do what `check` does, with a name of each kind: all names are read only where they are to be listed.
+        """Check the plan against the names of the whole checkpoint.
 
-        `others` are names that a rule matches and no table has.
+        A name of each kind is looked at; all are read only where they are to be listed. `others` are names that a rule
+        matches and no table has.
 
         Raises
         ------
         NamesError
+            A rule matches nothing: its `missing` are the rules. Or, where the plan says so, a name is matched by no
+            rule: its `unexpected` are the names.
         """
         unused, unmatched = self.match(chain(self.samples(tables, paced), others))
         if unused:
-            raise _unused_error(unused, path)
+            raise NamesError(
+                f"{_of(path)}the tp_plan has rules that match no tensor of the checkpoint: {_listing(unused)}. Mend "
+                "or remove them: '*' stands for a number, and the name is a parameter's or its module's.",
+                path=path,
+                missing=unused,
+            )
         if unmatched and self._unmatched == "error":
             names = (table.name(index) for table in tables for index in paced(range(len(table))))
             raise _unmatched_error(self.match(names).unmatched, path)
@@ -249,15 +242,6 @@ def _check_conflicts(rules: Mapping[str, str | Placement]) -> None:
         other = PREFIX + key
         if other in rules and rules[other] != value:
             raise ValueError(f"tp_plan: {key!r} and {other!r} mean the same names but differ; keep one of them")
-
-
-def _unused_error(rules: Sequence[str], path: str | None) -> NamesError:
-    return NamesError(
-        f"{_of(path)}the tp_plan has rules that match no tensor of the checkpoint: {_listing(rules)}. Mend or remove "
-        "them: '*' stands for a number, and the name is a parameter's or its module's.",
-        path=path,
-        missing=tuple(rules),
-    )
 
 
 def _unmatched_error(names: Sequence[str], path: str | None) -> NamesError:

@@ -177,7 +177,7 @@ def _plan(case: Case) -> Run:
     def run() -> Mapping[str, float]:
         header = parse_header(text, size)
         plan = TpPlan({key: word for key, word in MODEL.items() if key.split(".")[-1] in shapes})
-        plan.check_tables([header.table])
+        plan.check([header.table])
         part = make_rank_part(header, plan, None, rank=3, world_size=_MANY_RANKS, path="")
         assert part is not None
         return {"tensors": len(part.header)}

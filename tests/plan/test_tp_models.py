@@ -7,8 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asyncshard.errors import CheckpointError, NamesError
+from asyncshard.format.header import format_header, parse_header
 from asyncshard.plan.slices import slice_tensor
 from asyncshard.plan.tp_models import auto_plan, require_known, ties_embeddings
+
+
+def table_of(*names):
+    return parse_header(format_header((name, "U8", (0,), 0) for name in names)).table
+
 
 LLAMA_8B = {
     "architectures": ["LlamaForCausalLM"],
@@ -113,7 +119,7 @@ def test_each_rank_has_its_heads_and_its_part_of_the_mlp(model, prefix):
     config, world_size = MODELS[model]
     plan = auto_plan(config, world_size)
     shapes = {name.replace("model.", prefix, 1): shape for name, shape in shapes_of(config).items()}
-    plan.check(shapes)
+    plan.check([table_of(*shapes)])
     for rank in range(world_size):
         for name, shape in shapes.items():
             part = slice_tensor(name, shape, 16, plan.placement_of(name, shape), rank=rank, world_size=world_size)
@@ -169,7 +175,7 @@ def test_early_llama_and_null_have_as_many_heads_of_keys_as_of_queries():
 def test_a_checkpoint_with_other_names_is_not_loaded_whole():
     plan = auto_plan(LLAMA_8B, 2)
     with pytest.raises(NamesError, match="q_proj"):
-        plan.check(["layers.0.attention.wq.weight", "model.layers.0.self_attn.qkv_proj.weight"])
+        plan.check([table_of("layers.0.attention.wq.weight", "model.layers.0.self_attn.qkv_proj.weight")])
 
 
 def test_the_plan_pickles_and_the_config_is_left_alone():

@@ -14,6 +14,11 @@ from asyncshard.plan.placements import PackedShard, Replicate, Shard
 from asyncshard.plan.tp_plan import TpPlan
 from asyncshard.plan.tp_words import KNOWN_WORDS
 
+
+def table_of(*names):
+    return parse_header(format_header((name, "U8", (0,), 0) for name in names)).table
+
+
 NAME = "model.layers.7.self_attn.q_proj.weight"
 KEYS = [
     "model.layers.7.self_attn.q_proj.weight",
@@ -37,7 +42,7 @@ def test_a_rule_is_found_by_parameter_or_module_with_or_without_the_prefix(name,
     plan = TpPlan({key: Shard(1)}, unmatched="error")
     assert plan.placement_of(name, (8, 8)) == Shard(1)
     assert plan.match([name]) == ((), ())
-    plan.check([name])
+    plan.check([table_of(name)])
 
 
 @pytest.mark.parametrize("name", [NAME, NAME.removeprefix("model.")])
@@ -81,7 +86,7 @@ def test_a_star_is_a_number_and_nothing_else_matches_by_half(key):
     plan = TpPlan({key: "colwise"})
     assert plan.placement_of(NAME, (8, 8)) == Replicate()
     with pytest.raises(NamesError) as caught:
-        plan.check([NAME], path="/ckpt")
+        plan.check([table_of(NAME)], path="/ckpt")
     assert caught.value.missing == (key,)
     assert repr(key) in str(caught.value)
     assert caught.value.path == "/ckpt"
@@ -135,14 +140,14 @@ def test_no_name_and_no_key_breaks_the_matching(name, key):
 def test_unmatched_names_are_whole_or_refused():
     names = [f"norms.{index}.weight" for index in range(30)]
     assert TpPlan({}).placement_of(names[0], (8,)) == Replicate()
-    TpPlan({}).check(names)
+    TpPlan({}).check([table_of(*names)])
     plan = TpPlan({}, unmatched="error")
     with pytest.raises(NamesError, match=r"norms\.0\.weight"):
         plan.placement_of(names[0], (8,))
     with pytest.raises(
         NamesError, match=r"^/ckpt: .*'norms.19.weight' and 10 more\. .*unmatched='replicate'"
     ) as caught:
-        plan.check(names, path="/ckpt")
+        plan.check([table_of(*names)], path="/ckpt")
     assert caught.value.unexpected == tuple(names)
     assert "norms.20.weight" not in str(caught.value)
     assert plan.match(names).unmatched == tuple(names)
@@ -150,20 +155,19 @@ def test_unmatched_names_are_whole_or_refused():
 
 def test_all_names_of_a_table_are_listed_though_one_of_a_kind_is_looked_at():
     names = [f"layers.{index}.{module}.weight" for index in range(9) for module in ("a", "b")]
-    header = parse_header(format_header((name, "U8", (0,), 0) for name in names))
-    TpPlan({"layers.*.a": Shard(0)}).check_tables([header.table])
+    TpPlan({"layers.*.a": Shard(0)}).check([table_of(*names)])
     with pytest.raises(NamesError) as caught:
-        TpPlan({"layers.*.a": Shard(0)}, unmatched="error").check_tables([header.table], path="/ckpt")
+        TpPlan({"layers.*.a": Shard(0)}, unmatched="error").check([table_of(*names)], path="/ckpt")
     assert caught.value.unexpected == tuple(names[1::2])
     with pytest.raises(NamesError) as caught:
-        TpPlan({"layers.*.c": Shard(0)}).check_tables([header.table], path="/ckpt")
+        TpPlan({"layers.*.c": Shard(0)}).check([table_of(*names)], path="/ckpt")
     assert caught.value.missing == ("layers.*.c",)
 
 
 def test_rules_that_match_nothing_are_listed_twenty_at_most():
     rules = {f"layers.*.p{index}": "colwise" for index in range(25)}
     with pytest.raises(NamesError, match=r"'layers.\*.p19' and 5 more") as caught:
-        TpPlan(rules).check(["layers.0.weight"])
+        TpPlan(rules).check([table_of("layers.0.weight")])
     assert caught.value.missing == tuple(rules)
     assert caught.value.path is None
 
@@ -301,7 +305,7 @@ def test_two_rules_for_the_same_names_must_agree():
     with pytest.raises(ValueError, match=r"'layers.\*.q' and 'model.layers.\*.q' mean the same names but differ"):
         TpPlan({"model.layers.*.q": "colwise", "layers.*.q": "rowwise"})
     plan = TpPlan({"model.layers.*.q": "colwise", "layers.*.q": "colwise"})
-    plan.check(["layers.0.q.weight"])
+    plan.check([table_of("layers.0.q.weight")])
 
 
 @pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
@@ -341,5 +345,5 @@ def test_torch_is_not_imported_for_a_plan():
 def test_a_hundred_thousand_names_are_looked_up_once_each():
     names = [f"model.layers.{index}.mlp.up_proj.weight" for index in range(100_000)]
     plan = TpPlan({"layers.*.mlp.up_proj": "colwise"}, unmatched="error")
-    plan.check(names)
+    plan.check([table_of(*names)])
     assert {plan.placement_of(name, (8, 8)) for name in names} == {Shard(-2)}

@@ -134,10 +134,11 @@ class Run:
         """Check a plan against the names of the first rank: tied tensors stay one, so they must be divided alike."""
         url, tables = self._store.url, _tables(first.shards)
         ties = await ties_with_rules(self._store, first, tables, plan, self._threads)
-        await self._threads.run(lambda: plan.check_tables(tables, ties, path=url, paced=without_hold))
+        await self._threads.run(lambda: plan.check(tables, ties, path=url, paced=without_hold))
         if ties and not is_ranks:
             selection = Selection(world_size=self._wanted.world_size)
-            for tied in await self._threads.run(lambda: list(place_ties(first, ties, selection, plan))):
+            tied = await self._threads.run(next, place_ties(first, ties, selection, plan), None)
+            if tied is not None:
                 raise CheckpointError(
                     f"{url}: {tied.name!r} is tied to {tied.kept!r}, and the tp_plan divides them differently: reshard "
                     "keeps tied tensors one. Leave the rule for the former out; a load may still have it",
