@@ -8,7 +8,7 @@ rank's bytes by that rule, with a destination or without.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from asyncshard._core import HeaderTable, WeightMap
@@ -129,13 +129,12 @@ def _output_with_rule(tables: Sequence[HeaderTable | WeightMap], plan: TpPlan) -
     """Return the output layer that is in no table and has a rule, and the one embedding beside which it would be."""
     if not any(_OUTPUT_MODULE in key for key in plan.rules):
         return None
-    names = (table.name(index) for table in tables for index in without_hold(range(len(table))))
-    embeddings = [name for name in names if name.endswith(EMBEDDING)]
-    if len(embeddings) != 1:
+    embedding = _only_embedding(tables)
+    if embedding is None:
         return None
-    for name in output_names(embeddings[0]):
+    for name in output_names(embedding):
         if plan.has_rule(name) and all(table.find(name) < 0 for table in tables):
-            return name, embeddings[0]
+            return name, embedding
     return None
 
 
@@ -145,9 +144,14 @@ def _lost_output(checkpoint: Checkpoint, destinations: Mapping[str, Any]) -> tup
     outputs = [name for name in without_hold(destinations) if name.endswith(OUTPUT) and name not in info]
     if len(outputs) != 1 or not checkpoint.is_wanted(outputs[0]):
         return None
-    names = (name for shard in checkpoint.shards for name in without_hold(shard.header))
+    embedding = _only_embedding([shard.header.table for shard in checkpoint.shards])
+    return None if embedding is None else (outputs[0], embedding)
+
+
+def _only_embedding(tables: Iterable[HeaderTable | WeightMap]) -> str | None:
+    names = (table.name(index) for table in tables for index in without_hold(range(len(table))))
     embeddings = [name for name in names if name.endswith(EMBEDDING)]
-    return (outputs[0], embeddings[0]) if len(embeddings) == 1 else None
+    return embeddings[0] if len(embeddings) == 1 else None
 
 
 async def _ties_embeddings(store: Store, threads: DaemonThreads) -> bool:
