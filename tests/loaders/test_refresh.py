@@ -666,6 +666,23 @@ async def test_a_loop_that_ends_lets_it_finish_and_hears_of_nothing_else(old, ne
         assert is_clean(loader.budget)
 
 
+async def test_nobody_sees_memory_that_is_being_given_back(new, new_files, live):
+    loader = make_loader()
+    update = await loader.prepare_refresh(MemoryStore(new_files), live)
+    names = aiter(update)
+    name, view = await anext(names)
+    task = asyncio.ensure_future(update.apply())
+    await turns(1)
+    with pytest.raises(StreamClosedError, match="applied or closed"):
+        await anext(names)
+    await task
+    assert np.array_equal(view, new[name])  # who holds a view keeps its memory
+    assert loader.budget.bytes_held >= view.nbytes
+    del view
+    assert is_clean(loader.budget)
+    assert loader.budget.bytes_held == 0
+
+
 async def test_closing_waits_for_what_is_being_applied(new, new_files, live):
     update = await make_loader().prepare_refresh(MemoryStore(new_files), live)
     task = asyncio.ensure_future(update.apply())
