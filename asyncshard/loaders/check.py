@@ -16,14 +16,14 @@ from asyncshard.loaders.options import MIB, Options, require_int
 from asyncshard.pipeline.config import CONFIG_NAME, read_config
 from asyncshard.pipeline.free_memory import default_budget_mb
 from asyncshard.pipeline.header_scan import HeaderLimits, HeaderScan, is_about_the_file
-from asyncshard.pipeline.pace import without_hold
+from asyncshard.tasks.pace import without_hold
 from asyncshard.plan.completeness import Evidence, Finding, Problem, judge
 from asyncshard.plan.file_facts import FileFacts, facts_of
 from asyncshard.plan.layout import INDEX_NAME
 from asyncshard.plan.report import CheckpointReport
 from asyncshard.plan.survey import Survey, survey_index, survey_names
 from asyncshard.stores import Listing, Store
-from asyncshard.stores.threads import DaemonThreads, finish
+from asyncshard.tasks.threads import DaemonThreads, finish
 
 
 async def check_checkpoint(

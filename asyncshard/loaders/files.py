@@ -14,7 +14,7 @@ from asyncshard.loaders.options import Options
 from asyncshard.pipeline.checkpoint import Selection, find_shards
 from asyncshard.pipeline.shards import read_header_of
 from asyncshard.stores import Store, file_from_url, from_url
-from asyncshard.stores.threads import DaemonThreads, finish
+from asyncshard.tasks.threads import DaemonThreads, finish
 
 ModelPath = str | os.PathLike[str] | Store
 """A local path or URL; or a store of one's own, which a load leaves open."""

@@ -24,12 +24,12 @@ from asyncshard.pipeline.shard_cache import CachedFile, CacheStatistics, ShardCa
 from asyncshard.pipeline.shard_reads import read_one, read_whole, unknown
 from asyncshard.pipeline.shard_tensors import ShardTensors
 from asyncshard.pipeline.shards import Shard, read_header_of
-from asyncshard.pipeline.single_flight import SingleFlight
+from asyncshard.tasks.single_flight import SingleFlight
 from asyncshard.pipeline.slicing import find_plan, slice_shard, slices_of
 from asyncshard.pipeline.staged import StagedTransfer
 from asyncshard.plan.layout import is_rank_shard
 from asyncshard.stores import Store
-from asyncshard.stores.threads import DaemonThreads, finish
+from asyncshard.tasks.threads import DaemonThreads, finish
 
 T = TypeVar("T")
 Callback = Callable[[str, Any], object]

@@ -29,7 +29,7 @@ from asyncshard.pipeline.transfer import Pacing, Transfer
 from asyncshard.pipeline.update import Update
 from asyncshard.pipeline.version import CheckpointVersion
 from asyncshard.stores import Store
-from asyncshard.stores.threads import DaemonThreads, finish
+from asyncshard.tasks.threads import DaemonThreads, finish
 
 if TYPE_CHECKING:
     from asyncshard.stores.cached.directory import DiskCache

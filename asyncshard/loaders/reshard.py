@@ -18,7 +18,7 @@ from asyncshard.pipeline.resharding.run import WRITERS, ReshardReport, Run, Want
 from asyncshard.pipeline.resharding.target import Target
 from asyncshard.plan.tp_plan import TpPlan, plan_of
 from asyncshard.stores.base import Store
-from asyncshard.stores.threads import DaemonThreads, finish
+from asyncshard.tasks.threads import DaemonThreads, finish
 
 DEFAULT_MAX_SHARD_SIZE = 5 * 10**9
 

@@ -16,7 +16,7 @@ from asyncshard.loaders.options import Options
 from asyncshard.pipeline.arrays import ArrayLibrary
 from asyncshard.pipeline.budget import Account, MemoryBudget
 from asyncshard.stores import Store, name_of_file
-from asyncshard.stores.threads import DaemonThreads, finish
+from asyncshard.tasks.threads import DaemonThreads, finish
 
 ShardFile = str | os.PathLike[str]
 """A local path or URL."""

@@ -21,7 +21,7 @@ from asyncshard.format.pattern import ShardPattern
 from asyncshard.pipeline.hashing import Digest, load_digest
 from asyncshard.plan.subtensors import SubtensorFilter
 from asyncshard.stores.files import translated
-from asyncshard.stores.threads import DaemonThreads
+from asyncshard.tasks.threads import DaemonThreads
 
 _SPEC_NAMES = {
     "BOOL": "bool",

@@ -26,7 +26,7 @@ from typing import Any, Protocol
 from asyncshard._core import Lease, ReturnList
 from asyncshard.errors import BudgetError
 from asyncshard.pipeline.arena import Arena, Extent, round_up
-from asyncshard.stores.threads import DaemonThreads, finish
+from asyncshard.tasks.threads import DaemonThreads, finish
 
 MIB = 1 << 20
 

@@ -16,7 +16,7 @@ from asyncshard.format.header import TensorInfo
 from asyncshard.format.index import MAX_INDEX_BYTES, parse_index
 from asyncshard.format.pattern import ShardPattern
 from asyncshard.pipeline.budget import Account
-from asyncshard.pipeline.pace import without_hold
+from asyncshard.tasks.pace import without_hold
 from asyncshard.pipeline.shards import Shard, read_header_of
 from asyncshard.plan.completeness import index_disagreement
 from asyncshard.plan.file_facts import EMBEDDING, output_names
@@ -24,7 +24,7 @@ from asyncshard.plan.layout import choose_layout, index_files, is_rank_shard
 from asyncshard.plan.tensor_filter import TensorFilter
 from asyncshard.plan.tp_plan import TpPlan
 from asyncshard.stores.base import Store
-from asyncshard.stores.threads import DaemonThreads
+from asyncshard.tasks.threads import DaemonThreads
 
 _HEADERS_AT_ONCE = 8
 _LISTED = 20

@@ -7,7 +7,7 @@ from typing import Any
 
 from asyncshard.errors import CheckpointError
 from asyncshard.stores.base import Store
-from asyncshard.stores.threads import DaemonThreads
+from asyncshard.tasks.threads import DaemonThreads
 
 CONFIG_NAME = "config.json"
 _MAX_BYTES = 1 << 24

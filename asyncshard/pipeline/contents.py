@@ -14,7 +14,7 @@ from asyncshard.pipeline.arrays import ArrayLibrary, make_view
 from asyncshard.pipeline.checkpoint import Checkpoint
 from asyncshard.pipeline.destinations import ShardDestinations, StridedTarget
 from asyncshard.pipeline.matching import fit, is_sink
-from asyncshard.pipeline.pace import without_hold
+from asyncshard.tasks.pace import without_hold
 
 _SPLIT_BYTES = 2 << 20
 """A tensor of so many takes much more time to copy than to look up."""

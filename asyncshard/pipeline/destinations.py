@@ -16,7 +16,7 @@ from asyncshard._core import Lease, Region, ReturnList, Span
 from asyncshard.format.dtypes import DTYPES
 from asyncshard.pipeline.arrays import ArrayLibrary, make_view
 from asyncshard.pipeline.checkpoint import Checkpoint
-from asyncshard.pipeline.pace import Pace
+from asyncshard.tasks.pace import Pace
 from asyncshard.pipeline.shards import Shard
 
 _CAST_ELEMENTS = 1 << 17

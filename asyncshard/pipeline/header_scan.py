@@ -12,7 +12,7 @@ from asyncshard.errors import AsyncShardError, BudgetError, FormatError, ObjectC
 from asyncshard.format.header import Header
 from asyncshard.pipeline.shards import open_header, parse_opened
 from asyncshard.stores.base import Store
-from asyncshard.stores.threads import DaemonThreads
+from asyncshard.tasks.threads import DaemonThreads
 
 T = TypeVar("T")
 

@@ -19,8 +19,8 @@ from asyncshard.format.dtypes import DTYPES, Dtype
 from asyncshard.pipeline.arrays import ArrayLibrary, RawArray
 from asyncshard.pipeline.checkpoint import Checkpoint
 from asyncshard.pipeline.destinations import Placement, ShardDestinations, StridedTarget
-from asyncshard.pipeline.pace import Pace
-from asyncshard.stores.threads import DaemonThreads
+from asyncshard.tasks.pace import Pace
+from asyncshard.tasks.threads import DaemonThreads
 
 _LISTED = 20
 _OVERLAP_WORK: Any = 100_000  # any number, for stubs of NumPy before 2.5

@@ -18,7 +18,7 @@ from asyncshard.pipeline.destinations import Placement, Sink, StridedTarget
 from asyncshard.pipeline.transfer import Pacing, Transfer
 from asyncshard.plan.items import GRAIN, ReadItem, placed_tensors
 from asyncshard.stores.base import Store
-from asyncshard.stores.threads import DaemonThreads
+from asyncshard.tasks.threads import DaemonThreads
 
 _MAX_TENSORS = 4096
 """In one item: what reading into separate buffers handles in one call without holding the GIL for long."""

@@ -17,14 +17,14 @@ from asyncshard.pipeline.checkpoint import Checkpoint
 from asyncshard.pipeline.contents import Contents
 from asyncshard.pipeline.destinations import Placement, ShardDestinations
 from asyncshard.pipeline.hashing import Digest, load_digest
-from asyncshard.pipeline.pace import without_hold
+from asyncshard.tasks.pace import without_hold
 from asyncshard.pipeline.placed import PlacedTransfer
 from asyncshard.pipeline.transfer import Pacing
 from asyncshard.pipeline.update import Update
 from asyncshard.pipeline.version import CheckpointVersion
 from asyncshard.plan.items import ReadItem
 from asyncshard.stores.base import Store
-from asyncshard.stores.threads import DaemonThreads
+from asyncshard.tasks.threads import DaemonThreads
 
 _SPACING = 64
 """Staged tensors begin at multiples of this, a cache line."""

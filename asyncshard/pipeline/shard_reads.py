@@ -11,7 +11,7 @@ from asyncshard.pipeline.shard_cache import CachedFile, ShardCache
 from asyncshard.pipeline.shard_tensors import ShardTensors
 from asyncshard.pipeline.staged import StagedTransfer
 from asyncshard.plan.items import ReadItem
-from asyncshard.stores.threads import DaemonThreads, all_of
+from asyncshard.tasks.threads import DaemonThreads, all_of
 
 
 async def read_whole(

@@ -11,7 +11,7 @@ from asyncshard.format.header import Header, header_size, parse_header
 from asyncshard.pipeline.budget import Account
 from asyncshard.plan.rank_parts import RankPart
 from asyncshard.stores.base import ObjectMeta, Store
-from asyncshard.stores.threads import DaemonThreads
+from asyncshard.tasks.threads import DaemonThreads
 
 T = TypeVar("T")
 

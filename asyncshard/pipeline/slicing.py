@@ -6,7 +6,7 @@ from asyncshard.errors import ObjectNotFoundError
 from asyncshard.pipeline.budget import Account
 from asyncshard.pipeline.checkpoint import Checkpoint, Selection, TiedShard, find_shards, open_found, require_wanted
 from asyncshard.pipeline.config import CONFIG_NAME, read_config
-from asyncshard.pipeline.pace import without_hold
+from asyncshard.tasks.pace import without_hold
 from asyncshard.pipeline.shards import Shard
 from asyncshard.pipeline.ties import place_ties, ties_with_rules
 from asyncshard.plan.part_planner import make_rank_part
@@ -15,7 +15,7 @@ from asyncshard.plan.tp_plan import TpPlan
 from asyncshard.stores.base import Store
 from asyncshard.stores.ranges import Scratch
 from asyncshard.stores.sliced import SlicedStore, part_meta
-from asyncshard.stores.threads import DaemonThreads
+from asyncshard.tasks.threads import DaemonThreads
 
 _SHARE = 8
 """The scratch takes an eighth of the budget at most."""

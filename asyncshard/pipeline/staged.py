@@ -16,7 +16,7 @@ from asyncshard.pipeline.checkpoint import Checkpoint
 from asyncshard.pipeline.transfer import Pacing, Transfer
 from asyncshard.plan.items import ReadItem, whole_tensors
 from asyncshard.stores.base import Store
-from asyncshard.stores.threads import DaemonThreads
+from asyncshard.tasks.threads import DaemonThreads
 
 _ALIGNMENT = 8
 """The widest element of the format has 8 bytes."""

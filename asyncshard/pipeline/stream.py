@@ -12,7 +12,7 @@ from asyncshard.errors import StreamClosedError, UnsupportedTensorError
 from asyncshard.format.header import TensorInfo
 from asyncshard.pipeline.checkpoint import CheckpointInfo
 from asyncshard.pipeline.load_plan import LoadPlan
-from asyncshard.pipeline.pace import Pace
+from asyncshard.tasks.pace import Pace
 from asyncshard.pipeline.statistics import Counters, Statistics
 from asyncshard.pipeline.supervisor import Supervisor
 from asyncshard.pipeline.transfer import Transfer

@@ -24,7 +24,7 @@ from asyncshard.pipeline.budget import Account, MemoryBudget, Yields, charge_of
 from asyncshard.pipeline.statistics import Counters
 from asyncshard.pipeline.transfer import Transfer
 from asyncshard.plan.items import ReadItem
-from asyncshard.stores.threads import DaemonThreads, finish
+from asyncshard.tasks.threads import DaemonThreads, finish
 
 _BYTES_PER_ITEM = 8 << 20
 """Reading further ahead in buffers only touches more memory, and touching memory for the first time is slow."""

@@ -17,7 +17,7 @@ from asyncshard.pipeline.arrays import ArrayLibrary
 from asyncshard.pipeline.checkpoint import Checkpoint, CheckpointInfo, Selection, TiedShard, ties_of
 from asyncshard.pipeline.config import read_config
 from asyncshard.pipeline.matching import is_sink, span
-from asyncshard.pipeline.pace import without_hold
+from asyncshard.tasks.pace import without_hold
 from asyncshard.pipeline.shards import Shard
 from asyncshard.plan.file_facts import EMBEDDING, OUTPUT, output_names
 from asyncshard.plan.part_planner import rename, rename_placed
@@ -26,7 +26,7 @@ from asyncshard.plan.tp_plan import TpPlan
 from asyncshard.stores.base import Store
 from asyncshard.stores.ranges import Scratch
 from asyncshard.stores.sliced import SlicedStore, part_meta
-from asyncshard.stores.threads import DaemonThreads
+from asyncshard.tasks.threads import DaemonThreads
 
 _OUTPUT_MODULE = OUTPUT.rpartition(".")[0]
 

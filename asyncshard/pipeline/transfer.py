@@ -12,7 +12,7 @@ from asyncshard.pipeline.checkpoint import Checkpoint, ties_of
 from asyncshard.pipeline.version import CheckpointVersion
 from asyncshard.plan.items import ReadItem
 from asyncshard.stores.base import Store
-from asyncshard.stores.threads import all_of
+from asyncshard.tasks.threads import all_of
 
 
 class Pacing(NamedTuple):

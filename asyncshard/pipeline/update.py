@@ -11,9 +11,9 @@ from typing import Any, Self
 from asyncshard.errors import StreamClosedError
 from asyncshard.pipeline.budget import Account
 from asyncshard.pipeline.contents import Contents, Row, Share
-from asyncshard.pipeline.pace import Pace
+from asyncshard.tasks.pace import Pace
 from asyncshard.pipeline.version import CheckpointVersion
-from asyncshard.stores.threads import DaemonThreads, finish
+from asyncshard.tasks.threads import DaemonThreads, finish
 
 _COPYING_THREADS = 2
 """As many saturate memory bandwidth on most machines."""

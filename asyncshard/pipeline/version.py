@@ -27,7 +27,7 @@ from asyncshard.format.digests import digests_of, has_digests
 from asyncshard.format.dtypes import DTYPES
 from asyncshard.format.header import Header
 from asyncshard.pipeline.checkpoint import Checkpoint
-from asyncshard.pipeline.pace import without_hold
+from asyncshard.tasks.pace import without_hold
 from asyncshard.stores.base import ETAG, Store
 
 Facts = Mapping[str, str]

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from asyncshard.errors import FormatError
 from asyncshard.stores.ranges import Scratch, read_ranges
-from asyncshard.stores.threads import DaemonThreads
+from asyncshard.tasks.threads import DaemonThreads
 
 
 class ObjectMeta(NamedTuple):

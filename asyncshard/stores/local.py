@@ -21,7 +21,7 @@ from asyncshard.errors import TruncatedError
 from asyncshard.stores import files
 from asyncshard.stores.base import Listing, ObjectMeta, Store, require_small
 from asyncshard.stores.ranges import Scratch
-from asyncshard.stores.threads import DaemonThreads, finish
+from asyncshard.tasks.threads import DaemonThreads, finish
 
 DEFAULT_MAX_WORKERS = 2
 DEFAULT_MAX_GAP_BYTES = 8 << 10

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from asyncshard._core import gather_runs
-from asyncshard.stores.threads import DaemonThreads, all_of
+from asyncshard.tasks.threads import DaemonThreads, all_of
 
 Offsets = NDArray[np.int64]
 ReadInto = Callable[[int, Sequence[memoryview]], Awaitable[None]]

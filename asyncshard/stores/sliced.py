@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from asyncshard.plan.rank_parts import RankPart
 from asyncshard.stores.base import ObjectMeta, Store
 from asyncshard.stores.ranges import Scratch, cutter
-from asyncshard.stores.threads import DaemonThreads
+from asyncshard.tasks.threads import DaemonThreads
 from asyncshard.stores.wrapper import WrapperStore
 
 _MAX_RANGES = 1 << 15

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from asyncshard.errors import ObjectChangedError, ObjectNotFoundError, TruncatedError
 from asyncshard.stores.base import ETAG, Listing, ObjectMeta, Store
-from asyncshard.stores.threads import finish
+from asyncshard.tasks.threads import finish
 from asyncshard.stores.wrapper import WrapperStore
 
 

@@ -9,7 +9,7 @@ from asyncshard.errors import NotRegularFileError
 from asyncshard.pipeline.resharding.reads import Bytes
 from asyncshard.pipeline.resharding.target import Target
 from asyncshard.stores.base import Store
-from asyncshard.stores.threads import DaemonThreads
+from asyncshard.tasks.threads import DaemonThreads
 
 _SUFFIXES = (".json", ".txt", ".model", ".jinja")
 _FIRST_READ = 64 << 10

@@ -11,13 +11,13 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from asyncshard._core import StopFlag, copy_runs
-from asyncshard.pipeline.resharding.jobs import run_all
+from asyncshard.tasks.bounded import run_all
 from asyncshard.pipeline.resharding.reads import BlockReader, Room, local_offsets, views_of
 from asyncshard.pipeline.resharding.source import Source
 from asyncshard.pipeline.resharding.target import Target
 from asyncshard.plan.blocks import Block, Moves, Side, cut_blocks
 from asyncshard.plan.target_files import TargetFiles
-from asyncshard.stores.threads import DaemonThreads
+from asyncshard.tasks.threads import DaemonThreads
 
 
 class Copy:

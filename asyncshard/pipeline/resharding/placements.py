@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from asyncshard.errors import FormatError
 from asyncshard.pipeline.checkpoint import Checkpoint
-from asyncshard.pipeline.pace import without_hold
+from asyncshard.tasks.pace import without_hold
 from asyncshard.pipeline.shards import Shard
 from asyncshard.plan.faults import Faults
 from asyncshard.plan.placement_text import PLACEMENT_KEY, parse_placements, parse_world_size

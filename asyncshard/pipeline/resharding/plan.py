@@ -12,7 +12,7 @@ from asyncshard.errors import CheckpointError
 from asyncshard.format.dtypes import DTYPES
 from asyncshard.format.header import format_header
 from asyncshard.format.pattern import ShardPattern
-from asyncshard.pipeline.pace import without_hold
+from asyncshard.tasks.pace import without_hold
 from asyncshard.pipeline.resharding.divider import PlaceTensor
 from asyncshard.pipeline.resharding.source import Source
 from asyncshard.plan.blocks import Side

@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from asyncshard._core import Lease, copy_runs
 from asyncshard.errors import BudgetError
 from asyncshard.pipeline.budget import Account
-from asyncshard.pipeline.resharding.jobs import run_all
+from asyncshard.tasks.bounded import run_all
 from asyncshard.pipeline.shards import Shard
 from asyncshard.plan.blocks import Extent, Moves
 from asyncshard.stores.base import Store
-from asyncshard.stores.threads import DaemonThreads
+from asyncshard.tasks.threads import DaemonThreads
 
 Bytes = NDArray[np.uint8]
 

@@ -14,12 +14,12 @@ from asyncshard.errors import CheckpointError
 from asyncshard.format.pattern import ShardPattern
 from asyncshard.pipeline.budget import Account
 from asyncshard.pipeline.checkpoint import Checkpoint, Selection
-from asyncshard.pipeline.pace import without_hold
+from asyncshard.tasks.pace import without_hold
 from asyncshard.pipeline.resharding.beside import beside, copy_beside
 from asyncshard.pipeline.resharding.copies import Comparison, compare_digests
 from asyncshard.pipeline.resharding.copying import Copy
 from asyncshard.pipeline.resharding.divider import PlaceTensor
-from asyncshard.pipeline.resharding.jobs import run_all
+from asyncshard.tasks.bounded import run_all
 from asyncshard.pipeline.resharding.placements import has_placements
 from asyncshard.pipeline.resharding.plan import TargetPlan, plan_target
 from asyncshard.pipeline.resharding.reads import BlockReader, Room, take_rooms
@@ -34,7 +34,7 @@ from asyncshard.plan.survey import Survey, survey_names
 from asyncshard.plan.tp_models import require_known
 from asyncshard.plan.tp_plan import TpPlan
 from asyncshard.stores import Store
-from asyncshard.stores.threads import DaemonThreads
+from asyncshard.tasks.threads import DaemonThreads
 
 WRITERS = 1
 """Threads that gather and write: with two or three it was no faster on two cores, and the event loop waited longer."""

@@ -16,9 +16,9 @@ from asyncshard.format.digests import DIGESTS_KEY
 from asyncshard.format.pattern import ShardPattern
 from asyncshard.pipeline.budget import Account
 from asyncshard.pipeline.checkpoint import Checkpoint, Selection, open_checkpoint
-from asyncshard.pipeline.pace import without_hold
+from asyncshard.tasks.pace import without_hold
 from asyncshard.pipeline.resharding.divider import Divider, PlaceTensor
-from asyncshard.pipeline.resharding.jobs import run_all
+from asyncshard.tasks.bounded import run_all
 from asyncshard.pipeline.resharding.placements import require_whole, written_placements
 from asyncshard.pipeline.shards import Shard
 from asyncshard.plan.blocks import Side
@@ -28,7 +28,7 @@ from asyncshard.plan.placement_text import PLACEMENT_KEY, WORLD_SIZE_KEY
 from asyncshard.plan.placements import Placement
 from asyncshard.plan.survey import Survey
 from asyncshard.stores.base import Store
-from asyncshard.stores.threads import DaemonThreads
+from asyncshard.tasks.threads import DaemonThreads
 
 Numbers = NDArray[np.int64]
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 
 import filelock
 
-from asyncshard.stores.threads import DaemonThreads
+from asyncshard.tasks.threads import DaemonThreads
 
 SLOTS = 256
 _SEGMENT_BLOCKS = 8

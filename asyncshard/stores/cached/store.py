@@ -12,7 +12,7 @@ from asyncshard.stores.cached.directory import DiskCache, key_of
 from asyncshard.stores.cached.entry import BLOCK_BYTES, CorruptEntryError, Layout
 from asyncshard.stores.cached.locks import BlockLocks
 from asyncshard.stores.cached.read import CachedRead
-from asyncshard.stores.threads import DaemonThreads, finish
+from asyncshard.tasks.threads import DaemonThreads, finish
 from asyncshard.stores.wrapper import WrapperStore
 
 READ_THREADS = 2

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from asyncshard.stores.answers import Pin
 from asyncshard.stores.s3.checksums import Coverage, Stored, crc_of, matches, stored
 from asyncshard.stores.scatter import Scatter
-from asyncshard.stores.threads import DaemonThreads
+from asyncshard.tasks.threads import DaemonThreads
 
 
 @dataclass(slots=True, eq=False)

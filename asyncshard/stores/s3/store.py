@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from asyncshard.errors import ObjectNotFoundError, TruncatedError
 from asyncshard.stores.answers import Pin
 from asyncshard.stores.base import ETAG, Listing, ObjectMeta, Store
-from asyncshard.stores.loop_thread import LoopThread
+from asyncshard.tasks.loop_thread import LoopThread
 from asyncshard.stores.s3.options import S3Options
 from asyncshard.stores.scatter import Scatter
-from asyncshard.stores.threads import finish
+from asyncshard.tasks.threads import finish
 
 if TYPE_CHECKING:
     from asyncshard.stores.s3.reader import S3Reader

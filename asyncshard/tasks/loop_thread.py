@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import uvloop
 
-from asyncshard.stores.threads import finish
+from asyncshard.tasks.threads import finish
 
 T = TypeVar("T")
 

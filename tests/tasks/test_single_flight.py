@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 
-from asyncshard.pipeline.single_flight import SingleFlight
+from asyncshard.tasks.single_flight import SingleFlight
 
 
 class Call:

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from asyncshard.stores.loop_thread import LoopThread
+from asyncshard.tasks.loop_thread import LoopThread
 
 
 @pytest.fixture

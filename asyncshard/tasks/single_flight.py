@@ -8,7 +8,7 @@ from collections.abc import Callable, Coroutine, Hashable
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
-from asyncshard.stores.threads import finish
+from asyncshard.tasks.threads import finish
 
 T = TypeVar("T")
 

@@ -8,7 +8,7 @@ from concurrent.futures import Future
 
 import pytest
 
-from asyncshard.stores.threads import DaemonThreads, finish
+from asyncshard.tasks.threads import DaemonThreads, finish
 
 
 @pytest.fixture
@@ -155,7 +155,7 @@ def test_shut_threads_finish_what_is_queued_and_refuse_more():
 def test_a_call_that_hangs_does_not_hold_the_exit_of_the_interpreter():
     code = """
 import threading
-from asyncshard.stores.threads import DaemonThreads
+from asyncshard.tasks.threads import DaemonThreads
 started = threading.Event()
 def hang():
     started.set()
