@@ -14,7 +14,7 @@ from asyncshard.loaders.reshard import reshard
 from asyncshard.loaders.sharded_state import ShardedStateLoader
 from asyncshard.loaders.streaming import AsyncShardLoader
 from asyncshard.loaders.writer import save_sharded_state
-from asyncshard.pipeline.budget import MemoryBudget
+from asyncshard.pipeline.memory.budget import MemoryBudget
 from asyncshard.pipeline.destinations import Sink
 from asyncshard.pipeline.shard_cache import CacheStatistics
 from asyncshard.pipeline.statistics import Statistics

@@ -14,7 +14,7 @@ from asyncshard.format.pattern import ShardPattern
 from asyncshard.loaders.files import ModelPath, open_store
 from asyncshard.loaders.options import MIB, Options, require_int
 from asyncshard.pipeline.config import CONFIG_NAME, read_config
-from asyncshard.pipeline.free_memory import default_budget_mb
+from asyncshard.pipeline.memory.free_memory import default_budget_mb
 from asyncshard.pipeline.header_scan import HeaderLimits, HeaderScan, is_about_the_file
 from asyncshard.tasks.pace import without_hold
 from asyncshard.plan.completeness import Evidence, Finding, Problem, judge

@@ -17,7 +17,7 @@ from asyncshard.loaders.files import ModelPath, open_store
 from asyncshard.loaders.loader import Loader, Request, inherited
 from asyncshard.loaders.options import ReadTuning, require_int
 from asyncshard.loaders.sources import Opened, ShardFile, Sources, key_of
-from asyncshard.pipeline.budget import Account
+from asyncshard.pipeline.memory.budget import Account
 from asyncshard.pipeline.cached import CachedTransfer
 from asyncshard.pipeline.checkpoint import Checkpoint, find_shards, require_whole
 from asyncshard.pipeline.shard_cache import CachedFile, CacheStatistics, ShardCache

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from asyncshard.loaders.cache import Caching, make_cache
 from asyncshard.loaders.files import ModelPath, open_store
 from asyncshard.loaders.options import Options
-from asyncshard.pipeline.budget import Account, MemoryBudget
+from asyncshard.pipeline.memory.budget import Account, MemoryBudget
 from asyncshard.pipeline.checkpoint import Checkpoint, Selection, open_checkpoint
 from asyncshard.pipeline.destinations import Placement, new_destinations
-from asyncshard.pipeline.free_memory import default_budget_mb
+from asyncshard.pipeline.memory.free_memory import default_budget_mb
 from asyncshard.pipeline.load_plan import LoadPlan
 from asyncshard.pipeline.matching import match_destinations
 from asyncshard.pipeline.placed import PlacedTransfer

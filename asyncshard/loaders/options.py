@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Self, TypedDict, cast
 
 from asyncshard.pipeline.arrays import ArrayLibrary, NumpyArrays
-from asyncshard.pipeline.budget import MemoryBudget
+from asyncshard.pipeline.memory.budget import MemoryBudget
 from asyncshard.plan.items import GRAIN
 
 MIB = 1 << 20

@@ -12,8 +12,8 @@ from urllib.parse import unquote, urlsplit
 from asyncshard.format.pattern import ShardPattern
 from asyncshard.loaders.files import ModelPath, open_store
 from asyncshard.loaders.options import Options, require_int
-from asyncshard.pipeline.budget import Account, MemoryBudget
-from asyncshard.pipeline.free_memory import default_budget_mb
+from asyncshard.pipeline.memory.budget import Account, MemoryBudget
+from asyncshard.pipeline.memory.free_memory import default_budget_mb
 from asyncshard.pipeline.resharding.run import WRITERS, ReshardReport, Run, Wanted
 from asyncshard.pipeline.resharding.target import Target
 from asyncshard.plan.tp_plan import TpPlan, plan_of

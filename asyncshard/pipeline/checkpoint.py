@@ -15,7 +15,7 @@ from asyncshard.errors import CheckpointError, NamesError
 from asyncshard.format.header import TensorInfo
 from asyncshard.format.index import MAX_INDEX_BYTES, parse_index
 from asyncshard.format.pattern import ShardPattern
-from asyncshard.pipeline.budget import Account
+from asyncshard.pipeline.memory.budget import Account
 from asyncshard.tasks.pace import without_hold
 from asyncshard.pipeline.shards import Shard, read_header_of
 from asyncshard.plan.completeness import index_disagreement

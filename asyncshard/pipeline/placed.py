@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from asyncshard._core import Lease
-from asyncshard.pipeline.budget import MemoryBudget
+from asyncshard.pipeline.memory.budget import MemoryBudget
 from asyncshard.pipeline.checkpoint import Checkpoint
 from asyncshard.pipeline.destinations import Placement, Sink, StridedTarget
 from asyncshard.pipeline.transfer import Pacing, Transfer

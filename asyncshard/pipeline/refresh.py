@@ -12,7 +12,7 @@ from asyncshard._core import Lease
 from asyncshard.errors import BudgetError, ChecksumError
 from asyncshard.format.digests import digests_of
 from asyncshard.pipeline.arrays import ArrayLibrary
-from asyncshard.pipeline.budget import Account, MemoryBudget, charge_of
+from asyncshard.pipeline.memory.budget import Account, MemoryBudget, charge_of
 from asyncshard.pipeline.checkpoint import Checkpoint
 from asyncshard.pipeline.contents import Contents
 from asyncshard.pipeline.destinations import Placement, ShardDestinations

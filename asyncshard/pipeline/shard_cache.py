@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from asyncshard.errors import BudgetError
-from asyncshard.pipeline.budget import Account, MemoryBudget, Yields
+from asyncshard.pipeline.memory.budget import Account, MemoryBudget, Yields
 from asyncshard.pipeline.shard_tensors import ShardTensors
 from asyncshard.pipeline.shards import Shard
 

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Sequence
 
 from asyncshard.errors import BudgetError, NamesError
-from asyncshard.pipeline.budget import charge_of
+from asyncshard.pipeline.memory.budget import charge_of
 from asyncshard.pipeline.shard_cache import CachedFile, ShardCache
 from asyncshard.pipeline.shard_tensors import ShardTensors
 from asyncshard.pipeline.staged import StagedTransfer

@@ -8,7 +8,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from asyncshard.format.header import Header, header_size, parse_header
-from asyncshard.pipeline.budget import Account
+from asyncshard.pipeline.memory.budget import Account
 from asyncshard.plan.rank_parts import RankPart
 from asyncshard.stores.base import ObjectMeta, Store
 from asyncshard.tasks.threads import DaemonThreads

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from asyncshard.errors import ObjectNotFoundError
-from asyncshard.pipeline.budget import Account
+from asyncshard.pipeline.memory.budget import Account
 from asyncshard.pipeline.checkpoint import Checkpoint, Selection, TiedShard, find_shards, open_found, require_wanted
 from asyncshard.pipeline.config import CONFIG_NAME, read_config
 from asyncshard.tasks.pace import without_hold

@@ -11,7 +11,7 @@ from asyncshard._core import Lease, spread
 from asyncshard.errors import BudgetError
 from asyncshard.format.dtypes import DTYPES
 from asyncshard.pipeline.arrays import ArrayLibrary, make_view
-from asyncshard.pipeline.budget import MemoryBudget, charge_of
+from asyncshard.pipeline.memory.budget import MemoryBudget, charge_of
 from asyncshard.pipeline.checkpoint import Checkpoint
 from asyncshard.pipeline.transfer import Pacing, Transfer
 from asyncshard.plan.items import ReadItem, whole_tensors

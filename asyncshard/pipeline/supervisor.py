@@ -20,7 +20,7 @@ from typing import Any
 
 from asyncshard._core import Lease
 from asyncshard.errors import BudgetError, StreamClosedError
-from asyncshard.pipeline.budget import Account, MemoryBudget, Yields, charge_of
+from asyncshard.pipeline.memory.budget import Account, MemoryBudget, Yields, charge_of
 from asyncshard.pipeline.statistics import Counters
 from asyncshard.pipeline.transfer import Transfer
 from asyncshard.plan.items import ReadItem

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from asyncshard.errors import StreamClosedError
-from asyncshard.pipeline.budget import Account
+from asyncshard.pipeline.memory.budget import Account
 from asyncshard.pipeline.contents import Contents, Row, Share
 from asyncshard.tasks.pace import Pace
 from asyncshard.pipeline.version import CheckpointVersion

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from asyncshard._core import Lease, copy_runs
 from asyncshard.errors import BudgetError
-from asyncshard.pipeline.budget import Account
+from asyncshard.pipeline.memory.budget import Account
 from asyncshard.tasks.bounded import run_all
 from asyncshard.pipeline.shards import Shard
 from asyncshard.plan.blocks import Extent, Moves

@@ -12,7 +12,7 @@ import numpy as np
 from asyncshard._core import HeaderTable, StopFlag
 from asyncshard.errors import CheckpointError
 from asyncshard.format.pattern import ShardPattern
-from asyncshard.pipeline.budget import Account
+from asyncshard.pipeline.memory.budget import Account
 from asyncshard.pipeline.checkpoint import Checkpoint, Selection
 from asyncshard.tasks.pace import without_hold
 from asyncshard.pipeline.resharding.beside import beside, copy_beside

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from asyncshard.errors import CheckpointError, FormatError
 from asyncshard.format.digests import DIGESTS_KEY
 from asyncshard.format.pattern import ShardPattern
-from asyncshard.pipeline.budget import Account
+from asyncshard.pipeline.memory.budget import Account
 from asyncshard.pipeline.checkpoint import Checkpoint, Selection, open_checkpoint
 from asyncshard.tasks.pace import without_hold
 from asyncshard.pipeline.resharding.divider import Divider, PlaceTensor

@@ -1,6 +1,6 @@
 import pytest
 
-from asyncshard.pipeline.free_memory import DEFAULT_BUDGET_MB, default_budget_mb, free_bytes
+from asyncshard.pipeline.memory.free_memory import DEFAULT_BUDGET_MB, default_budget_mb, free_bytes
 
 MIB = 1 << 20
 GIB = 1 << 30

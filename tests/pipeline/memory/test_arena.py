@@ -3,7 +3,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from asyncshard.pipeline.arena import PAGE, Arena, round_up
+from asyncshard.pipeline.memory.arena import PAGE, Arena, round_up
 
 
 class ArenaMachine(RuleBasedStateMachine):

@@ -6,7 +6,7 @@ import pytest
 
 from asyncshard import MemoryBudget
 from asyncshard.errors import BudgetError
-from asyncshard.pipeline.budget import Yields
+from asyncshard.pipeline.memory.budget import Yields
 
 MIB = 1 << 20
 

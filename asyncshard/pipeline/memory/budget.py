@@ -25,7 +25,7 @@ from typing import Any, Protocol
 
 from asyncshard._core import Lease, ReturnList
 from asyncshard.errors import BudgetError
-from asyncshard.pipeline.arena import Arena, Extent, round_up
+from asyncshard.pipeline.memory.arena import Arena, Extent, round_up
 from asyncshard.tasks.threads import DaemonThreads, finish
 
 MIB = 1 << 20

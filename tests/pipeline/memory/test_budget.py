@@ -9,7 +9,7 @@ import pytest
 
 from asyncshard import MemoryBudget
 from asyncshard.errors import BudgetError
-from asyncshard.pipeline.budget import charge_of
+from asyncshard.pipeline.memory.budget import charge_of
 
 PAGE = 4096
 
