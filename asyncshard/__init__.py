@@ -24,7 +24,7 @@ from asyncshard.pipeline.version import CheckpointVersion
 from asyncshard.plan.assignment import compute_shard_assignment
 from asyncshard.plan.placements import PackedShard, Replicate, Shard
 from asyncshard.plan.sharding import ShardedTensor, validate_shard_shapes
-from asyncshard.plan.subtensors import SubtensorFilter
+from asyncshard.arrays.subtensors import SubtensorFilter
 
 __all__ = [
     "AsyncShardError",

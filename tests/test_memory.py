@@ -212,7 +212,7 @@ def test_streaming_takes_the_budget_and_16_mib_at_most(framework, checkpoint):
     prelude = f"FRAMEWORK = {framework!r}\n"
     if framework == "pt":
         pytest.importorskip("torch")
-        prelude += "import asyncshard.integrations.torch\n"
+        prelude += "import asyncshard.arrays.torch\n"
     assert measure(checkpoint, STREAM, prelude)["extra"] <= 32 * MIB + SLACK
 
 

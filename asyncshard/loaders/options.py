@@ -10,12 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Self, TypedDict, cast
 
-from asyncshard.pipeline.arrays import ArrayLibrary, NumpyArrays
+from asyncshard.arrays.base import ArrayLibrary, NumpyArrays
 from asyncshard.pipeline.memory.budget import MemoryBudget
 from asyncshard.plan.items import GRAIN
 
 MIB = 1 << 20
-_FRAMEWORKS = {"np": None, "pt": "asyncshard.integrations.torch"}
+_FRAMEWORKS = {"np": None, "pt": "asyncshard.arrays.torch"}
 _ORDERS = ("plan", "completion")
 
 

@@ -13,7 +13,7 @@ from asyncshard.errors import BudgetError
 from asyncshard.loaders.cache import Caching
 from asyncshard.loaders.files import open_file
 from asyncshard.loaders.options import Options
-from asyncshard.pipeline.arrays import ArrayLibrary
+from asyncshard.arrays.base import ArrayLibrary
 from asyncshard.pipeline.memory.budget import Account, MemoryBudget
 from asyncshard.stores import Store, name_of_file
 from asyncshard.tasks.threads import DaemonThreads, finish

@@ -19,7 +19,7 @@ from asyncshard.format.dtypes import Dtype, from_numpy
 from asyncshard.format.header import PREFIX_BYTES, header_size, parse_header
 from asyncshard.format.pattern import ShardPattern
 from asyncshard.pipeline.hashing import Digest, load_digest
-from asyncshard.plan.subtensors import SubtensorFilter
+from asyncshard.arrays.subtensors import SubtensorFilter
 from asyncshard.stores.files import translated
 from asyncshard.tasks.threads import DaemonThreads
 
@@ -283,7 +283,7 @@ def _raw(name: str, value: Any) -> tuple[NDArray[Any], Dtype]:
         dtype = from_numpy(value.dtype)
         array = value if dtype is None else value.view(f"u{value.dtype.itemsize}")
     else:
-        library = importlib.import_module("asyncshard.integrations.torch").library
+        library = importlib.import_module("asyncshard.arrays.torch").library
         try:
             array, dtype = library.memory_of(name, value)
         except DestinationError as error:

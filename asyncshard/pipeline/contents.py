@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from asyncshard._core import Lease
 from asyncshard.format.dtypes import DTYPES, Dtype
-from asyncshard.pipeline.arrays import ArrayLibrary, make_view
+from asyncshard.arrays.base import ArrayLibrary, make_view
 from asyncshard.pipeline.checkpoint import Checkpoint
 from asyncshard.pipeline.destinations import ShardDestinations, StridedTarget
 from asyncshard.pipeline.matching import fit, is_sink

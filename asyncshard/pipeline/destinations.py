@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from asyncshard._core import Lease, Region, ReturnList, Span
 from asyncshard.format.dtypes import DTYPES
-from asyncshard.pipeline.arrays import ArrayLibrary, make_view
+from asyncshard.arrays.base import ArrayLibrary, make_view
 from asyncshard.pipeline.checkpoint import Checkpoint
 from asyncshard.tasks.pace import Pace
 from asyncshard.pipeline.shards import Shard

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from asyncshard._core import Span
 from asyncshard.errors import DestinationError, NamesError
 from asyncshard.format.dtypes import DTYPES, Dtype
-from asyncshard.pipeline.arrays import ArrayLibrary, RawArray
+from asyncshard.arrays.base import ArrayLibrary, RawArray
 from asyncshard.pipeline.checkpoint import Checkpoint
 from asyncshard.pipeline.destinations import Placement, ShardDestinations, StridedTarget
 from asyncshard.tasks.pace import Pace

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from asyncshard._core import Lease
 from asyncshard.errors import BudgetError, ChecksumError
 from asyncshard.format.digests import digests_of
-from asyncshard.pipeline.arrays import ArrayLibrary
+from asyncshard.arrays.base import ArrayLibrary
 from asyncshard.pipeline.memory.budget import Account, MemoryBudget, charge_of
 from asyncshard.pipeline.checkpoint import Checkpoint
 from asyncshard.pipeline.contents import Contents

@@ -10,7 +10,7 @@ import numpy as np
 from asyncshard._core import Lease, spread
 from asyncshard.errors import BudgetError
 from asyncshard.format.dtypes import DTYPES
-from asyncshard.pipeline.arrays import ArrayLibrary, make_view
+from asyncshard.arrays.base import ArrayLibrary, make_view
 from asyncshard.pipeline.memory.budget import MemoryBudget, charge_of
 from asyncshard.pipeline.checkpoint import Checkpoint
 from asyncshard.pipeline.transfer import Pacing, Transfer

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from asyncshard._core import HeaderTable, WeightMap
 from asyncshard.errors import CheckpointError, DestinationError, FormatError, ObjectNotFoundError
-from asyncshard.pipeline.arrays import ArrayLibrary
+from asyncshard.arrays.base import ArrayLibrary
 from asyncshard.pipeline.checkpoint import Checkpoint, CheckpointInfo, Selection, TiedShard, ties_of
 from asyncshard.pipeline.config import read_config
 from asyncshard.pipeline.matching import is_sink, span

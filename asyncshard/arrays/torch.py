@@ -14,7 +14,7 @@ import torch
 from asyncshard._core import Lease, Span
 from asyncshard.errors import DestinationError
 from asyncshard.format.dtypes import Dtype, by_name
-from asyncshard.pipeline.arrays import NumpyArrays, RawArray
+from asyncshard.arrays.base import NumpyArrays, RawArray
 
 DTYPES = {
     "BOOL": torch.bool,

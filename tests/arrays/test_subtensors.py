@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asyncshard import _core
-from asyncshard.plan.subtensors import MemoryBounds, SubtensorFilter, memory_bounds
+from asyncshard.arrays.subtensors import MemoryBounds, SubtensorFilter, memory_bounds
 
 filter_subtensors = SubtensorFilter.filter_subtensors
 

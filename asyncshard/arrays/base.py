@@ -1,6 +1,6 @@
 """How tensors look to an array library: the interface, and NumPy's side of it.
 
-PyTorch's is `asyncshard.integrations.torch`, found by name when asked for, so that nothing here imports a framework.
+PyTorch's is `asyncshard.arrays.torch`, found by name when asked for, so that nothing here imports a framework.
 """
 
 from __future__ import annotations
