@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 
-from asyncshard.stores.http_connection import Limits
-from asyncshard.stores.http_pool import HttpPool
-from asyncshard.stores.retries import RetryPolicy
+from asyncshard.stores.http.connection import Limits
+from asyncshard.stores.http.pool import HttpPool
+from asyncshard.stores.http.retries import RetryPolicy
 from asyncshard.stores.s3.client import S3Client
 from asyncshard.stores.s3.options import S3Options
 from asyncshard.stores.s3.reader import S3Reader

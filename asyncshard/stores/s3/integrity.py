@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from asyncshard.stores.answers import Pin
+from asyncshard.stores.http.response import Pin
 from asyncshard.stores.s3.checksums import Coverage, Stored, crc_of, matches, stored
 from asyncshard.stores.scatter import Scatter
 from asyncshard.tasks.threads import DaemonThreads

@@ -8,10 +8,10 @@ from functools import partial
 from typing import NamedTuple, TypeVar
 
 from asyncshard.errors import ChecksumError, StoreError, StoreTimeoutError
-from asyncshard.stores.answers import Asked, Head, Pin, accept, explain, is_error
-from asyncshard.stores.failures import REMEDIES, Action, Failed, Failure
-from asyncshard.stores.http_connection import Receive
-from asyncshard.stores.retries import Retries, RetryPolicy
+from asyncshard.stores.http.response import Asked, Head, Pin, accept, explain, is_error
+from asyncshard.stores.http.failures import REMEDIES, Action, Failed, Failure
+from asyncshard.stores.http.connection import Receive
+from asyncshard.stores.http.retries import Retries, RetryPolicy
 from asyncshard.stores.s3.client import S3Client
 from asyncshard.stores.s3.integrity import Integrity
 from asyncshard.stores.s3.transports import Transport

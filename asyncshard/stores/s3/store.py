@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from asyncshard.errors import ObjectNotFoundError, TruncatedError
-from asyncshard.stores.answers import Pin
+from asyncshard.stores.http.response import Pin
 from asyncshard.stores.base import ETAG, Listing, ObjectMeta, Store
 from asyncshard.tasks.loop_thread import LoopThread
 from asyncshard.stores.s3.options import S3Options

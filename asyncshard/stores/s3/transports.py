@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from urllib.parse import SplitResult, parse_qsl, urlencode, urljoin, urlsplit
 
 from asyncshard.errors import StoreTimeoutError, TruncatedError
-from asyncshard.stores.answers import MAX_ERROR_BYTES, Head
-from asyncshard.stores.failures import Action, Failed, Failure
-from asyncshard.stores.http_connection import Answer, Limits, Receive
-from asyncshard.stores.http_pool import HttpPool, Origin
+from asyncshard.stores.http.response import MAX_ERROR_BYTES, Head
+from asyncshard.stores.http.failures import Action, Failed, Failure
+from asyncshard.stores.http.connection import Answer, Limits, Receive
+from asyncshard.stores.http.pool import HttpPool, Origin
 from asyncshard.stores.s3.client import S3Client
 
 _MAX_REDIRECTS = 3

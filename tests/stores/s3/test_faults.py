@@ -22,7 +22,7 @@ from asyncshard.errors import (
     ThrottledError,
     TruncatedError,
 )
-from asyncshard.stores.retries import RetryPolicy
+from asyncshard.stores.http.retries import RetryPolicy
 from asyncshard.stores.s3 import S3Store, assembly
 from asyncshard.testing import S3Fault, S3Server, StoreTests
 

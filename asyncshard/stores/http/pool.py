@@ -11,8 +11,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from asyncshard.errors import StoreTimeoutError
-from asyncshard.stores.failures import Action, Failed, Failure
-from asyncshard.stores.http_connection import Answer, Headers, HttpConnection, Limits, Receive
+from asyncshard.stores.http.failures import Action, Failed, Failure
+from asyncshard.stores.http.connection import Answer, Headers, HttpConnection, Limits, Receive
 
 _STAGING_BYTES = 256 << 10
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from asyncshard.stores.failures import REMEDIES, Action, Failure
-from asyncshard.stores.retries import Retries, RetryPolicy
+from asyncshard.stores.http.failures import REMEDIES, Action, Failure
+from asyncshard.stores.http.retries import Retries, RetryPolicy
 
 POLICY = RetryPolicy(max_attempts=4, deadline_s=60, first_pause_s=1, longest_pause_s=5)
 RETRY = Failure("it failed", action=Action.RETRY)

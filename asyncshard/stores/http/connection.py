@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import h11
 
 from asyncshard.errors import StoreError, StoreTimeoutError, TruncatedError
-from asyncshard.stores.answers import MAX_ERROR_BYTES, Head
-from asyncshard.stores.failures import Action, Failed, Failure
+from asyncshard.stores.http.response import MAX_ERROR_BYTES, Head
+from asyncshard.stores.http.failures import Action, Failed, Failure
 from asyncshard.stores.scatter import Scatter
 
 _HEAD_BYTES = 8 << 10

@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from asyncshard.stores.failures import REMEDIES, Action, Failure
+from asyncshard.stores.http.failures import REMEDIES, Action, Failure
 
 
 @dataclass(frozen=True, slots=True)

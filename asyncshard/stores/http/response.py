@@ -25,7 +25,7 @@ from asyncshard.errors import (
     ThrottledError,
     TruncatedError,
 )
-from asyncshard.stores.failures import Action, Failed, Failure
+from asyncshard.stores.http.failures import Action, Failed, Failure
 
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 _MAX_TEXT = 300

@@ -13,8 +13,8 @@ from asyncshard.errors import (
     ThrottledError,
     TruncatedError,
 )
-from asyncshard.stores.answers import Asked, Head, Pin, accept, explain, is_error
-from asyncshard.stores.failures import Action, Failed
+from asyncshard.stores.http.response import Asked, Head, Pin, accept, explain, is_error
+from asyncshard.stores.http.failures import Action, Failed
 
 PIN = Pin('"tag"', 100)
 
