@@ -72,7 +72,7 @@ def test_an_import_points_down_the_rooms_never_up(path: Path) -> None:
 
 def test_the_rule_sees_an_import_that_points_up(tmp_path: Path) -> None:
     module = tmp_path / "module.py"
-    module.write_text("def f():\n    from asyncshard.loaders import loader\n    import asyncshard.stores.local\n")
+    module.write_text("def f():\n    from asyncshard.loaders import loader\n    import asyncshard.stores.local.store\n")
     assert rooms_imported(module) == {"loaders", "stores"}
 
 

@@ -394,7 +394,7 @@ def rewrite_while_streaming(path: Path) -> Any:
 def truncate_within_a_read(path: Path) -> Any:
     # A file of /proc has no size until it is read: it ends before what its status says.
     from asyncshard._core import StopFlag
-    from asyncshard.stores.local import LocalStore
+    from asyncshard.stores.local.store import LocalStore
 
     async def attempt() -> None:
         path.write_bytes(bytes(10))
@@ -456,7 +456,7 @@ def cause(kind: Any, path: Path) -> Any:
     if kind is errors.StoreTimeoutError:
         import errno
 
-        from asyncshard.stores.files import translated
+        from asyncshard.stores.local.files import translated
 
         async def ask_storage_that_gave_up() -> None:
             with translated(str(path)):

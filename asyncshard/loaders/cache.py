@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from asyncshard._core import StopFlag
 from asyncshard.stores.base import Store
-from asyncshard.stores.files import translated
+from asyncshard.stores.local.files import translated
 from asyncshard.tasks.threads import DaemonThreads
 
 if TYPE_CHECKING:

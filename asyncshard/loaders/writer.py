@@ -20,7 +20,7 @@ from asyncshard.format.header import PREFIX_BYTES, header_size, parse_header
 from asyncshard.format.pattern import ShardPattern
 from asyncshard.pipeline.hashing import Digest, load_digest
 from asyncshard.arrays.subtensors import SubtensorFilter
-from asyncshard.stores.files import translated
+from asyncshard.stores.local.files import translated
 from asyncshard.tasks.threads import DaemonThreads
 
 _SPEC_NAMES = {

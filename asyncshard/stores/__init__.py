@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from asyncshard.stores.base import Listing, ObjectMeta, Store
-from asyncshard.stores.local import LocalStore
+from asyncshard.stores.local.store import LocalStore
 
 __all__ = ["Listing", "LocalStore", "ObjectMeta", "Store", "file_from_url", "from_url", "name_of_file"]
 

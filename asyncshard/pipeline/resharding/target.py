@@ -22,7 +22,7 @@ from asyncshard.errors import CheckpointError, FormatError, StoreError, TargetEx
 from asyncshard.format.index import MAX_INDEX_BYTES, parse_index
 from asyncshard.format.pattern import DEFAULT_TEMPLATE, PP_TEMPLATE, ShardPattern
 from asyncshard.plan.layout import INCOMPLETE_NAME, INDEX_NAME, SINGLE_NAME
-from asyncshard.stores.files import translate, translated
+from asyncshard.stores.local.files import translate, translated
 
 _FOLDER = ".asyncshard-reshard"
 _LOCK = "lock"

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from asyncshard._core import StopFlag, read_ranges, read_vectors
 from asyncshard.errors import TruncatedError
-from asyncshard.stores import files
+from asyncshard.stores.local import files
 from asyncshard.stores.base import Listing, ObjectMeta, Store, require_small
 from asyncshard.stores.ranges import Scratch
 from asyncshard.tasks.threads import DaemonThreads, finish
