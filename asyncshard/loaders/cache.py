@@ -12,8 +12,8 @@ from asyncshard.stores.local.files import translated
 from asyncshard.tasks.threads import DaemonThreads
 
 if TYPE_CHECKING:
-    from asyncshard.stores.cached.directory import DiskCache
-    from asyncshard.stores.cached.verification import CacheReport
+    from asyncshard.stores.disk_cache.directory import DiskCache
+    from asyncshard.stores.disk_cache.verification import CacheReport
 
 DEFAULT_MAX_GB = 100.0
 
@@ -31,7 +31,7 @@ def make_cache(cache_dir: str | os.PathLike[str], cache_max_gb: float | None = N
     if not isinstance(os.fspath(cache_dir), str):
         raise TypeError(f"cache_dir must be a path of str, not {os.fspath(cache_dir)!r}")
     try:
-        from asyncshard.stores.cached.directory import DiskCache
+        from asyncshard.stores.disk_cache.directory import DiskCache
     except ImportError as error:
         raise ImportError(f"cache_dir: {error.name} is not installed: pip install 'asyncshard[cache]'") from error
     return DiskCache(cache_dir, max_bytes=int(min((cache_max_gb or DEFAULT_MAX_GB) * (1 << 30), sys.maxsize)))
@@ -46,7 +46,7 @@ class Caching(NamedTuple):
 
     def wrap(self, store: Store, *, closes_store: bool = True) -> Store:
         """Return a store that reads another one through the cache."""
-        from asyncshard.stores.cached.store import CachedStore
+        from asyncshard.stores.disk_cache.store import CachedStore
 
         return CachedStore(store, self.cache, closes_store=closes_store, staged_bytes=self.staged_bytes)
 
@@ -74,7 +74,7 @@ async def verify_cache(cache_dir: str | os.PathLike[str]) -> CacheReport:
         The packages that it needs are not installed.
     """
     cache = make_cache(cache_dir)
-    from asyncshard.stores.cached.verification import verify
+    from asyncshard.stores.disk_cache.verification import verify
 
     stop = StopFlag()
     threads = DaemonThreads(1, "asyncshard-cache-verify")

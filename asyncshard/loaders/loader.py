@@ -32,7 +32,7 @@ from asyncshard.stores import Store
 from asyncshard.tasks.threads import DaemonThreads, finish
 
 if TYPE_CHECKING:
-    from asyncshard.stores.cached.directory import DiskCache
+    from asyncshard.stores.disk_cache.directory import DiskCache
 
 logger = logging.getLogger("asyncshard")
 

@@ -19,8 +19,8 @@ from collections.abc import Iterable, Iterator
 
 import filelock
 
-from asyncshard.stores.cached import entry, eviction
-from asyncshard.stores.cached.entry import BLOCK_BYTES, CorruptEntryError, Entry
+from asyncshard.stores.disk_cache import entry, eviction
+from asyncshard.stores.disk_cache.entry import BLOCK_BYTES, CorruptEntryError, Entry
 
 logger = logging.getLogger("asyncshard")
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Container
 from typing import NamedTuple
 
-from asyncshard.stores.cached.entry import TEMPORARY
+from asyncshard.stores.disk_cache.entry import TEMPORARY
 
 _STALE_S = 3600.0
 """Age of a temporary file whose maker has died."""

@@ -7,9 +7,9 @@ import stat
 import pytest
 
 from asyncshard.errors import ObjectChangedError, StoreError
-from asyncshard.stores.cached import CachedStore
-from asyncshard.stores.cached.directory import key_of
-from asyncshard.stores.cached.entry import ABSENT, BLOCK_BYTES, Entry
+from asyncshard.stores.disk_cache import CachedStore
+from asyncshard.stores.disk_cache.directory import key_of
+from asyncshard.stores.disk_cache.entry import ABSENT, BLOCK_BYTES, Entry
 from asyncshard.testing import Fault, FaultyStore, GatedStore, MemoryStore, StoreTests
 
 MIB = 1 << 20

@@ -10,11 +10,11 @@ import filelock
 import pytest
 
 from asyncshard._core import StopFlag
-from asyncshard.stores.cached import CachedStore
-from asyncshard.stores.cached import entry as entry_module
-from asyncshard.stores.cached.entry import Layout
-from asyncshard.stores.cached.eviction import make_room
-from asyncshard.stores.cached.verification import verify
+from asyncshard.stores.disk_cache import CachedStore
+from asyncshard.stores.disk_cache import entry as entry_module
+from asyncshard.stores.disk_cache.entry import Layout
+from asyncshard.stores.disk_cache.eviction import make_room
+from asyncshard.stores.disk_cache.verification import verify
 from asyncshard.testing import GatedStore
 
 MIB = 1 << 20
@@ -92,7 +92,7 @@ async def test_a_process_compares_each_block_once(load, make_cache, entries, dat
     compared = []
     digest_of = entry_module.digest_of
     await load()
-    import asyncshard.stores.cached.read as read_module
+    import asyncshard.stores.disk_cache.read as read_module
 
     monkeypatch.setattr(
         read_module, "digest_of", lambda block, views: compared.append(block) or digest_of(block, views)
@@ -302,7 +302,7 @@ async def test_a_disk_that_hangs_holds_the_load_only_until_it_is_closed(
 
 
 async def test_more_than_the_buffers_hold_goes_on_without_them(make_cache, origin, monkeypatch, read_all):
-    from asyncshard.stores.cached import buffers
+    from asyncshard.stores.disk_cache import buffers
 
     monkeypatch.setattr(buffers, "_GRACE_S", 0.05)
     pwrite, goes_on = os.pwrite, threading.Event()

@@ -8,7 +8,7 @@ from collections import deque
 
 import numpy as np
 
-from asyncshard.stores.cached.entry import BLOCK_BYTES
+from asyncshard.stores.disk_cache.entry import BLOCK_BYTES
 
 
 class BlockBuffers:

@@ -7,11 +7,11 @@ import threading
 from collections.abc import Sequence
 
 from asyncshard.stores.base import ObjectMeta, Store
-from asyncshard.stores.cached.buffers import BlockBuffers
-from asyncshard.stores.cached.directory import DiskCache, key_of
-from asyncshard.stores.cached.entry import BLOCK_BYTES, CorruptEntryError, Layout
-from asyncshard.stores.cached.locks import BlockLocks
-from asyncshard.stores.cached.read import CachedRead
+from asyncshard.stores.disk_cache.buffers import BlockBuffers
+from asyncshard.stores.disk_cache.directory import DiskCache, key_of
+from asyncshard.stores.disk_cache.entry import BLOCK_BYTES, CorruptEntryError, Layout
+from asyncshard.stores.disk_cache.locks import BlockLocks
+from asyncshard.stores.disk_cache.read import CachedRead
 from asyncshard.tasks.threads import DaemonThreads, finish
 from asyncshard.stores.wrapper import WrapperStore
 

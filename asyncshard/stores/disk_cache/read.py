@@ -12,11 +12,11 @@ import numpy as np
 
 from asyncshard._core import StopFlag
 from asyncshard.stores.base import ObjectMeta
-from asyncshard.stores.cached.entry import ABSENT, CorruptEntryError, Entry, Layout, digest_of
+from asyncshard.stores.disk_cache.entry import ABSENT, CorruptEntryError, Entry, Layout, digest_of
 from asyncshard.stores.scatter import Scatter
 
 if TYPE_CHECKING:
-    from asyncshard.stores.cached.store import CachedStore
+    from asyncshard.stores.disk_cache.store import CachedStore
 
 
 class _Run(NamedTuple):

@@ -3,10 +3,10 @@
 import os
 import random
 
-from asyncshard.stores.cached import CachedStore
-from asyncshard.stores.cached.directory import key_of
-from asyncshard.stores.cached.entry import name_of
-from asyncshard.stores.cached.eviction import make_room
+from asyncshard.stores.disk_cache import CachedStore
+from asyncshard.stores.disk_cache.directory import key_of
+from asyncshard.stores.disk_cache.entry import name_of
+from asyncshard.stores.disk_cache.eviction import make_room
 
 MIB = 1 << 20
 

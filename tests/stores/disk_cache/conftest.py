@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from asyncshard.stores.cached import CachedStore, DiskCache
+from asyncshard.stores.disk_cache import CachedStore, DiskCache
 from asyncshard.stores.wrapper import WrapperStore
 from asyncshard.testing import MemoryStore
 

@@ -6,8 +6,8 @@ import os
 from dataclasses import dataclass
 
 from asyncshard._core import StopFlag
-from asyncshard.stores.cached.directory import DiskCache
-from asyncshard.stores.cached.entry import ABSENT, BLOCK_BYTES, TEMPORARY, CorruptEntryError, Entry, digest_of
+from asyncshard.stores.disk_cache.directory import DiskCache
+from asyncshard.stores.disk_cache.entry import ABSENT, BLOCK_BYTES, TEMPORARY, CorruptEntryError, Entry, digest_of
 
 
 @dataclass(frozen=True, slots=True)
