@@ -22,8 +22,8 @@ from asyncshard.pipeline.stream import Stream
 from asyncshard.pipeline.update import Update
 from asyncshard.pipeline.version import CheckpointVersion
 from asyncshard.plan.assignment import compute_shard_assignment
-from asyncshard.plan.placements import PackedShard, Replicate, Shard
-from asyncshard.plan.sharding import ShardedTensor, validate_shard_shapes
+from asyncshard.plan.division.placements import PackedShard, Replicate, Shard
+from asyncshard.plan.division.chunks import ShardedTensor, validate_shard_shapes
 from asyncshard.arrays.subtensors import SubtensorFilter
 
 __all__ = [

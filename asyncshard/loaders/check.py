@@ -17,11 +17,11 @@ from asyncshard.pipeline.config import CONFIG_NAME, read_config
 from asyncshard.pipeline.memory.free_memory import default_budget_mb
 from asyncshard.pipeline.header_scan import HeaderLimits, HeaderScan, is_about_the_file
 from asyncshard.tasks.pace import without_hold
-from asyncshard.plan.completeness import Evidence, Finding, Problem, judge
-from asyncshard.plan.file_facts import FileFacts, facts_of
-from asyncshard.plan.layout import INDEX_NAME
-from asyncshard.plan.report import CheckpointReport
-from asyncshard.plan.survey import Survey, survey_index, survey_names
+from asyncshard.plan.check.judgement import Evidence, Finding, Problem, judge
+from asyncshard.plan.check.file_facts import FileFacts, facts_of
+from asyncshard.plan.files.layout import INDEX_NAME
+from asyncshard.plan.check.report import CheckpointReport
+from asyncshard.plan.files.survey import Survey, survey_index, survey_names
 from asyncshard.stores import Listing, Store
 from asyncshard.tasks.threads import DaemonThreads, finish
 

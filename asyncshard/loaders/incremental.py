@@ -27,7 +27,7 @@ from asyncshard.pipeline.shards import Shard, read_header_of
 from asyncshard.tasks.single_flight import SingleFlight
 from asyncshard.pipeline.slicing import find_plan, slice_shard, slices_of
 from asyncshard.pipeline.staged import StagedTransfer
-from asyncshard.plan.layout import is_rank_shard
+from asyncshard.plan.files.layout import is_rank_shard
 from asyncshard.stores import Store
 from asyncshard.tasks.threads import DaemonThreads, finish
 

@@ -11,9 +11,9 @@ from asyncshard.loaders.loader import Loader, Request
 from asyncshard.loaders.options import Options, Tuning
 from asyncshard.pipeline.checkpoint import Selection
 from asyncshard.pipeline.stream import Stream
-from asyncshard.plan.layout import validate_rank
+from asyncshard.plan.files.layout import validate_rank
 from asyncshard.plan.tensor_filter import TensorFilter, Wanted
-from asyncshard.plan.tp_plan import TpPlan, plan_of
+from asyncshard.plan.tp.plan import TpPlan, plan_of
 
 StateDict = TypeVar("StateDict", bound=Mapping[str, Any])
 

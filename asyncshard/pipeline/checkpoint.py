@@ -18,11 +18,11 @@ from asyncshard.format.pattern import ShardPattern
 from asyncshard.pipeline.memory.budget import Account
 from asyncshard.tasks.pace import without_hold
 from asyncshard.pipeline.shards import Shard, read_header_of
-from asyncshard.plan.completeness import index_disagreement
-from asyncshard.plan.file_facts import EMBEDDING, output_names
-from asyncshard.plan.layout import choose_layout, index_files, is_rank_shard
+from asyncshard.plan.check.judgement import index_disagreement
+from asyncshard.plan.check.file_facts import EMBEDDING, output_names
+from asyncshard.plan.files.layout import choose_layout, index_files, is_rank_shard
 from asyncshard.plan.tensor_filter import TensorFilter
-from asyncshard.plan.tp_plan import TpPlan
+from asyncshard.plan.tp.plan import TpPlan
 from asyncshard.stores.base import Store
 from asyncshard.tasks.threads import DaemonThreads
 

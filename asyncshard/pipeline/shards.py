@@ -9,7 +9,7 @@ import numpy as np
 
 from asyncshard.format.header import Header, header_size, parse_header
 from asyncshard.pipeline.memory.budget import Account
-from asyncshard.plan.rank_parts import RankPart
+from asyncshard.plan.file_slices.file_slice import RankPart
 from asyncshard.stores.base import ObjectMeta, Store
 from asyncshard.tasks.threads import DaemonThreads
 

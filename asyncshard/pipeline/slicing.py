@@ -9,9 +9,9 @@ from asyncshard.pipeline.config import CONFIG_NAME, read_config
 from asyncshard.tasks.pace import without_hold
 from asyncshard.pipeline.shards import Shard
 from asyncshard.pipeline.ties import place_ties, ties_with_rules
-from asyncshard.plan.part_planner import make_rank_part
-from asyncshard.plan.tp_models import auto_plan, require_known
-from asyncshard.plan.tp_plan import TpPlan
+from asyncshard.plan.file_slices.planner import make_rank_part
+from asyncshard.plan.tp.models import auto_plan, require_known
+from asyncshard.plan.tp.plan import TpPlan
 from asyncshard.stores.base import Store
 from asyncshard.stores.ranges import Scratch
 from asyncshard.stores.sliced import SlicedStore, part_meta

@@ -19,10 +19,10 @@ from asyncshard.pipeline.config import read_config
 from asyncshard.pipeline.matching import is_sink, span
 from asyncshard.tasks.pace import without_hold
 from asyncshard.pipeline.shards import Shard
-from asyncshard.plan.file_facts import EMBEDDING, OUTPUT, output_names
-from asyncshard.plan.part_planner import rename, rename_placed
-from asyncshard.plan.tp_models import ties_embeddings
-from asyncshard.plan.tp_plan import TpPlan
+from asyncshard.plan.check.file_facts import EMBEDDING, OUTPUT, output_names
+from asyncshard.plan.file_slices.planner import rename, rename_placed
+from asyncshard.plan.tp.models import ties_embeddings
+from asyncshard.plan.tp.plan import TpPlan
 from asyncshard.stores.base import Store
 from asyncshard.stores.ranges import Scratch
 from asyncshard.stores.sliced import SlicedStore, part_meta

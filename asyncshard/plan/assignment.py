@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from asyncshard import _core
-from asyncshard.plan.sharding import whole_number
+from asyncshard.plan.division.chunks import whole_number
 
 _INT64_MAX = 2**63 - 1
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from asyncshard.plan.rank_parts import RankPart
+from asyncshard.plan.file_slices.file_slice import RankPart
 from asyncshard.stores.base import ObjectMeta, Store
 from asyncshard.stores.ranges import Scratch, cutter
 from asyncshard.tasks.threads import DaemonThreads

@@ -17,8 +17,8 @@ import numpy as np
 from asyncshard import ShardedStateLoader, parse_header, reshard
 from asyncshard._core import copy_runs
 from asyncshard.format.header import format_header
-from asyncshard.plan.part_planner import make_rank_part
-from asyncshard.plan.tp_plan import TpPlan
+from asyncshard.plan.file_slices.planner import make_rank_part
+from asyncshard.plan.tp.plan import TpPlan
 from bench.checkpoint import Tensor
 from bench.ways.base import Case, Run, Way, touch_memory
 

@@ -18,8 +18,8 @@ from asyncshard.errors import (
     TruncatedError,
 )
 from asyncshard.format.digests import DIGESTS_KEY
-from asyncshard.plan.placements import PackedShard, Replicate, Shard
-from asyncshard.plan.rank_parts import RankPart
+from asyncshard.plan.division.placements import PackedShard, Replicate, Shard
+from asyncshard.plan.file_slices.file_slice import RankPart
 from asyncshard.testing import Fault, FaultyStore, GatedStore, MemoryStore, WrapperStore
 
 MIB = 1 << 20

@@ -9,8 +9,8 @@ import torch
 import asyncshard
 from asyncshard import AsyncShardLoader, ShardedStateLoader
 from asyncshard.errors import CheckpointError, DestinationError, NamesError
-from asyncshard.plan.placements import Shard
-from asyncshard.plan.tp_plan import TpPlan
+from asyncshard.plan.division.placements import Shard
+from asyncshard.plan.tp.plan import TpPlan
 from asyncshard.testing import MemoryStore
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"

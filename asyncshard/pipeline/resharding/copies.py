@@ -15,10 +15,10 @@ from asyncshard.format.digests import digests_of
 from asyncshard.tasks.bounded import run_all
 from asyncshard.pipeline.resharding.reads import BlockReader, Bytes, Room
 from asyncshard.pipeline.resharding.source import Source
-from asyncshard.plan.blocks import Block, Side, cut_blocks
-from asyncshard.plan.divisions import Division
+from asyncshard.plan.division.blocks import Block, Side, cut_blocks
+from asyncshard.plan.division.divisions import Division
 from asyncshard.plan.faults import Faults
-from asyncshard.plan.slices import Slice
+from asyncshard.plan.division.slices import Slice
 from asyncshard.tasks.threads import DaemonThreads
 
 Numbers = NDArray[np.int64]

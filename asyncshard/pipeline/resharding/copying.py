@@ -15,8 +15,8 @@ from asyncshard.tasks.bounded import run_all
 from asyncshard.pipeline.resharding.reads import BlockReader, Room, local_offsets, views_of
 from asyncshard.pipeline.resharding.source import Source
 from asyncshard.pipeline.resharding.target import Target
-from asyncshard.plan.blocks import Block, Moves, Side, cut_blocks
-from asyncshard.plan.target_files import TargetFiles
+from asyncshard.plan.division.blocks import Block, Moves, Side, cut_blocks
+from asyncshard.plan.files.target_files import TargetFiles
 from asyncshard.tasks.threads import DaemonThreads
 
 

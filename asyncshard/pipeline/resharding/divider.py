@@ -10,12 +10,12 @@ from numpy.typing import NDArray
 from asyncshard.errors import CheckpointError
 from asyncshard.format.dtypes import DTYPES
 from asyncshard.pipeline.shards import Shard
-from asyncshard.plan.divisions import Division, Shape, divide, fitted, whole_shape
+from asyncshard.plan.division.divisions import Division, Shape, divide, fitted, whole_shape
 from asyncshard.plan.faults import Faults
 from asyncshard.plan.listing import LISTED
-from asyncshard.plan.placements import PackedShard, Placement, Replicate
-from asyncshard.plan.placements import Shard as ShardPlacement
-from asyncshard.plan.sharding import validate_shard_shapes
+from asyncshard.plan.division.placements import PackedShard, Placement, Replicate
+from asyncshard.plan.division.placements import Shard as ShardPlacement
+from asyncshard.plan.division.chunks import validate_shard_shapes
 
 Numbers = NDArray[np.int64]
 PlaceTensor = Callable[[str, Shape], Placement]

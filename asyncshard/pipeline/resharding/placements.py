@@ -9,8 +9,8 @@ from asyncshard.pipeline.checkpoint import Checkpoint
 from asyncshard.tasks.pace import without_hold
 from asyncshard.pipeline.shards import Shard
 from asyncshard.plan.faults import Faults
-from asyncshard.plan.placement_text import PLACEMENT_KEY, parse_placements, parse_world_size
-from asyncshard.plan.placements import Placement, Replicate
+from asyncshard.plan.division.placement_text import PLACEMENT_KEY, parse_placements, parse_world_size
+from asyncshard.plan.division.placements import Placement, Replicate
 
 
 def has_placements(checkpoint: Checkpoint) -> bool:

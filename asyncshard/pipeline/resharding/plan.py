@@ -15,12 +15,12 @@ from asyncshard.format.pattern import ShardPattern
 from asyncshard.tasks.pace import without_hold
 from asyncshard.pipeline.resharding.divider import PlaceTensor
 from asyncshard.pipeline.resharding.source import Source
-from asyncshard.plan.blocks import Side
-from asyncshard.plan.divisions import Division, divide, fitted
+from asyncshard.plan.division.blocks import Side
+from asyncshard.plan.division.divisions import Division, divide, fitted
 from asyncshard.plan.faults import Faults
-from asyncshard.plan.placement_text import PLACEMENT_KEY, WORLD_SIZE_KEY, format_placements
-from asyncshard.plan.placements import Placement, Replicate
-from asyncshard.plan.target_files import TargetFiles, lay_out
+from asyncshard.plan.division.placement_text import PLACEMENT_KEY, WORLD_SIZE_KEY, format_placements
+from asyncshard.plan.division.placements import Placement, Replicate
+from asyncshard.plan.files.target_files import TargetFiles, lay_out
 
 _ELEMENT_BYTES = np.array([max(dtype.bits // 8, 1) for dtype in DTYPES], np.int64)
 

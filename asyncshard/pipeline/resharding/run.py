@@ -29,10 +29,10 @@ from asyncshard.pipeline.shards import Shard
 from asyncshard.pipeline.slicing import find_plan
 from asyncshard.pipeline.ties import place_ties, ties_with_rules
 from asyncshard.plan.faults import Faults
-from asyncshard.plan.layout import INDEX_NAME, SINGLE_NAME
-from asyncshard.plan.survey import Survey, survey_names
-from asyncshard.plan.tp_models import require_known
-from asyncshard.plan.tp_plan import TpPlan
+from asyncshard.plan.files.layout import INDEX_NAME, SINGLE_NAME
+from asyncshard.plan.files.survey import Survey, survey_names
+from asyncshard.plan.tp.models import require_known
+from asyncshard.plan.tp.plan import TpPlan
 from asyncshard.stores import Store
 from asyncshard.tasks.threads import DaemonThreads
 

@@ -21,12 +21,12 @@ from asyncshard.pipeline.resharding.divider import Divider, PlaceTensor
 from asyncshard.tasks.bounded import run_all
 from asyncshard.pipeline.resharding.placements import require_whole, written_placements
 from asyncshard.pipeline.shards import Shard
-from asyncshard.plan.blocks import Side
-from asyncshard.plan.divisions import Shape
+from asyncshard.plan.division.blocks import Side
+from asyncshard.plan.division.divisions import Shape
 from asyncshard.plan.faults import Faults
-from asyncshard.plan.placement_text import PLACEMENT_KEY, WORLD_SIZE_KEY
-from asyncshard.plan.placements import Placement
-from asyncshard.plan.survey import Survey
+from asyncshard.plan.division.placement_text import PLACEMENT_KEY, WORLD_SIZE_KEY
+from asyncshard.plan.division.placements import Placement
+from asyncshard.plan.files.survey import Survey
 from asyncshard.stores.base import Store
 from asyncshard.tasks.threads import DaemonThreads
 

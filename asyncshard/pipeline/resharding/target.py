@@ -21,7 +21,7 @@ from asyncshard._core import StopFlag
 from asyncshard.errors import CheckpointError, FormatError, StoreError, TargetExistsError
 from asyncshard.format.index import MAX_INDEX_BYTES, parse_index
 from asyncshard.format.pattern import DEFAULT_TEMPLATE, PP_TEMPLATE, ShardPattern
-from asyncshard.plan.layout import INCOMPLETE_NAME, INDEX_NAME, SINGLE_NAME
+from asyncshard.plan.files.layout import INCOMPLETE_NAME, INDEX_NAME, SINGLE_NAME
 from asyncshard.stores.local.files import translate, translated
 
 _FOLDER = ".asyncshard-reshard"

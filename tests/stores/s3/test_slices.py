@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from asyncshard import AsyncShardLoader, IncrementalShardLoader, ShardedStateLoader
-from asyncshard.plan.placements import Shard
+from asyncshard.plan.division.placements import Shard
 from asyncshard.testing import S3Fault, S3Server
 
 WORLD = 8

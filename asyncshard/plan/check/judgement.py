@@ -1,0 +1,271 @@
+"""Judge a checkpoint by what its names and its headers say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from asyncshard.errors import AsyncShardError, FormatError, NamesError, ObjectNotFoundError
+from asyncshard.format.dtypes import DTYPES
+from asyncshard.format.pattern import ShardPattern
+from asyncshard.plan.check.file_facts import EMBEDDING, MOST, OUTPUT, FileFacts, Tensors
+from asyncshard.plan.files.layout import INDEX_NAME
+from asyncshard.plan.listing import LISTED, count_of, listing
+from asyncshard.plan.check.report import CheckpointReport, DamagedFile, DtypeUse, RankParts, Tie
+from asyncshard.plan.files.survey import Group, Survey
+
+Finding = FileFacts | AsyncShardError
+"""What a file turned out to be: valid, or why not."""
+
+
+class Problem(NamedTuple):
+    """One thing that is wrong."""
+
+    text: str
+    is_fatal: bool
+    """Whether the checkpoint is not complete."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """All that is known of a checkpoint."""
+
+    path: str
+    survey: Survey
+    files: Mapping[str, Finding]
+    """By name, of the checkpoint and of others."""
+    config: Mapping[str, Any] | None = None
+    """Of ``config.json``; None where there is none."""
+    pattern: ShardPattern | None = None
+    """What the user asked for."""
+    problems: tuple[Problem, ...] = ()
+    """The index or ``config.json`` cannot be read."""
+
+    def valid(self, group: Group) -> list[FileFacts]:
+        """Return what is known of a group's valid files."""
+        return [facts for name in group.files if isinstance(facts := self.files.get(name), FileFacts)]
+
+    def is_whole(self, group: Group) -> bool:
+        """Return whether all files of a group are valid."""
+        return len(self.valid(group)) == len(group.files)
+
+
+def judge(evidence: Evidence) -> CheckpointReport:
+    """Return the report on a checkpoint. Slow for many tensors: call it in a thread."""
+    survey = evidence.survey
+    valid = [facts for group in survey.groups for facts in evidence.valid(group)]
+    gone = [name for name in survey.files if isinstance(evidence.files.get(name), ObjectNotFoundError)]
+    ties = _ties(valid, evidence.config)
+    problems = [
+        *evidence.problems,
+        *(Problem(text, True) for text in survey.faults),
+        *_file_problems(evidence),
+        *_index_problems(evidence),
+        *_duplicate_problems(evidence),
+        *_rank_problems(evidence),
+        *_output_problems(evidence, valid),
+        *_other_problems(evidence),
+    ]
+    return CheckpointReport(
+        path=evidence.path,
+        layout=survey.kind,
+        is_complete=not any(problem.is_fatal for problem in problems),
+        problems=tuple(problem.text for problem in problems),
+        world_size=survey.world_size,
+        parts=tuple(RankParts(group.pp_rank, group.rank, len(group.files)) for group in survey.groups if group.label),
+        num_files=len(survey.files) - len(gone),
+        num_tensors=sum(map(len, valid)),
+        nbytes=sum(facts.nbytes for facts in valid),
+        dtypes=_dtypes(valid),
+        missing_files=(*survey.missing, *gone),
+        num_missing_files=survey.num_missing + len(gone),
+        extra_files=survey.others,
+        copies=survey.copies,
+        damaged=tuple(
+            DamagedFile(name, str(finding))
+            for name, finding in evidence.files.items()
+            if not isinstance(finding, FileFacts | ObjectNotFoundError)
+        ),
+        ties=ties,
+    )
+
+
+def index_disagreement(path: str, missing: Sequence[str], unexpected: Sequence[str]) -> NamesError | None:
+    """Return the error for a file whose header is not what the index says, None where they agree.
+
+    Parameters
+    ----------
+    path : str
+        The file's.
+    missing : sequence of str
+        Names that the index places in it and that it lacks, or the first of them.
+    unexpected : sequence of str
+        Names that it has and the index does not place there.
+    """
+    parts = []
+    if missing:
+        parts.append(f"weight_map places {_names(missing)} in it, but its header does not")
+    if unexpected:
+        parts.append(f"it holds {_names(unexpected)}, which weight_map does not place there")
+    if not parts:
+        return None
+    return NamesError(
+        f"{path}: the index and the file disagree: {'; '.join(parts)}",
+        path=path,
+        missing=tuple(missing),
+        unexpected=tuple(unexpected),
+    )
+
+
+def _file_problems(evidence: Evidence) -> Iterator[Problem]:
+    own = set(evidence.survey.files)
+    for name, finding in evidence.files.items():
+        if isinstance(finding, AsyncShardError):
+            text = str(finding).rstrip(".")
+            if isinstance(finding, FormatError) and ";" not in text:  # a rule of the header that is broken, no remedy
+                text += "; fetch or write it again"
+            yield Problem(f"{text}.", name in own)
+
+
+def _index_problems(evidence: Evidence) -> Iterator[Problem]:
+    if evidence.survey.kind != "index":
+        return
+    for group in evidence.survey.groups:
+        for facts in evidence.valid(group):
+            error = index_disagreement(_join(evidence.path, facts.name), facts.absent, facts.unexpected)
+            if error is not None:
+                yield Problem(f"{error}. Fetch both again, or write the index anew.", True)
+
+
+def _duplicate_problems(evidence: Evidence) -> Iterator[Problem]:
+    for group in evidence.survey.groups:
+        twice, total = Tensors(evidence.valid(group)).duplicates()
+        if total:
+            listed = listing([f"{name!r} in {first} and {second}" for name, first, second in twice], LISTED, total)
+            stand = "1 tensor stands" if total == 1 else f"{total} tensors stand"
+            yield Problem(f"{evidence.path}: {stand} in two files: {listed}. Remove the file that is too many.", True)
+
+
+def _rank_problems(evidence: Evidence) -> Iterator[Problem]:
+    """Compare the ranks of each pipeline stage with its first that is whole."""
+    references: dict[tuple[str, int], tuple[Group, Tensors]] = {}
+    for group in evidence.survey.groups:
+        if not group.label or not evidence.is_whole(group):
+            continue
+        tensors = Tensors(evidence.valid(group))
+        reference, expected = references.setdefault((group.template, group.pp_rank), (group, tensors))
+        if reference is group:
+            continue
+        difference = expected.difference(tensors)
+        texts = []
+        for what, (names, total) in zip(
+            ("it lacks {}", "it has {} that the other lacks", "{} of another dtype"), difference, strict=True
+        ):
+            if total:
+                texts.append(
+                    what.format(f"{count_of(total, 'tensor')} ({listing(list(map(repr, names)), LISTED, total)})")
+                )
+        if not texts:
+            continue
+        if len(group.files) != len(reference.files):
+            texts.append(f"it has {count_of(len(group.files), 'part')}, the other {len(reference.files)}")
+        yield Problem(
+            f"{evidence.path}: {group.label} differs from {reference.label}: {'; '.join(texts)}. Ranks hold the same "
+            "names: write or fetch the one that is wrong again.",
+            bool(difference.lacks[1] or difference.adds[1]),
+        )
+
+
+def _output_problems(evidence: Evidence, valid: Sequence[FileFacts]) -> Iterator[Problem]:
+    """Tell a model that has lost its output layer: config.json says it is not tied, and it is nowhere."""
+    config = evidence.config
+    if config is None or evidence.survey.kind not in ("index", "single", "shards"):
+        return
+    names = config.get("architectures")
+    is_causal = isinstance(names, list) and any(
+        isinstance(name, str) and name.endswith("ForCausalLM") for name in names
+    )
+    if not is_causal or _is_tied(config) is not False or any(file.ties for file in valid):
+        return
+    if _ending(valid, EMBEDDING) and not _ending(valid, OUTPUT) and all(map(evidence.is_whole, evidence.survey.groups)):
+        yield Problem(
+            f"{evidence.path}: no file holds {OUTPUT}, and config.json says tie_word_embeddings is false. The "
+            "checkpoint is incomplete.",
+            True,
+        )
+
+
+def _other_problems(evidence: Evidence) -> Iterator[Problem]:
+    survey = evidence.survey
+    if survey.kind is None or evidence.pattern is not None:  # who asks for a pattern knows that there is more
+        return
+    if survey.copies:
+        yield Problem(
+            f"{evidence.path} holds weights more than once: beside {_called(survey)} there "
+            f"{'is' if len(survey.copies) == 1 else 'are'} {listing(survey.copies)}. Programs that read every "
+            ".safetensors file load both: keep one of them, or move the other to a folder of its own.",
+            False,
+        )
+    copies = set(survey.copies)
+    rest = [name for name in survey.others if name not in copies]
+    if rest:
+        yield Problem(
+            f"{evidence.path} holds {count_of(len(rest), 'file')} that the checkpoint does not need: {listing(rest)}. "
+            "Programs that read every .safetensors file load them too: move them to a folder of their own.",
+            False,
+        )
+
+
+def _called(survey: Survey) -> str:
+    files = survey.files or survey.missing
+    text = files[0] if len(files) == 1 else f"{files[0]} and the others of its set" if files else "it"
+    return f"{text} ({INDEX_NAME})" if survey.kind == "index" else text
+
+
+def _ties(valid: Sequence[FileFacts], config: Mapping[str, Any] | None) -> tuple[Tie, ...]:
+    ties = {name: kept for file in valid for name, kept in file.ties}
+    embeddings = _ending(valid, EMBEDDING)
+    if config is not None and _is_tied(config) and embeddings and not _ending(valid, OUTPUT):
+        ties.setdefault(OUTPUT, embeddings[0])
+    return tuple(Tie(name, kept) for name, kept in ties.items())
+
+
+def _is_tied(config: Mapping[str, Any]) -> bool | None:
+    """Return what config.json says, itself or in its part for the language model; None where it says nothing."""
+    inner = config.get("text_config")
+    for part in (config, inner if isinstance(inner, Mapping) else {}):
+        tied = part.get("tie_word_embeddings")
+        if isinstance(tied, bool):
+            return tied
+    return None
+
+
+def _ending(valid: Sequence[FileFacts], end: str) -> list[str]:
+    return [name for file in valid for name in file.embeddings if name.endswith(end)]
+
+
+def _dtypes(valid: Sequence[FileFacts]) -> tuple[DtypeUse, ...]:
+    nbytes = sum((facts.dtype_bytes for facts in valid), np.zeros(len(DTYPES), np.int64))
+    counts = sum(
+        (np.bincount(facts.dtype_codes, minlength=len(DTYPES)) for facts in valid), np.zeros(len(DTYPES), np.int64)
+    )
+    uses = [
+        DtypeUse(dtype.name, int(count), int(size))
+        for dtype, count, size in zip(DTYPES, counts, nbytes, strict=True)
+        if count
+    ]
+    return tuple(sorted(uses, key=lambda use: (-use.nbytes, use.dtype)))
+
+
+def _names(names: Sequence[str]) -> str:
+    shown = list(map(repr, names[:LISTED]))
+    if len(names) < MOST:
+        return listing(shown, LISTED, len(names))
+    return f"{', '.join(shown)} and at least {MOST - LISTED} more"
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path.rstrip('/')}/{name}"

@@ -1,0 +1,163 @@
+"""Which bytes of a tensor are a rank's.
+
+A tensor lies row-major in its file. What a rank has of it is the same few runs of bytes in each of its rows, where a
+row is all that one index of the dimensions before the divided one covers:
+
+    whole tensor   |....AAAA....BB..|....AAAA....BB..|     outer = 2 rows, stride = 16 bytes, runs = (4, 4), (12, 2)
+    the rank's     |AAAABB|AAAABB|
+
+Along dimension 0 there is one row, and so one byte range for each run.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import accumulate
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from asyncshard.errors import CheckpointError
+from asyncshard.plan.division.placements import PackedShard, Placement, Replicate, Shard
+from asyncshard.plan.division.chunks import chunk_bounds
+
+Offsets = NDArray[np.int64]
+
+
+class Overlap(NamedTuple):
+    """Where some bytes are, in the whole tensor and in the rank's: a piece for each element of the arrays."""
+
+    whole: Offsets
+    """Offsets in the whole tensor."""
+    local: Offsets
+    """Offsets in the rank's tensor."""
+    lengths: Offsets
+    """Bytes."""
+
+
+class Slice(NamedTuple):
+    """What a rank has of one tensor."""
+
+    shape: tuple[int, ...]
+    """Of the rank's tensor."""
+    outer: int
+    """Rows."""
+    stride: int
+    """Bytes of a row of the whole tensor."""
+    runs: tuple[tuple[int, int], ...]
+    """Offset in a row and length, in bytes, of each run; they ascend."""
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row of the rank's tensor."""
+        return sum(length for _, length in self.runs)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the rank's tensor."""
+        return self.outer * self.row_bytes
+
+    def within_local(self, start: int, stop: int) -> Overlap:
+        """Return where the bytes [start, stop) of the rank's tensor are, in their order."""
+        whole, local, lengths = self._pieces(start, stop, self.row_bytes)
+        return _clip(whole, local, lengths, local, start, stop)
+
+    def within_whole(self, start: int, stop: int) -> Overlap:
+        """Return what the rank has of the bytes [start, stop) of the whole tensor, in their order.
+
+        It is one range of the rank's tensor.
+        """
+        whole, local, lengths = self._pieces(start, stop, self.stride)
+        return _clip(whole, local, lengths, whole, start, stop)
+
+    def _pieces(self, start: int, stop: int, row: int) -> tuple[Offsets, Offsets, Offsets]:
+        """Return all runs of the rows, of `row` bytes each, that the range touches."""
+        first, last = (start // row, -(-stop // row)) if row and stop > start else (0, 0)
+        rows = np.arange(first, min(last, self.outer), dtype=np.int64)[:, None]
+        offsets, lengths = np.array(self.runs, np.int64).reshape(-1, 2).T
+        local = np.array([0, *accumulate(lengths.tolist())][:-1], np.int64)
+        whole = rows * self.stride + offsets
+        return whole.ravel(), (rows * self.row_bytes + local).ravel(), np.broadcast_to(lengths, whole.shape).ravel()
+
+
+def _clip(whole: Offsets, local: Offsets, lengths: Offsets, positions: Offsets, start: int, stop: int) -> Overlap:
+    """Leave of each piece what lies in [start, stop), by its `positions`."""
+    cut = np.maximum(start - positions, 0)
+    left = np.minimum(lengths, stop - positions) - cut
+    kept = left > 0
+    return Overlap((whole + cut)[kept], (local + cut)[kept], left[kept])
+
+
+def slice_tensor(
+    name: str, shape: tuple[int, ...], bits: int, placement: Placement, *, rank: int, world_size: int
+) -> Slice:
+    """Return what one rank has of a tensor.
+
+    Parameters
+    ----------
+    name : str
+        For messages.
+    shape : tuple of int
+        Of the whole tensor, in elements.
+    bits : int
+        Of one element.
+
+    Raises
+    ------
+    CheckpointError
+        The tensor cannot be divided so: there is no such dimension, the sizes of a `PackedShard` do not add up, the
+        ranks are no multiple of the pieces, or, with elements of 4 or 6 bits, a piece would not begin on a byte.
+    """
+    if isinstance(placement, Replicate):
+        return whole_tensor(shape, bits)
+    dim = placement.dim + len(shape) if placement.dim < 0 else placement.dim
+    if not 0 <= dim < len(shape):
+        raise _cannot(name, shape, placement, "there is no such dimension")
+    pieces, index = _piece(name, shape, placement, rank, world_size)
+    if pieces == 1 and isinstance(placement, Shard):
+        return whole_tensor(shape, bits)
+    sizes = placement.sizes if isinstance(placement, PackedShard) else (shape[dim],)
+    if sum(sizes) != shape[dim]:
+        raise _cannot(name, shape, placement, f"the sizes add up to {sum(sizes)}, not {shape[dim]}")
+    outer, inner = math.prod(shape[:dim]), math.prod(shape[dim + 1 :]) * bits
+    starts = [0, *accumulate(sizes)]
+    cuts = {
+        start + bound for start, size in zip(starts, sizes, strict=False) for bound in chunk_bounds(size, pieces, 0)
+    }
+    if outer and inner and any(cut * inner % 8 for cut in cuts | {shape[dim]}):
+        raise _cannot(name, shape, placement, f"a piece would begin within a byte, with elements of {bits} bits")
+    bounds = [
+        (start + first, start + last)
+        for start, size in zip(starts, sizes, strict=False)
+        for first, last in [chunk_bounds(size, pieces, index)]
+    ]
+    local = (*shape[:dim], sum(last - first for first, last in bounds), *shape[dim + 1 :])
+    if not math.prod(local):
+        return Slice(local, 0, 0, ())
+    if local == shape:  # all in one run, and not in one for each row
+        return whole_tensor(shape, bits)
+    runs = tuple((first * inner // 8, (last - first) * inner // 8) for first, last in bounds if last > first)
+    return Slice(local, outer, shape[dim] * inner // 8, runs)
+
+
+def whole_tensor(shape: tuple[int, ...], bits: int) -> Slice:
+    """Return all of a tensor."""
+    nbytes = math.prod(shape) * bits // 8
+    return Slice(shape, 1, nbytes, ((0, nbytes),)) if nbytes else Slice(shape, 0, 0, ())
+
+
+def _piece(
+    name: str, shape: tuple[int, ...], placement: Shard | PackedShard, rank: int, world_size: int
+) -> tuple[int, int]:
+    """Return into how many pieces a tensor is cut, and which is the rank's."""
+    pieces = placement.pieces if isinstance(placement, Shard) and placement.pieces is not None else world_size
+    if world_size % pieces:
+        raise _cannot(name, shape, placement, f"{world_size} ranks are no multiple of {pieces} pieces")
+    return pieces, rank // (world_size // pieces)
+
+
+def _cannot(name: str, shape: tuple[int, ...], placement: Placement, reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"tensor {name!r} of shape {shape} cannot be placed by {placement}: {reason}; mend the tp_plan", tensor=name
+    )

@@ -1,0 +1,198 @@
+"""A rank's part of a file: the file that it would have if the checkpoint had been cut for it.
+
+Such a part has a header of its own, with the shapes of the rank's tensors, in the order of the real file. What is read
+of it is found in the real file by columns, one row for each tensor; tensors of the same dtype, shape and placement
+share a pattern of runs (:mod:`asyncshard.plan.division.slices`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from asyncshard.format.header import Header
+from asyncshard.plan.division.slices import Slice
+
+Offsets = NDArray[np.int64]
+
+
+class Ranges(NamedTuple):
+    """Byte ranges of the real file, which ascend and do not touch."""
+
+    offsets: Offsets
+    lengths: Offsets
+
+
+class Patterns(NamedTuple):
+    """Slices as columns, a row for each; the runs of all stand in columns of their own."""
+
+    outer: Offsets
+    """Rows."""
+    strides: Offsets
+    """Bytes of a row of the whole tensor."""
+    row_bytes: Offsets
+    """Bytes of a row of the rank's."""
+    first_runs: Offsets
+    """Index of the first run of a row; one more than there are patterns."""
+    run_offsets: Offsets
+    """In a row of the whole tensor."""
+    run_locals: Offsets
+    """In a row of the rank's."""
+    run_lengths: Offsets
+
+    @classmethod
+    def of(cls, slices: Iterable[Slice]) -> Patterns:
+        slices = list(slices)
+        runs = [run for piece in slices for run in piece.runs]
+        local = [at for piece in slices for at in [0, *accumulate(length for _, length in piece.runs)][:-1]]
+        columns = (
+            [piece.outer for piece in slices],
+            [piece.stride for piece in slices],
+            [piece.row_bytes for piece in slices],
+            [0, *accumulate(len(piece.runs) for piece in slices)],
+            [offset for offset, _ in runs],
+            local,
+            [length for _, length in runs],
+        )
+        return cls(*(np.array(column, np.int64) for column in columns))
+
+    @property
+    def runs_in_row(self) -> Offsets:
+        return np.diff(self.first_runs)
+
+    def gaps(self, max_gap: int) -> Offsets:
+        """Return for each pattern the bytes between its runs, of the gaps that are no longer than `max_gap`."""
+        of = np.repeat(np.arange(len(self.outer)), self.runs_in_row)
+        ends = self.run_offsets + self.run_lengths
+        begins, times = np.append(self.run_offsets[1:], 0), self.outer[of]
+        # After the last run of a row comes the first of the next row, once less than there are rows.
+        held = np.flatnonzero(self.runs_in_row)
+        last = self.first_runs[held + 1] - 1
+        begins[last] = self.strides[held] + self.run_offsets[self.first_runs[held]]
+        times[last] -= 1
+        found = np.zeros(len(self.outer), np.int64)
+        np.add.at(found, of, np.where(begins - ends <= max_gap, begins - ends, 0) * times)
+        return found
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RankPart:
+    """What one rank has of one file."""
+
+    header: Header
+    """Of the part: names, and shapes of the rank's tensors."""
+    starts: Offsets
+    """Where each tensor, whole, begins in the real file."""
+    kinds: NDArray[np.int32]
+    """The row in `patterns` of each."""
+    patterns: Patterns
+    runs_before: Offsets
+    """How many runs the tensors before each one have; one more than there are tensors."""
+    digest: str
+    """Of all this: parts of equal digests are the same slices."""
+
+    def __eq__(self, other: object) -> bool:
+        return self.digest == other.digest if isinstance(other, RankPart) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that it holds, its header included."""
+        return self.header.nbytes + self.starts.nbytes + self.kinds.nbytes + self.runs_before.nbytes
+
+    @property
+    def bytes_needed(self) -> int:
+        """Bytes of the rank's tensors."""
+        return self.header.file_size - self.header.size
+
+    def bytes_read(self, max_gap: int) -> int:
+        """Return how many bytes are read for them at most, where ranges `max_gap` apart are read together."""
+        patterns, table = self.patterns, self.header.table
+        inside = int(patterns.gaps(max_gap)[self.kinds].sum())
+        held = np.flatnonzero(table.stops > table.starts)
+        kinds = self.kinds[held]
+        last_runs = patterns.first_runs[kinds + 1] - 1
+        last_ends = patterns.run_offsets[last_runs] + patterns.run_lengths[last_runs]
+        ends = self.starts[held] + (patterns.outer[kinds] - 1) * patterns.strides[kinds] + last_ends
+        begins = self.starts[held] + patterns.run_offsets[patterns.first_runs[kinds]]
+        between = begins[1:] - ends[:-1]
+        return self.bytes_needed + inside + int(between[between <= max_gap].sum())
+
+    def count(self, start: int, stop: int) -> int:
+        """Return about how many ranges the bytes [start, stop) of the part are, at most."""
+        return self._run_at(stop) - self._run_at(start) + 1 if stop > start else 0
+
+    def batches(self, start: int, stop: int, max_ranges: int) -> Iterator[tuple[int, int]]:
+        """Cut [start, stop) of the part into ranges of it that are about `max_ranges` of the real file each at most."""
+        while start < stop:
+            end = max(self._begin_of(self._run_at(start) + max_ranges), start + 1)
+            yield start, min(end, stop)
+            start = end
+
+    def ranges(self, start: int, stop: int) -> Ranges:
+        """Return where the bytes [start, stop) of the part are in the real file, in their order."""
+        table, patterns = self.header.table, self.patterns
+        first = int(np.searchsorted(table.stops, start, side="right"))
+        last = int(np.searchsorted(table.starts, stop, side="left"))
+        if stop <= start or last <= first:
+            return Ranges(np.empty(0, np.int64), np.empty(0, np.int64))
+        kinds = self.kinds[first:last]
+        rows = patterns.row_bytes[kinds]
+        first_rows = np.zeros(last - first, np.int64)
+        last_rows = patterns.outer[kinds]
+        if rows[-1]:
+            last_rows[-1] = -(-(stop - table.starts[last - 1]) // rows[-1])
+            last_rows[-1] = min(last_rows[-1], patterns.outer[kinds[-1]])
+        if rows[0]:
+            first_rows[0] = (start - table.starts[first]) // rows[0]
+        runs = patterns.runs_in_row[kinds]
+        counts = (last_rows - first_rows) * runs
+        # A row for each run: which tensor it is of, and its number there.
+        of = np.repeat(np.arange(last - first), counts)
+        number = np.arange(len(of)) - np.repeat(np.cumsum(counts) - counts, counts)
+        row = number // runs[of] + first_rows[of]
+        run = number % runs[of] + patterns.first_runs[kinds][of]
+        real = self.starts[first:last][of] + row * patterns.strides[kinds][of] + patterns.run_offsets[run]
+        local = table.starts[first:last][of] + row * rows[of] + patterns.run_locals[run]
+        return _joined(*_clipped(real, local, patterns.run_lengths[run], start, stop))
+
+    def _run_at(self, position: int) -> int:
+        """Return the number of the first run of the row in which a byte of the part is."""
+        table = self.header.table
+        index = int(np.searchsorted(table.stops, position, side="right"))
+        if index >= len(self.kinds):
+            return int(self.runs_before[-1])
+        kind = self.kinds[index]
+        row = max(position - int(table.starts[index]), 0) // max(int(self.patterns.row_bytes[kind]), 1)
+        return int(self.runs_before[index]) + row * int(self.patterns.runs_in_row[kind])
+
+    def _begin_of(self, run: int) -> int:
+        """Return where in the part the row of a run begins; its end for one after the last."""
+        index = int(np.searchsorted(self.runs_before, run, side="right")) - 1
+        if index >= len(self.kinds):
+            return self.header.file_size
+        kind = self.kinds[index]
+        row = (run - int(self.runs_before[index])) // max(int(self.patterns.runs_in_row[kind]), 1)
+        return int(self.header.table.starts[index]) + row * int(self.patterns.row_bytes[kind])
+
+
+def _clipped(real: Offsets, local: Offsets, lengths: Offsets, start: int, stop: int) -> tuple[Offsets, Offsets]:
+    cut = np.maximum(start - local, 0)
+    left = np.minimum(lengths, stop - local) - cut
+    kept = left > 0
+    return (real + cut)[kept], left[kept]
+
+
+def _joined(offsets: Offsets, lengths: Offsets) -> Ranges:
+    """Make one range of those that touch."""
+    if len(offsets) < 2:
+        return Ranges(offsets, lengths)
+    begins = np.flatnonzero(np.concatenate([[True], offsets[1:] != offsets[:-1] + lengths[:-1]]))
+    return Ranges(offsets[begins], np.add.reduceat(lengths, begins))
