@@ -15,12 +15,12 @@ from asyncshard.loaders.sharded_state import ShardedStateLoader
 from asyncshard.loaders.streaming import AsyncShardLoader
 from asyncshard.loaders.writer import save_sharded_state
 from asyncshard.pipeline.memory.budget import MemoryBudget
-from asyncshard.pipeline.destinations import Sink
+from asyncshard.pipeline.transfer.destinations import Sink
 from asyncshard.pipeline.shard_cache import CacheStatistics
-from asyncshard.pipeline.statistics import Statistics
-from asyncshard.pipeline.stream import Stream
+from asyncshard.pipeline.transfer.statistics import Statistics
+from asyncshard.pipeline.transfer.stream import Stream
 from asyncshard.pipeline.update import Update
-from asyncshard.pipeline.version import CheckpointVersion
+from asyncshard.pipeline.checkpoint.version import CheckpointVersion
 from asyncshard.plan.assignment import compute_shard_assignment
 from asyncshard.plan.division.placements import PackedShard, Replicate, Shard
 from asyncshard.plan.division.chunks import ShardedTensor, validate_shard_shapes

@@ -8,7 +8,7 @@ from typing import Any
 from asyncshard.loaders.files import ModelPath
 from asyncshard.loaders.sharded_state import ShardedStateLoader
 from asyncshard.loaders.streaming import AsyncShardLoader
-from asyncshard.pipeline.stream import Stream
+from asyncshard.pipeline.transfer.stream import Stream
 
 __all__ = ["load", "stream"]
 

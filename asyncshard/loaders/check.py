@@ -13,9 +13,9 @@ from asyncshard.format.index import MAX_INDEX_BYTES, parse_index
 from asyncshard.format.pattern import ShardPattern
 from asyncshard.loaders.files import ModelPath, open_store
 from asyncshard.loaders.options import MIB, Options, require_int
-from asyncshard.pipeline.config import CONFIG_NAME, read_config
+from asyncshard.pipeline.checkpoint.config import CONFIG_NAME, read_config
 from asyncshard.pipeline.memory.free_memory import default_budget_mb
-from asyncshard.pipeline.header_scan import HeaderLimits, HeaderScan, is_about_the_file
+from asyncshard.pipeline.checkpoint.header_scan import HeaderLimits, HeaderScan, is_about_the_file
 from asyncshard.tasks.pace import without_hold
 from asyncshard.plan.check.judgement import Evidence, Finding, Problem, judge
 from asyncshard.plan.check.file_facts import FileFacts, facts_of

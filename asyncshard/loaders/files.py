@@ -11,8 +11,8 @@ from asyncshard.errors import NotRegularFileError
 from asyncshard.format.header import Header
 from asyncshard.loaders.cache import Caching
 from asyncshard.loaders.options import Options
-from asyncshard.pipeline.checkpoint import Selection, find_shards
-from asyncshard.pipeline.shards import read_header_of
+from asyncshard.pipeline.checkpoint.checkpoint import Selection, find_shards
+from asyncshard.pipeline.checkpoint.opened_file import read_header_of
 from asyncshard.stores import Store, file_from_url, from_url
 from asyncshard.tasks.threads import DaemonThreads, finish
 

@@ -13,21 +13,21 @@ from asyncshard.loaders.cache import Caching, make_cache
 from asyncshard.loaders.files import ModelPath, open_store
 from asyncshard.loaders.options import Options
 from asyncshard.pipeline.memory.budget import Account, MemoryBudget
-from asyncshard.pipeline.checkpoint import Checkpoint, Selection, open_checkpoint
-from asyncshard.pipeline.destinations import Placement, new_destinations
+from asyncshard.pipeline.checkpoint.checkpoint import Checkpoint, Selection, open_checkpoint
+from asyncshard.pipeline.transfer.destinations import Placement, new_destinations
 from asyncshard.pipeline.memory.free_memory import default_budget_mb
-from asyncshard.pipeline.load_plan import LoadPlan
-from asyncshard.pipeline.matching import match_destinations
-from asyncshard.pipeline.placed import PlacedTransfer
+from asyncshard.pipeline.checkpoint.load_plan import LoadPlan
+from asyncshard.pipeline.transfer.matching import match_destinations
+from asyncshard.pipeline.transfer.placed import PlacedTransfer
 from asyncshard.pipeline.refresh import Refresh
-from asyncshard.pipeline.slicing import open_slices
-from asyncshard.pipeline.staged import StagedTransfer
-from asyncshard.pipeline.stream import Stream
-from asyncshard.pipeline.supervisor import Supervisor
-from asyncshard.pipeline.ties import add_ties
-from asyncshard.pipeline.transfer import Pacing, Transfer
+from asyncshard.pipeline.checkpoint.slicing import open_slices
+from asyncshard.pipeline.transfer.buffered import StagedTransfer
+from asyncshard.pipeline.transfer.stream import Stream
+from asyncshard.pipeline.transfer.supervisor import Supervisor
+from asyncshard.pipeline.checkpoint.ties import add_ties
+from asyncshard.pipeline.transfer.transfer import Pacing, Transfer
 from asyncshard.pipeline.update import Update
-from asyncshard.pipeline.version import CheckpointVersion
+from asyncshard.pipeline.checkpoint.version import CheckpointVersion
 from asyncshard.stores import Store
 from asyncshard.tasks.threads import DaemonThreads, finish
 

@@ -9,8 +9,8 @@ from asyncshard.format.pattern import ShardPattern
 from asyncshard.loaders.files import ModelPath, discover
 from asyncshard.loaders.loader import Loader, Request
 from asyncshard.loaders.options import Options, Tuning
-from asyncshard.pipeline.checkpoint import Selection
-from asyncshard.pipeline.stream import Stream
+from asyncshard.pipeline.checkpoint.checkpoint import Selection
+from asyncshard.pipeline.transfer.stream import Stream
 from asyncshard.plan.files.layout import validate_rank
 from asyncshard.plan.tensor_filter import TensorFilter, Wanted
 from asyncshard.plan.tp.plan import TpPlan, plan_of

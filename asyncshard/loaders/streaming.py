@@ -8,7 +8,7 @@ from typing import Any, Unpack
 from asyncshard.loaders.files import ModelPath
 from asyncshard.loaders.loader import Loader, Request, inherited
 from asyncshard.loaders.options import KeywordTuning
-from asyncshard.pipeline.stream import Stream
+from asyncshard.pipeline.transfer.stream import Stream
 
 
 class AsyncShardLoader(Loader):

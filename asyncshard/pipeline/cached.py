@@ -8,7 +8,7 @@ from typing import Any
 from asyncshard._core import Lease
 from asyncshard.pipeline.shard_cache import ShardCache
 from asyncshard.pipeline.shard_tensors import ShardTensors, frozen
-from asyncshard.pipeline.staged import StagedTransfer
+from asyncshard.pipeline.transfer.buffered import StagedTransfer
 from asyncshard.plan.items import ReadItem
 
 

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from asyncshard._core import Lease
 from asyncshard.format.dtypes import DTYPES, Dtype
 from asyncshard.arrays.base import ArrayLibrary, make_view
-from asyncshard.pipeline.checkpoint import Checkpoint
-from asyncshard.pipeline.destinations import ShardDestinations, StridedTarget
-from asyncshard.pipeline.matching import fit, is_sink
+from asyncshard.pipeline.checkpoint.checkpoint import Checkpoint
+from asyncshard.pipeline.transfer.destinations import ShardDestinations, StridedTarget
+from asyncshard.pipeline.transfer.matching import fit, is_sink
 from asyncshard.tasks.pace import without_hold
 
 _SPLIT_BYTES = 2 << 20

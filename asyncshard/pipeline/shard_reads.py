@@ -9,7 +9,7 @@ from asyncshard.errors import BudgetError, NamesError
 from asyncshard.pipeline.memory.budget import charge_of
 from asyncshard.pipeline.shard_cache import CachedFile, ShardCache
 from asyncshard.pipeline.shard_tensors import ShardTensors
-from asyncshard.pipeline.staged import StagedTransfer
+from asyncshard.pipeline.transfer.buffered import StagedTransfer
 from asyncshard.plan.items import ReadItem
 from asyncshard.tasks.threads import DaemonThreads, all_of
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from asyncshard._core import Lease
-from asyncshard.pipeline.staged import StagedTransfer
+from asyncshard.pipeline.transfer.buffered import StagedTransfer
 from asyncshard.plan.items import ReadItem
 
 

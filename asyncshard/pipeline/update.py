@@ -12,7 +12,7 @@ from asyncshard.errors import StreamClosedError
 from asyncshard.pipeline.memory.budget import Account
 from asyncshard.pipeline.contents import Contents, Row, Share
 from asyncshard.tasks.pace import Pace
-from asyncshard.pipeline.version import CheckpointVersion
+from asyncshard.pipeline.checkpoint.version import CheckpointVersion
 from asyncshard.tasks.threads import DaemonThreads, finish
 
 _COPYING_THREADS = 2

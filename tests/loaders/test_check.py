@@ -527,7 +527,7 @@ async def test_headers_are_let_go_of(monkeypatch, checkpoints):
         counts.append(len(alive))
         return header
 
-    monkeypatch.setattr("asyncshard.pipeline.shards.parse_header", watched)
+    monkeypatch.setattr("asyncshard.pipeline.checkpoint.opened_file.parse_header", watched)
     store = MemoryStore(checkpoints.hugging_face_files(*({f"{i}": np.zeros(2)} for i in range(40))))
     report = await check_checkpoint(store)
     assert report.is_ok

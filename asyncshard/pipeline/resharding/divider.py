@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from asyncshard.errors import CheckpointError
 from asyncshard.format.dtypes import DTYPES
-from asyncshard.pipeline.shards import Shard
+from asyncshard.pipeline.checkpoint.opened_file import Shard
 from asyncshard.plan.division.divisions import Division, Shape, divide, fitted, whole_shape
 from asyncshard.plan.faults import Faults
 from asyncshard.plan.listing import LISTED

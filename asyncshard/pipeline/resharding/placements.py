@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from asyncshard.errors import FormatError
-from asyncshard.pipeline.checkpoint import Checkpoint
+from asyncshard.pipeline.checkpoint.checkpoint import Checkpoint
 from asyncshard.tasks.pace import without_hold
-from asyncshard.pipeline.shards import Shard
+from asyncshard.pipeline.checkpoint.opened_file import Shard
 from asyncshard.plan.faults import Faults
 from asyncshard.plan.division.placement_text import PLACEMENT_KEY, parse_placements, parse_world_size
 from asyncshard.plan.division.placements import Placement, Replicate

@@ -13,7 +13,7 @@ from asyncshard._core import Lease, copy_runs
 from asyncshard.errors import BudgetError
 from asyncshard.pipeline.memory.budget import Account
 from asyncshard.tasks.bounded import run_all
-from asyncshard.pipeline.shards import Shard
+from asyncshard.pipeline.checkpoint.opened_file import Shard
 from asyncshard.plan.division.blocks import Extent, Moves
 from asyncshard.stores.base import Store
 from asyncshard.tasks.threads import DaemonThreads

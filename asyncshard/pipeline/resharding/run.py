@@ -13,7 +13,7 @@ from asyncshard._core import HeaderTable, StopFlag
 from asyncshard.errors import CheckpointError
 from asyncshard.format.pattern import ShardPattern
 from asyncshard.pipeline.memory.budget import Account
-from asyncshard.pipeline.checkpoint import Checkpoint, Selection
+from asyncshard.pipeline.checkpoint.checkpoint import Checkpoint, Selection
 from asyncshard.tasks.pace import without_hold
 from asyncshard.pipeline.resharding.beside import beside, copy_beside
 from asyncshard.pipeline.resharding.copies import Comparison, compare_digests
@@ -25,9 +25,9 @@ from asyncshard.pipeline.resharding.plan import TargetPlan, plan_target
 from asyncshard.pipeline.resharding.reads import BlockReader, Room, take_rooms
 from asyncshard.pipeline.resharding.source import Source, join_source, open_source
 from asyncshard.pipeline.resharding.target import Target, index_text
-from asyncshard.pipeline.shards import Shard
-from asyncshard.pipeline.slicing import find_plan
-from asyncshard.pipeline.ties import place_ties, ties_with_rules
+from asyncshard.pipeline.checkpoint.opened_file import Shard
+from asyncshard.pipeline.checkpoint.slicing import find_plan
+from asyncshard.pipeline.checkpoint.ties import place_ties, ties_with_rules
 from asyncshard.plan.faults import Faults
 from asyncshard.plan.files.layout import INDEX_NAME, SINGLE_NAME
 from asyncshard.plan.files.survey import Survey, survey_names

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from asyncshard._core import Lease, Region, ReturnList, Span
 from asyncshard.format.dtypes import DTYPES
 from asyncshard.arrays.base import ArrayLibrary, make_view
-from asyncshard.pipeline.checkpoint import Checkpoint
+from asyncshard.pipeline.checkpoint.checkpoint import Checkpoint
 from asyncshard.tasks.pace import Pace
-from asyncshard.pipeline.shards import Shard
+from asyncshard.pipeline.checkpoint.opened_file import Shard
 
 _CAST_ELEMENTS = 1 << 17
 """Elements converted at once: NumPy converts the types of `ml_dtypes` with the GIL held."""

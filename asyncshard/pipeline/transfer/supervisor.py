@@ -21,8 +21,8 @@ from typing import Any
 from asyncshard._core import Lease
 from asyncshard.errors import BudgetError, StreamClosedError
 from asyncshard.pipeline.memory.budget import Account, MemoryBudget, Yields, charge_of
-from asyncshard.pipeline.statistics import Counters
-from asyncshard.pipeline.transfer import Transfer
+from asyncshard.pipeline.transfer.statistics import Counters
+from asyncshard.pipeline.transfer.transfer import Transfer
 from asyncshard.plan.items import ReadItem
 from asyncshard.tasks.threads import DaemonThreads, finish
 

@@ -12,8 +12,8 @@ from asyncshard.errors import BudgetError
 from asyncshard.format.dtypes import DTYPES
 from asyncshard.arrays.base import ArrayLibrary, make_view
 from asyncshard.pipeline.memory.budget import MemoryBudget, charge_of
-from asyncshard.pipeline.checkpoint import Checkpoint
-from asyncshard.pipeline.transfer import Pacing, Transfer
+from asyncshard.pipeline.checkpoint.checkpoint import Checkpoint
+from asyncshard.pipeline.transfer.transfer import Pacing, Transfer
 from asyncshard.plan.items import ReadItem, whole_tensors
 from asyncshard.stores.base import Store
 from asyncshard.tasks.threads import DaemonThreads

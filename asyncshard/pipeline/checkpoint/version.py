@@ -26,7 +26,7 @@ from asyncshard.errors import FormatError
 from asyncshard.format.digests import digests_of, has_digests
 from asyncshard.format.dtypes import DTYPES
 from asyncshard.format.header import Header
-from asyncshard.pipeline.checkpoint import Checkpoint
+from asyncshard.pipeline.checkpoint.checkpoint import Checkpoint
 from asyncshard.tasks.pace import without_hold
 from asyncshard.stores.base import ETAG, Store
 

@@ -10,7 +10,7 @@ from typing import Generic, NamedTuple, TypeGuard, TypeVar
 
 from asyncshard.errors import AsyncShardError, BudgetError, FormatError, ObjectChangedError, StoreError
 from asyncshard.format.header import Header
-from asyncshard.pipeline.shards import open_header, parse_opened
+from asyncshard.pipeline.checkpoint.opened_file import open_header, parse_opened
 from asyncshard.stores.base import Store
 from asyncshard.tasks.threads import DaemonThreads
 

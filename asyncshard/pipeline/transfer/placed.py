@@ -13,9 +13,9 @@ from typing import Any
 
 from asyncshard._core import Lease
 from asyncshard.pipeline.memory.budget import MemoryBudget
-from asyncshard.pipeline.checkpoint import Checkpoint
-from asyncshard.pipeline.destinations import Placement, Sink, StridedTarget
-from asyncshard.pipeline.transfer import Pacing, Transfer
+from asyncshard.pipeline.checkpoint.checkpoint import Checkpoint
+from asyncshard.pipeline.transfer.destinations import Placement, Sink, StridedTarget
+from asyncshard.pipeline.transfer.transfer import Pacing, Transfer
 from asyncshard.plan.items import GRAIN, ReadItem, placed_tensors
 from asyncshard.stores.base import Store
 from asyncshard.tasks.threads import DaemonThreads

@@ -10,13 +10,13 @@ from typing import Any, Self
 
 from asyncshard.errors import StreamClosedError, UnsupportedTensorError
 from asyncshard.format.header import TensorInfo
-from asyncshard.pipeline.checkpoint import CheckpointInfo
-from asyncshard.pipeline.load_plan import LoadPlan
+from asyncshard.pipeline.checkpoint.checkpoint import CheckpointInfo
+from asyncshard.pipeline.checkpoint.load_plan import LoadPlan
 from asyncshard.tasks.pace import Pace
-from asyncshard.pipeline.statistics import Counters, Statistics
-from asyncshard.pipeline.supervisor import Supervisor
-from asyncshard.pipeline.transfer import Transfer
-from asyncshard.pipeline.version import CheckpointVersion
+from asyncshard.pipeline.transfer.statistics import Counters, Statistics
+from asyncshard.pipeline.transfer.supervisor import Supervisor
+from asyncshard.pipeline.transfer.transfer import Transfer
+from asyncshard.pipeline.checkpoint.version import CheckpointVersion
 
 
 class Stream:

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from asyncshard._core import Lease
-from asyncshard.pipeline.checkpoint import Checkpoint, ties_of
-from asyncshard.pipeline.version import CheckpointVersion
+from asyncshard.pipeline.checkpoint.checkpoint import Checkpoint, ties_of
+from asyncshard.pipeline.checkpoint.version import CheckpointVersion
 from asyncshard.plan.items import ReadItem
 from asyncshard.stores.base import Store
 from asyncshard.tasks.threads import all_of

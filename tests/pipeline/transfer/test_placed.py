@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from asyncshard import AsyncShardLoader
 from asyncshard.errors import DestinationError, NamesError
 from asyncshard.format.dtypes import DTYPES, by_name
-from asyncshard.pipeline.destinations import boxes
+from asyncshard.pipeline.transfer.destinations import boxes
 from asyncshard.testing import FaultyStore, MemoryStore
 
 CASTABLE = [dtype.name for dtype in DTYPES if dtype.numpy is not None]

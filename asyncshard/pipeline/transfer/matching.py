@@ -17,8 +17,8 @@ from asyncshard._core import Span
 from asyncshard.errors import DestinationError, NamesError
 from asyncshard.format.dtypes import DTYPES, Dtype
 from asyncshard.arrays.base import ArrayLibrary, RawArray
-from asyncshard.pipeline.checkpoint import Checkpoint
-from asyncshard.pipeline.destinations import Placement, ShardDestinations, StridedTarget
+from asyncshard.pipeline.checkpoint.checkpoint import Checkpoint
+from asyncshard.pipeline.transfer.destinations import Placement, ShardDestinations, StridedTarget
 from asyncshard.tasks.pace import Pace
 from asyncshard.tasks.threads import DaemonThreads
 

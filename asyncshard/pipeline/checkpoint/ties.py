@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 from asyncshard._core import HeaderTable, WeightMap
 from asyncshard.errors import CheckpointError, DestinationError, FormatError, ObjectNotFoundError
 from asyncshard.arrays.base import ArrayLibrary
-from asyncshard.pipeline.checkpoint import Checkpoint, CheckpointInfo, Selection, TiedShard, ties_of
-from asyncshard.pipeline.config import read_config
-from asyncshard.pipeline.matching import is_sink, span
+from asyncshard.pipeline.checkpoint.checkpoint import Checkpoint, CheckpointInfo, Selection, TiedShard, ties_of
+from asyncshard.pipeline.checkpoint.config import read_config
+from asyncshard.pipeline.transfer.matching import is_sink, span
 from asyncshard.tasks.pace import without_hold
-from asyncshard.pipeline.shards import Shard
+from asyncshard.pipeline.checkpoint.opened_file import Shard
 from asyncshard.plan.check.file_facts import EMBEDDING, OUTPUT, output_names
 from asyncshard.plan.file_slices.planner import rename, rename_placed
 from asyncshard.plan.tp.models import ties_embeddings

@@ -17,7 +17,7 @@ from asyncshard.format.index import MAX_INDEX_BYTES, parse_index
 from asyncshard.format.pattern import ShardPattern
 from asyncshard.pipeline.memory.budget import Account
 from asyncshard.tasks.pace import without_hold
-from asyncshard.pipeline.shards import Shard, read_header_of
+from asyncshard.pipeline.checkpoint.opened_file import Shard, read_header_of
 from asyncshard.plan.check.judgement import index_disagreement
 from asyncshard.plan.check.file_facts import EMBEDDING, output_names
 from asyncshard.plan.files.layout import choose_layout, index_files, is_rank_shard

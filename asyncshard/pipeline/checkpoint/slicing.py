@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from asyncshard.errors import ObjectNotFoundError
 from asyncshard.pipeline.memory.budget import Account
-from asyncshard.pipeline.checkpoint import Checkpoint, Selection, TiedShard, find_shards, open_found, require_wanted
-from asyncshard.pipeline.config import CONFIG_NAME, read_config
+from asyncshard.pipeline.checkpoint.checkpoint import Checkpoint, Selection, TiedShard, find_shards, open_found, require_wanted
+from asyncshard.pipeline.checkpoint.config import CONFIG_NAME, read_config
 from asyncshard.tasks.pace import without_hold
-from asyncshard.pipeline.shards import Shard
-from asyncshard.pipeline.ties import place_ties, ties_with_rules
+from asyncshard.pipeline.checkpoint.opened_file import Shard
+from asyncshard.pipeline.checkpoint.ties import place_ties, ties_with_rules
 from asyncshard.plan.file_slices.planner import make_rank_part
 from asyncshard.plan.tp.models import auto_plan, require_known
 from asyncshard.plan.tp.plan import TpPlan

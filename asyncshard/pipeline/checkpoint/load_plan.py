@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Self
 
-from asyncshard.pipeline.checkpoint import Checkpoint
-from asyncshard.pipeline.shards import Shard
+from asyncshard.pipeline.checkpoint.checkpoint import Checkpoint
+from asyncshard.pipeline.checkpoint.opened_file import Shard
 
 
 @dataclass(frozen=True, slots=True)
