@@ -13,13 +13,13 @@ from asyncshard.loaders.incremental import IncrementalShardLoader
 from asyncshard.loaders.reshard import reshard
 from asyncshard.loaders.sharded_state import ShardedStateLoader
 from asyncshard.loaders.streaming import AsyncShardLoader
-from asyncshard.loaders.writer import save_sharded_state
+from asyncshard.loaders.save import save_sharded_state
 from asyncshard.pipeline.memory.budget import MemoryBudget
 from asyncshard.pipeline.transfer.destinations import Sink
-from asyncshard.pipeline.shard_cache import CacheStatistics
+from asyncshard.pipeline.shard_cache.cache import CacheStatistics
 from asyncshard.pipeline.transfer.statistics import Statistics
 from asyncshard.pipeline.transfer.stream import Stream
-from asyncshard.pipeline.update import Update
+from asyncshard.pipeline.refresh.update import Update
 from asyncshard.pipeline.checkpoint.version import CheckpointVersion
 from asyncshard.plan.assignment import compute_shard_assignment
 from asyncshard.plan.division.placements import PackedShard, Replicate, Shard

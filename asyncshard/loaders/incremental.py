@@ -18,11 +18,11 @@ from asyncshard.loaders.loader import Loader, Request, inherited
 from asyncshard.loaders.options import ReadTuning, require_int
 from asyncshard.loaders.sources import Opened, ShardFile, Sources, key_of
 from asyncshard.pipeline.memory.budget import Account
-from asyncshard.pipeline.cached import CachedTransfer
+from asyncshard.pipeline.shard_cache.transfer import CachedTransfer
 from asyncshard.pipeline.checkpoint.checkpoint import Checkpoint, find_shards, require_whole
-from asyncshard.pipeline.shard_cache import CachedFile, CacheStatistics, ShardCache
-from asyncshard.pipeline.shard_reads import read_one, read_whole, unknown
-from asyncshard.pipeline.shard_tensors import ShardTensors
+from asyncshard.pipeline.shard_cache.cache import CachedFile, CacheStatistics, ShardCache
+from asyncshard.pipeline.shard_cache.reads import read_one, read_whole, unknown
+from asyncshard.pipeline.shard_cache.tensors import ShardTensors
 from asyncshard.pipeline.checkpoint.opened_file import Shard, read_header_of
 from asyncshard.tasks.single_flight import SingleFlight
 from asyncshard.pipeline.checkpoint.slicing import find_plan, slice_shard, slices_of

@@ -19,14 +19,14 @@ from asyncshard.pipeline.memory.free_memory import default_budget_mb
 from asyncshard.pipeline.checkpoint.load_plan import LoadPlan
 from asyncshard.pipeline.transfer.matching import match_destinations
 from asyncshard.pipeline.transfer.placed import PlacedTransfer
-from asyncshard.pipeline.refresh import Refresh
+from asyncshard.pipeline.refresh.refresh import Refresh
 from asyncshard.pipeline.checkpoint.slicing import open_slices
 from asyncshard.pipeline.transfer.buffered import StagedTransfer
 from asyncshard.pipeline.transfer.stream import Stream
 from asyncshard.pipeline.transfer.supervisor import Supervisor
 from asyncshard.pipeline.checkpoint.ties import add_ties
 from asyncshard.pipeline.transfer.transfer import Pacing, Transfer
-from asyncshard.pipeline.update import Update
+from asyncshard.pipeline.refresh.update import Update
 from asyncshard.pipeline.checkpoint.version import CheckpointVersion
 from asyncshard.stores import Store
 from asyncshard.tasks.threads import DaemonThreads, finish

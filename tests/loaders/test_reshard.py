@@ -24,7 +24,7 @@ import asyncshard
 from asyncshard import errors
 from asyncshard.format.dtypes import DTYPES
 from asyncshard.format.header import Header
-from asyncshard.pipeline.resharding.run import ReshardReport
+from asyncshard.pipeline.writing.reshard.reshard import ReshardReport
 from asyncshard.plan.files.layout import INCOMPLETE_NAME, INDEX_NAME
 from asyncshard.plan.division.placements import PackedShard, Replicate, Shard
 from asyncshard.stores import from_url

@@ -15,16 +15,16 @@ from asyncshard.format.pattern import ShardPattern
 from asyncshard.pipeline.memory.budget import Account
 from asyncshard.pipeline.checkpoint.checkpoint import Checkpoint, Selection
 from asyncshard.tasks.pace import without_hold
-from asyncshard.pipeline.resharding.beside import beside, copy_beside
-from asyncshard.pipeline.resharding.copies import Comparison, compare_digests
-from asyncshard.pipeline.resharding.copying import Copy
-from asyncshard.pipeline.resharding.divider import PlaceTensor
+from asyncshard.pipeline.writing.reshard.companions import beside, copy_beside
+from asyncshard.pipeline.writing.reshard.replicas import Comparison, compare_digests
+from asyncshard.pipeline.writing.reshard.block_copy import Copy
+from asyncshard.pipeline.writing.reshard.divider import PlaceTensor
 from asyncshard.tasks.bounded import run_all
-from asyncshard.pipeline.resharding.placements import has_placements
-from asyncshard.pipeline.resharding.plan import TargetPlan, plan_target
-from asyncshard.pipeline.resharding.reads import BlockReader, Room, take_rooms
-from asyncshard.pipeline.resharding.source import Source, join_source, open_source
-from asyncshard.pipeline.resharding.target import Target, index_text
+from asyncshard.pipeline.writing.reshard.written_placements import has_placements
+from asyncshard.pipeline.writing.reshard.plan import TargetPlan, plan_target
+from asyncshard.pipeline.writing.reshard.block_reader import BlockReader, Room, take_rooms
+from asyncshard.pipeline.writing.reshard.source import Source, join_source, open_source
+from asyncshard.pipeline.writing.directory import Target, index_text
 from asyncshard.pipeline.checkpoint.opened_file import Shard
 from asyncshard.pipeline.checkpoint.slicing import find_plan
 from asyncshard.pipeline.checkpoint.ties import place_ties, ties_with_rules

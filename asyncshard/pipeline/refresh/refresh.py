@@ -14,13 +14,13 @@ from asyncshard.format.digests import digests_of
 from asyncshard.arrays.base import ArrayLibrary
 from asyncshard.pipeline.memory.budget import Account, MemoryBudget, charge_of
 from asyncshard.pipeline.checkpoint.checkpoint import Checkpoint
-from asyncshard.pipeline.contents import Contents
+from asyncshard.pipeline.refresh.changes import Contents
 from asyncshard.pipeline.transfer.destinations import Placement, ShardDestinations
 from asyncshard.pipeline.hashing import Digest, load_digest
 from asyncshard.tasks.pace import without_hold
 from asyncshard.pipeline.transfer.placed import PlacedTransfer
 from asyncshard.pipeline.transfer.transfer import Pacing
-from asyncshard.pipeline.update import Update
+from asyncshard.pipeline.refresh.update import Update
 from asyncshard.pipeline.checkpoint.version import CheckpointVersion
 from asyncshard.plan.items import ReadItem
 from asyncshard.stores.base import Store

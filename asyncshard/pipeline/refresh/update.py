@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from asyncshard.errors import StreamClosedError
 from asyncshard.pipeline.memory.budget import Account
-from asyncshard.pipeline.contents import Contents, Row, Share
+from asyncshard.pipeline.refresh.changes import Contents, Row, Share
 from asyncshard.tasks.pace import Pace
 from asyncshard.pipeline.checkpoint.version import CheckpointVersion
 from asyncshard.tasks.threads import DaemonThreads, finish

@@ -17,9 +17,9 @@ from asyncshard.format.pattern import ShardPattern
 from asyncshard.pipeline.memory.budget import Account
 from asyncshard.pipeline.checkpoint.checkpoint import Checkpoint, Selection, open_checkpoint
 from asyncshard.tasks.pace import without_hold
-from asyncshard.pipeline.resharding.divider import Divider, PlaceTensor
+from asyncshard.pipeline.writing.reshard.divider import Divider, PlaceTensor
 from asyncshard.tasks.bounded import run_all
-from asyncshard.pipeline.resharding.placements import require_whole, written_placements
+from asyncshard.pipeline.writing.reshard.written_placements import require_whole, written_placements
 from asyncshard.pipeline.checkpoint.opened_file import Shard
 from asyncshard.plan.division.blocks import Side
 from asyncshard.plan.division.divisions import Shape

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from asyncshard.format.digests import digests_of
 from asyncshard.tasks.bounded import run_all
-from asyncshard.pipeline.resharding.reads import BlockReader, Bytes, Room
-from asyncshard.pipeline.resharding.source import Source
+from asyncshard.pipeline.writing.reshard.block_reader import BlockReader, Bytes, Room
+from asyncshard.pipeline.writing.reshard.source import Source
 from asyncshard.plan.division.blocks import Block, Side, cut_blocks
 from asyncshard.plan.division.divisions import Division
 from asyncshard.plan.faults import Faults

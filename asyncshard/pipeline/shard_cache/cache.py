@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from asyncshard.errors import BudgetError
 from asyncshard.pipeline.memory.budget import Account, MemoryBudget, Yields
-from asyncshard.pipeline.shard_tensors import ShardTensors
+from asyncshard.pipeline.shard_cache.tensors import ShardTensors
 from asyncshard.pipeline.checkpoint.opened_file import Shard
 
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from asyncshard.errors import BudgetError, NamesError
 from asyncshard.pipeline.memory.budget import charge_of
-from asyncshard.pipeline.shard_cache import CachedFile, ShardCache
-from asyncshard.pipeline.shard_tensors import ShardTensors
+from asyncshard.pipeline.shard_cache.cache import CachedFile, ShardCache
+from asyncshard.pipeline.shard_cache.tensors import ShardTensors
 from asyncshard.pipeline.transfer.buffered import StagedTransfer
 from asyncshard.plan.items import ReadItem
 from asyncshard.tasks.threads import DaemonThreads, all_of

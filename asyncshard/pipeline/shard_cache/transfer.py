@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from asyncshard._core import Lease
-from asyncshard.pipeline.shard_cache import ShardCache
-from asyncshard.pipeline.shard_tensors import ShardTensors, frozen
+from asyncshard.pipeline.shard_cache.cache import ShardCache
+from asyncshard.pipeline.shard_cache.tensors import ShardTensors, frozen
 from asyncshard.pipeline.transfer.buffered import StagedTransfer
 from asyncshard.plan.items import ReadItem
 

@@ -12,9 +12,9 @@ import numpy as np
 
 from asyncshard._core import StopFlag, copy_runs
 from asyncshard.tasks.bounded import run_all
-from asyncshard.pipeline.resharding.reads import BlockReader, Room, local_offsets, views_of
-from asyncshard.pipeline.resharding.source import Source
-from asyncshard.pipeline.resharding.target import Target
+from asyncshard.pipeline.writing.reshard.block_reader import BlockReader, Room, local_offsets, views_of
+from asyncshard.pipeline.writing.reshard.source import Source
+from asyncshard.pipeline.writing.directory import Target
 from asyncshard.plan.division.blocks import Block, Moves, Side, cut_blocks
 from asyncshard.plan.files.target_files import TargetFiles
 from asyncshard.tasks.threads import DaemonThreads

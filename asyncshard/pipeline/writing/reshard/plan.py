@@ -13,8 +13,8 @@ from asyncshard.format.dtypes import DTYPES
 from asyncshard.format.header import format_header
 from asyncshard.format.pattern import ShardPattern
 from asyncshard.tasks.pace import without_hold
-from asyncshard.pipeline.resharding.divider import PlaceTensor
-from asyncshard.pipeline.resharding.source import Source
+from asyncshard.pipeline.writing.reshard.divider import PlaceTensor
+from asyncshard.pipeline.writing.reshard.source import Source
 from asyncshard.plan.division.blocks import Side
 from asyncshard.plan.division.divisions import Division, divide, fitted
 from asyncshard.plan.faults import Faults
