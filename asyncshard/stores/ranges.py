@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from asyncshard._core import gather_runs
-from asyncshard.tasks.threads import DaemonThreads, all_of
+from asyncshard.tasks.bounded import run_bounded
+from asyncshard.tasks.threads import DaemonThreads
 
 Offsets = NDArray[np.int64]
 ReadInto = Callable[[int, Sequence[memoryview]], Awaitable[None]]
@@ -89,13 +90,8 @@ async def read_ranges(
     All or an error; nothing writes into the buffers after this has returned or raised.
     """
     groups = _groups(offsets, lengths, buffers, max_gap=max_gap, max_bytes=scratch.slab_bytes)
-
-    async def work() -> None:
-        for group in groups:
-            await _read_group(read_into, offsets[group.first : group.last], lengths, group, scratch)
-
-    count = min(_GROUPS_AT_ONCE, len(offsets))
-    await all_of([asyncio.ensure_future(work()) for _ in range(count)])
+    reads = (_read_group(read_into, offsets[group.first : group.last], lengths, group, scratch) for group in groups)
+    await run_bounded(min(_GROUPS_AT_ONCE, len(offsets)), reads, on_failure="cancel")
 
 
 async def _read_group(read_into: ReadInto, offsets: Offsets, lengths: Offsets, group: _Group, scratch: Scratch) -> None:

@@ -5,14 +5,13 @@ No tensor data is read here. All that can be known to be wrong without it is rai
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Literal, NamedTuple
 
 from asyncshard._core import WeightMap, duplicate_names
 from asyncshard.errors import CheckpointError, NamesError
-from asyncshard.format.header import TensorInfo
+from asyncshard.format.header import HeaderLimits, TensorInfo
 from asyncshard.format.index import MAX_INDEX_BYTES, parse_index
 from asyncshard.format.pattern import ShardPattern
 from asyncshard.pipeline.checkpoint.opened_file import OpenedFile, read_header_of
@@ -23,6 +22,7 @@ from asyncshard.plan.files.layout import choose_layout, index_files, is_rank_sha
 from asyncshard.plan.tensor_filter import TensorFilter
 from asyncshard.plan.tp.plan import TpPlan
 from asyncshard.stores.base import Store
+from asyncshard.tasks.bounded import run_bounded
 from asyncshard.tasks.pace import yielding_gil
 from asyncshard.tasks.threads import DaemonThreads
 
@@ -38,10 +38,8 @@ class Selection(NamedTuple):
     rank: int = 0
     world_size: int = 1
     pp_rank: int = 0
-    max_header_bytes: int | None = None
-    """For each shard; None for the format's own limit."""
-    max_tensors: int | None = None
-    """For each shard."""
+    limits: HeaderLimits = HeaderLimits()
+    """Of each file's header."""
     tp_plan: TpPlan | Literal["auto"] | None = None
     """How tensors are divided among the ranks; None where the files are the rank's already."""
     tensor_filter: TensorFilter | None = None
@@ -257,30 +255,6 @@ def require_wanted(count: int, missing: Sequence[str], path: str) -> None:
 async def _open_shards(
     store: Store, files: Sequence[str], selection: Selection, threads: DaemonThreads, account: Account
 ) -> list[OpenedFile]:
-    """Open a few at a time; of several failures raise that of the first shard."""
-    results: list[OpenedFile | Exception | None] = [None] * len(files)
-    pending = iter(enumerate(files))
-
-    async def work() -> None:
-        for number, name in pending:
-            try:
-                results[number] = await read_header_of(
-                    store,
-                    name,
-                    threads,
-                    max_header_bytes=selection.max_header_bytes,
-                    max_tensors=selection.max_tensors,
-                    account=account,
-                )
-            except Exception as error:
-                results[number] = error
-                for _ in pending:  # the others finish what they began and stop too
-                    pass
-
-    async with asyncio.TaskGroup() as group:
-        for _ in range(min(_HEADERS_AT_ONCE, len(files))):
-            group.create_task(work())
-    for result in results:
-        if isinstance(result, Exception):
-            raise result
-    return [result for result in results if isinstance(result, OpenedFile)]
+    """Open files, a few at a time; of several failures raise that of the first file."""
+    jobs = (read_header_of(store, name, threads, selection.limits, account) for name in files)
+    return await run_bounded(min(_HEADERS_AT_ONCE, len(files)), jobs, on_failure="finish")

@@ -18,7 +18,7 @@ from asyncshard.plan.division.blocks import Block, TensorMap, cut_blocks
 from asyncshard.plan.division.divisions import Division
 from asyncshard.plan.division.slices import Slice
 from asyncshard.plan.text import Problems
-from asyncshard.tasks.bounded import run_all
+from asyncshard.tasks.bounded import run_bounded
 from asyncshard.tasks.threads import DaemonThreads
 
 Numbers = NDArray[np.int64]
@@ -115,7 +115,8 @@ class Comparison:
         differing: set[int] = set()
         planning = DaemonThreads(1, "asyncshard-work")
         try:
-            await run_all(len(rooms), (self._work(copies, side, blocks, room, planning, differing) for room in rooms))
+            jobs = (self._work(copies, side, blocks, room, planning, differing) for room in rooms)
+            await run_bounded(len(rooms), jobs, on_failure="finish")
         finally:
             await planning.aclose()
         for index in sorted(differing):

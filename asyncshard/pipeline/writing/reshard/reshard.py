@@ -32,7 +32,7 @@ from asyncshard.plan.text import Problems
 from asyncshard.plan.tp.models import require_known
 from asyncshard.plan.tp.plan import TpPlan
 from asyncshard.stores import Store
-from asyncshard.tasks.bounded import run_all
+from asyncshard.tasks.bounded import run_bounded
 from asyncshard.tasks.pace import yielding_gil
 from asyncshard.tasks.threads import DaemonThreads
 
@@ -99,7 +99,8 @@ class Reshard:
         if not plan.is_ranks and files != [SINGLE_NAME]:
             await self._threads.run(self._write_index, source, plan)
             files.append(INDEX_NAME)
-        await run_all(WRITERS, (self._threads.run(self._target.flush, name) for name in [*others, *files]))
+        flushes = (self._threads.run(self._target.flush, name) for name in [*others, *files])
+        await run_bounded(WRITERS, flushes, on_failure="finish")
         await self._threads.run(self._target.commit, [*others, *files])
         return ReshardReport(
             tuple(os.path.join(self._target.directory, name) for name in files),

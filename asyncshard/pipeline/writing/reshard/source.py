@@ -26,7 +26,7 @@ from asyncshard.plan.division.placements import Placement
 from asyncshard.plan.files.survey import Survey
 from asyncshard.plan.text import Problems
 from asyncshard.stores.base import Store
-from asyncshard.tasks.bounded import run_all
+from asyncshard.tasks.bounded import run_bounded
 from asyncshard.tasks.pace import yielding_gil
 from asyncshard.tasks.threads import DaemonThreads
 
@@ -110,7 +110,7 @@ async def open_source(
         except (CheckpointError, FormatError) as error:
             faults.add(str(error))
 
-    await run_all(_RANKS_AT_ONCE, (open_rank(rank) for rank in range(world_size)))
+    await run_bounded(_RANKS_AT_ONCE, (open_rank(rank) for rank in range(world_size)), on_failure="finish")
     faults.require_none()
     return [found[rank] for rank in range(world_size)]
 
