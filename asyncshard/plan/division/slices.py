@@ -16,23 +16,21 @@ from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
+from asyncshard._typing import Int64Array
 from asyncshard.errors import CheckpointError
 from asyncshard.plan.division.chunks import chunk_bounds
 from asyncshard.plan.division.placements import PackedShard, Placement, Replicate, Shard
-
-Offsets = NDArray[np.int64]
 
 
 class Overlap(NamedTuple):
     """Where some bytes are, in the whole tensor and in the rank's: a piece for each element of the arrays."""
 
-    whole: Offsets
+    whole: Int64Array
     """Offsets in the whole tensor."""
-    local: Offsets
+    local: Int64Array
     """Offsets in the rank's tensor."""
-    lengths: Offsets
+    lengths: Int64Array
     """Bytes."""
 
 
@@ -71,7 +69,7 @@ class Slice(NamedTuple):
         whole, local, lengths = self._pieces(start, stop, self.stride)
         return _clip(whole, local, lengths, whole, start, stop)
 
-    def _pieces(self, start: int, stop: int, row: int) -> tuple[Offsets, Offsets, Offsets]:
+    def _pieces(self, start: int, stop: int, row: int) -> tuple[Int64Array, Int64Array, Int64Array]:
         """Return all runs of the rows, of `row` bytes each, that the range touches."""
         first, last = (start // row, -(-stop // row)) if row and stop > start else (0, 0)
         rows = np.arange(first, min(last, self.outer), dtype=np.int64)[:, None]
@@ -81,7 +79,9 @@ class Slice(NamedTuple):
         return whole.ravel(), (rows * self.row_bytes + local).ravel(), np.broadcast_to(lengths, whole.shape).ravel()
 
 
-def _clip(whole: Offsets, local: Offsets, lengths: Offsets, positions: Offsets, start: int, stop: int) -> Overlap:
+def _clip(
+    whole: Int64Array, local: Int64Array, lengths: Int64Array, positions: Int64Array, start: int, stop: int
+) -> Overlap:
     """Leave of each piece what lies in [start, stop), by its `positions`."""
     cut = np.maximum(start - positions, 0)
     left = np.minimum(lengths, stop - positions) - cut

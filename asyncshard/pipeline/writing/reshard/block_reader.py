@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from asyncshard._core import Lease, copy_runs
+from asyncshard._typing import Int64Array
 from asyncshard.errors import BudgetError
 from asyncshard.pipeline.checkpoint.opened_file import OpenedFile
 from asyncshard.pipeline.memory.budget import Account
@@ -126,7 +127,7 @@ def views_of(moves: RankRuns, memory: Bytes, gathered: Bytes | None) -> list[tup
     return [(extent, [gathered[local[extent.first] : local[extent.last]].data]) for extent in moves.extents]
 
 
-def local_offsets(moves: RankRuns) -> NDArray[np.int64]:
+def local_offsets(moves: RankRuns) -> Int64Array:
     """Return where the runs begin when they lie one after the other."""
     return np.cumsum(moves.lengths) - moves.lengths
 

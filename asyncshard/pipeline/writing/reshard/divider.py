@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
-from numpy.typing import NDArray
-
+from asyncshard._typing import Int64Array
 from asyncshard.errors import CheckpointError
 from asyncshard.format.dtypes import DTYPES
 from asyncshard.pipeline.checkpoint.opened_file import OpenedFile
@@ -15,7 +13,6 @@ from asyncshard.plan.division.divisions import Division, Shape, divide, fitted, 
 from asyncshard.plan.division.placements import PackedShard, Placement, Replicate, Shard
 from asyncshard.plan.text import LISTED, Problems
 
-Numbers = NDArray[np.int64]
 PlaceTensor = Callable[[str, Shape], Placement]
 """The placement of a tensor, by its name and the shape of the whole."""
 
@@ -26,8 +23,8 @@ class Divider:
     def __init__(
         self,
         shards: Sequence[OpenedFile],
-        files: Numbers,
-        rows: Numbers,
+        files: Int64Array,
+        rows: Int64Array,
         written: dict[str, Placement] | None,
         place: PlaceTensor | None,
         faults: Problems,

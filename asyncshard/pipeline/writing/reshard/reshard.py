@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from asyncshard._core import HeaderTable, StopFlag
+from asyncshard._typing import Int64Array
 from asyncshard.errors import CheckpointError
 from asyncshard.format.pattern import ShardPattern
 from asyncshard.pipeline.checkpoint.checkpoint import Checkpoint, Selection
@@ -198,7 +199,7 @@ class Reshard:
         await copy.run(rooms)
         return copy
 
-    def _write_headers(self, plan: TargetPlan, stop: StopFlag) -> np.ndarray[Any, np.dtype[np.int64]]:
+    def _write_headers(self, plan: TargetPlan, stop: StopFlag) -> Int64Array:
         sizes = np.zeros(len(plan.files.files), np.int64)
         for number, file in enumerate(plan.files.files):
             header = plan.header(number)
