@@ -113,7 +113,7 @@ class HeaderTable:
 def parse_header_table(data: Buffer, *, data_start: int, file_size: int, max_tensors: int) -> HeaderTable:
     """Parse the JSON text of a header, which ends where the data starts. Raises FormatError, without a path."""
 
-def duplicate_names(tables: Sequence[HeaderTable], limit: int = 20) -> list[tuple[str, int, int]]:
+def duplicate_names(tables: Sequence[HeaderTable], *, limit: int) -> list[tuple[str, int, int]]:
     """Return at most `limit` names that are in two tables, each with the places of both in `tables`."""
 
 # --- weight_map
@@ -141,7 +141,7 @@ class WeightMap:
     def first_name(self, file_index: int) -> str:
         """Return the first tensor that is mapped to the file."""
 
-    def compare(self, file_index: int, table: HeaderTable, limit: int = 20) -> tuple[list[str], list[str]]:
+    def compare(self, file_index: int, table: HeaderTable, *, limit: int) -> tuple[list[str], list[str]]:
         """Return the names mapped to the file that its header lacks, and those it has that are not mapped to it."""
 
 def parse_weight_map(data: Buffer, *, max_entries: int) -> WeightMap:

@@ -28,6 +28,7 @@ from asyncshard.pipeline.transfer.placed import PlacedTransfer
 from asyncshard.pipeline.transfer.stream import Stream
 from asyncshard.pipeline.transfer.supervisor import Supervisor
 from asyncshard.pipeline.transfer.transfer import Pacing, Transfer
+from asyncshard.plan.text import enumerate_names
 from asyncshard.stores import Store
 from asyncshard.tasks.threads import DaemonThreads, wait_to_end
 
@@ -320,7 +321,6 @@ def inherited(base_loader: Loader | None, given: Mapping[str, Any]) -> Inherited
     )
 
 
-_LISTED = 20
 _CACHE_SHARE = 8
 """The part of the budget that blocks on their way to a cache's disk may take."""
 
@@ -332,5 +332,4 @@ def _warn(path: str, placement: MatchedDestinations) -> None:
         (placement.narrowed, "are smaller than their destinations and fill their first corner"),
     ):
         if names:
-            more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-            logger.warning("%s: %d tensors %s: %s%s", path, len(names), what, ", ".join(names[:_LISTED]), more)
+            logger.warning("%s: %d tensors %s: %s", path, len(names), what, enumerate_names(names))

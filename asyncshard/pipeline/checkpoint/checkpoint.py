@@ -20,6 +20,7 @@ from asyncshard.plan.check.file_facts import EMBEDDING, output_names
 from asyncshard.plan.check.judgement import index_disagreement
 from asyncshard.plan.files.layout import choose_layout, index_files, is_rank_shard
 from asyncshard.plan.tensor_filter import TensorFilter
+from asyncshard.plan.text import LISTED, enumerate_names
 from asyncshard.plan.tp.plan import TpPlan
 from asyncshard.stores.base import Store
 from asyncshard.tasks.bounded import run_bounded
@@ -27,7 +28,6 @@ from asyncshard.tasks.pace import yielding_gil
 from asyncshard.tasks.threads import DaemonThreads
 
 _HEADERS_AT_ONCE = 8
-_LISTED = 20
 
 
 class Selection(NamedTuple):
@@ -200,7 +200,7 @@ async def open_files(
 
 def _check_names(shards: Sequence[OpenedFile], found: ShardNames, path: str) -> None:
     """Raise CheckpointError where a tensor stands in two shards, or where the index is wrong. Slow for many tensors."""
-    twice = duplicate_names([shard.header.table for shard in shards], _LISTED)
+    twice = duplicate_names([shard.header.table for shard in shards], limit=LISTED)
     if twice:
         files = found.files
         listed = "; ".join(f"{name!r} in {files[one]} and {files[other]}" for name, one, other in twice)
@@ -208,7 +208,7 @@ def _check_names(shards: Sequence[OpenedFile], found: ShardNames, path: str) -> 
     if found.weight_map is not None:
         numbers = {name: number for number, name in enumerate(found.weight_map.files)}
         for shard in shards:
-            names = found.weight_map.compare(numbers[shard.meta.name], shard.header.table, _LISTED)
+            names = found.weight_map.compare(numbers[shard.meta.name], shard.header.table, limit=LISTED)
             disagreement = index_disagreement(shard.path, *names)
             if disagreement is not None:
                 raise disagreement
@@ -244,7 +244,7 @@ def require_wanted(count: int, missing: Sequence[str], path: str) -> None:
     if missing:
         names = tuple(sorted(missing))
         raise NamesError(
-            f"{path}: the tensor_filter names tensors that are not there: {', '.join(map(repr, names[:_LISTED]))}",
+            f"{path}: the tensor_filter names tensors that are not there: {enumerate_names(names, is_quoted=True)}",
             path=path,
             missing=names,
         )

@@ -90,7 +90,7 @@ def facts_of(
     absent: Sequence[str] = ()
     unexpected: Sequence[str] = ()
     if weight_map is not None and number is not None:
-        absent, unexpected = weight_map.compare(number, header.table, MOST)
+        absent, unexpected = weight_map.compare(number, header.table, limit=MOST)
     codes = np.array(header.table.dtype_codes)  # a copy: the header is let go of
     sizes = header.table.stops - header.table.starts
     return FileFacts(

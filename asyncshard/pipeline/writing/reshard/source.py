@@ -31,7 +31,6 @@ from asyncshard.tasks.pace import yielding_gil
 from asyncshard.tasks.threads import DaemonThreads
 
 _RANKS_AT_ONCE = 4
-_LISTED = 20
 _OUR_KEYS = (DIGESTS_KEY, PLACEMENT_KEY, WORLD_SIZE_KEY)
 
 
