@@ -12,7 +12,7 @@ from asyncshard.format.index import MAX_INDEX_BYTES, parse_index
 from asyncshard.format.pattern import ShardPattern
 from asyncshard.loaders.options import Options, require_int
 from asyncshard.pipeline.checkpoint.config import CONFIG_NAME, read_config
-from asyncshard.pipeline.checkpoint.header_scan import HeaderLimits, HeaderScan, is_about_the_file
+from asyncshard.pipeline.checkpoint.header_scan import HeaderScan, is_about_the_file
 from asyncshard.pipeline.checkpoint.opening import Opening
 from asyncshard.pipeline.memory.budget import MemoryBudget
 from asyncshard.pipeline.memory.free_memory import default_budget_mb
@@ -165,7 +165,9 @@ class _Check:
         def keep(name: str, header: Header) -> FileFacts:
             return facts_of(name, header, yielding_gil(header), weight_map, numbers.get(name))
 
-        limits = HeaderLimits(self._memory_bytes, options.max_header_bytes, options.max_tensors)
         names = [*survey.files, *survey.others]
-        findings = await HeaderScan(self._store, self._threads, limits, keep).run(names)
+        scan = HeaderScan(
+            self._store, self._threads, keep, limits=options.header_limits, memory_bytes=self._memory_bytes
+        )
+        findings = await scan.run(names)
         return dict(zip(names, findings, strict=True))

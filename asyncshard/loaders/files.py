@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from asyncshard.errors import NotRegularFileError
-from asyncshard.format.header import Header
+from asyncshard.format.header import Header, HeaderLimits
 from asyncshard.pipeline.checkpoint.opened_file import read_header_of
 from asyncshard.pipeline.checkpoint.opening import Opening
 from asyncshard.pipeline.memory.budget import MemoryBudget
@@ -48,8 +48,8 @@ async def read_header(
             opening.store,
             listing.names[0],
             opening.threads,
-            max_header_bytes=max_header_bytes,
-            max_tensors=max_tensors,
+            HeaderLimits(max_header_bytes, max_tensors),
+            opening.account,
         )
         return opened.header
 

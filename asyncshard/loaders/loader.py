@@ -220,7 +220,7 @@ def inherited(base_loader: Loader | None, given: Mapping[str, Any]) -> Inherited
     selection = Selection() if base_loader is None else base_loader.selection
     has_own_budget = given.get("memory_budget_mb") is not None or given.get("budget") is not None
     return Inherited(
-        selection._replace(max_header_bytes=options.max_header_bytes, max_tensors=options.max_tensors),
+        selection._replace(limits=options.header_limits),
         options,
         None if base_loader is None or has_own_budget else base_loader.budget,
         None if base_loader is None else base_loader.disk_cache_for(options),

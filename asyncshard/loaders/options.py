@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Self, TypedDict
 
 from asyncshard.arrays.frameworks import FRAMEWORKS
+from asyncshard.format.header import HeaderLimits
 from asyncshard.pipeline.memory.budget import MemoryBudget
 from asyncshard.plan.items import GRAIN
 from asyncshard.stores.opening import StoreAccess
@@ -135,6 +136,11 @@ class Options:
         elif "memory_budget_mb" in changes and "budget" not in changes:
             changes["budget"] = None
         return replace(self, **changes)
+
+    @property
+    def header_limits(self) -> HeaderLimits:
+        """How large the header of a file may be."""
+        return HeaderLimits(self.max_header_bytes, self.max_tensors)
 
     def access(self, cache: DiskCache | None = None, write_buffer_bytes: int = 0) -> StoreAccess:
         """Return how stores are opened with these options, and through a cache on disk where one is given."""

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from asyncshard._core import Lease
+from asyncshard._typing import Int64Array
 from asyncshard.errors import BudgetError, ChecksumError
 from asyncshard.format.digests import Digest, digests_of, load_digest
 from asyncshard.pipeline.checkpoint.version import CheckpointVersion
@@ -147,9 +148,7 @@ class Refresh(Delivery):
             await account.aclose()
 
 
-def _stage(
-    matched: MatchedDestinations, offsets: list[NDArray[np.int64]], lease: Lease | None
-) -> list[ShardDestinations]:
+def _stage(matched: MatchedDestinations, offsets: list[Int64Array], lease: Lease | None) -> list[ShardDestinations]:
     """Return the places in a lease of the tensors that have a destination."""
     base = 0 if lease is None else lease.address
     owner = _EMPTY if lease is None else lease

@@ -21,11 +21,11 @@ from asyncshard.errors import DestinationError, NamesError
 from asyncshard.format.dtypes import DTYPES, Dtype
 from asyncshard.pipeline.checkpoint.checkpoint import Checkpoint
 from asyncshard.pipeline.transfer.destinations import MatchedDestinations, ShardDestinations, StridedTarget
+from asyncshard.plan.text import enumerate_names
 from asyncshard.tasks.pace import yielding_gil
 
 logger = logging.getLogger("asyncshard")
 
-_LISTED = 20
 _OVERLAP_WORK: Any = 100_000  # any number, for stubs of NumPy before 2.5
 """How hard NumPy tries to tell whether two strided views share memory, before we assume that they do."""
 
@@ -64,8 +64,8 @@ def match_destinations(
         raise _names_error(path, matched)
     faults = matching.faults
     if faults:
-        more = f" (and {len(faults) - _LISTED} more)" if len(faults) > _LISTED else ""
-        raise DestinationError(f"{path}: {'; '.join(faults[:_LISTED])}{more}. Nothing was written.", path=path)
+        listed = enumerate_names(faults, separator="; ")
+        raise DestinationError(f"{path}: {listed}. Nothing was written.", path=path)
     _warn(path, matched)
     return matched
 
@@ -77,8 +77,7 @@ def _warn(path: str, matched: MatchedDestinations) -> None:
         (matched.narrowed, "are smaller than their destinations and fill their first corner"),
     ):
         if names:
-            more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-            logger.warning("%s: %d tensors %s: %s%s", path, len(names), what, ", ".join(names[:_LISTED]), more)
+            logger.warning("%s: %d tensors %s: %s", path, len(names), what, enumerate_names(names))
 
 
 class _Matching:
@@ -283,17 +282,13 @@ class _Covered:
 def _names_error(path: str, matched: MatchedDestinations) -> NamesError:
     parts = []
     if matched.missing:
-        parts.append(f"missing from the checkpoint: {_listed(matched.missing)}")
+        parts.append(f"missing from the checkpoint: {enumerate_names(matched.missing, is_quoted=True)}")
     if matched.unexpected:
-        parts.append(f"in the checkpoint but not in the state dict: {_listed(matched.unexpected)}")
+        listed = enumerate_names(matched.unexpected, is_quoted=True)
+        parts.append(f"in the checkpoint but not in the state dict: {listed}")
     return NamesError(
         f"{path}: the names do not match: {'; '.join(parts)}. Nothing was written; strict=False loads what matches.",
         path=path,
         missing=matched.missing,
         unexpected=matched.unexpected,
     )
-
-
-def _listed(names: tuple[str, ...]) -> str:
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(map(repr, names[:_LISTED])) + more
