@@ -105,8 +105,8 @@ def header_size(
 ) -> int:
     """Return how many bytes of the file come before the tensors' data (8 + n), from its first 8.
 
-    Rules 1 to 3 of ``docs/format.md``: everything that must hold before memory is asked for. `max_header_bytes` refuses a
-    smaller ``n`` than the format's limit does; it cannot raise that.
+    It checks rules 1 to 3 of ``docs/format.md``: everything that must hold before memory is asked for.
+    `max_header_bytes` refuses a smaller ``n`` than the format's limit does; it cannot raise that.
 
     Raises
     ------
