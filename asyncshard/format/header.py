@@ -1,9 +1,9 @@
 """The header of a safetensors file: its length, its tensors, its metadata.
 
 Layout: 8 bytes, little-endian unsigned 64-bit ``n``; ``n`` bytes of UTF-8 JSON; the tensors' data, to the end of the
-file. Nothing here reads a file: `header_size` takes the first 8 bytes and says how many to get, `parse_header` takes
-those. The JSON and the rules on the tensors (types, shapes, sizes, offsets without a hole or an overlap) are checked
-by the compiled core, without the GIL.
+file. ``docs/format.md`` states the rules, by number. Nothing here reads a file: `header_size` takes the first 8 bytes
+and says how many to get, `parse_header` takes those. The JSON and the rules on the tensors (types, shapes, sizes,
+offsets without a hole or an overlap) are checked by the compiled core, without the GIL.
 """
 
 from __future__ import annotations
@@ -112,8 +112,8 @@ class HeaderLimits(NamedTuple):
 def header_size(prefix: Buffer, file_size: int, *, max_header_bytes: int | None = None, path: str | None = None) -> int:
     """Return how many bytes of the file come before the tensors' data (8 + n), from its first 8.
 
-    Rules 1 to 3 of the format: everything that must hold before memory is asked for. `max_header_bytes` refuses a
-    smaller ``n`` than the format's limit does; it cannot raise that.
+    It checks rules 1 to 3 of ``docs/format.md``: everything that must hold before memory is asked for.
+    `max_header_bytes` refuses a smaller ``n`` than the format's limit does; it cannot raise that.
 
     Raises
     ------
