@@ -18,7 +18,7 @@ from asyncshard.loaders.loader import Loader, Request, inherited
 from asyncshard.loaders.options import ReadTuning, require_int
 from asyncshard.loaders.sources import Opened, ShardFile, Sources, key_of
 from asyncshard.pipeline.checkpoint.checkpoint import Checkpoint, choose_files, refuse_second_cut
-from asyncshard.pipeline.checkpoint.opened_file import OpenedFile, read_header_of
+from asyncshard.pipeline.checkpoint.opened_file import FileReader, OpenedFile, read_header_of
 from asyncshard.pipeline.checkpoint.slicing import find_plan, slice_shard, with_slice_reader
 from asyncshard.pipeline.memory.budget import Account
 from asyncshard.pipeline.shard_cache.cache import CachedFile, CacheStatistics, ShardCache
@@ -279,14 +279,12 @@ class IncrementalShardLoader(Loader):
 
     @asynccontextmanager
     async def _transfer(self, opened: Opened, file: CachedFile) -> AsyncIterator[BufferedTransfer]:
-        store, checkpoint, pacing = opened.store, Checkpoint((file.shard,)), self._pacing(opened.store)
+        checkpoint, pacing = Checkpoint((file.shard,), FileReader(opened.store)), self._pacing(opened.store)
         account = self._cache.open_account()  # of the scratch for slices
         try:
-            if file.shard.part is not None:
-                store, checkpoint = await with_slice_reader(
-                    store, checkpoint, opened.threads, account, chunk_size=pacing.chunk_size
-                )
-            yield BufferedTransfer(checkpoint, store, pacing, opened.library, opened.threads)
+            if file.shard.slice is not None:
+                checkpoint = await with_slice_reader(checkpoint, opened.threads, account, chunk_size=pacing.chunk_size)
+            yield BufferedTransfer(checkpoint, pacing, opened.library, opened.threads)
         finally:
             self._cache.discard(account)
 

@@ -219,8 +219,9 @@ class Loader:
         account = self._budget.open_account()
         threads = DaemonThreads(1, "asyncshard-work")
         try:
-            async with self._opened(path, account, threads) as (store, checkpoint):
-                return await threads.run(LoadPlan.of, checkpoint.with_tied(), store.max_gap_bytes)
+            async with self._opened(path, account, threads) as checkpoint:
+                max_gap = checkpoint.reader.store.max_gap_bytes
+                return await threads.run(LoadPlan.of, checkpoint.with_tied(), max_gap)
         finally:
             account.close()
             await threads.aclose()
@@ -228,13 +229,11 @@ class Loader:
     @asynccontextmanager
     async def _open(self, request: Request, account: Account, threads: DaemonThreads) -> AsyncIterator[Transfer]:
         """Open the checkpoint and plan its transfer; the store is open until the end."""
-        async with self._opened(request.path, account, threads) as (store, checkpoint):
-            yield await self._plan(request, store, checkpoint, threads)
+        async with self._opened(request.path, account, threads) as checkpoint:
+            yield await self._plan(request, checkpoint, threads)
 
     @asynccontextmanager
-    async def _opened(
-        self, path: ModelPath, account: Account, threads: DaemonThreads
-    ) -> AsyncIterator[tuple[Store, Checkpoint]]:
+    async def _opened(self, path: ModelPath, account: Account, threads: DaemonThreads) -> AsyncIterator[Checkpoint]:
         store = open_store(path, self._options, self.caching)
         try:
             account.charge_headers(store.held_bytes, store.url)
@@ -242,7 +241,7 @@ class Loader:
                 chunk_size = self._options.chunk_size or store.chunk_size
                 yield await open_sliced(store, self._selection, threads, account, chunk_size=chunk_size)
             else:
-                yield store, await open_checkpoint(store, self._selection, threads, account)
+                yield await open_checkpoint(store, self._selection, threads, account)
         finally:
             if store is not path:
                 await wait_to_end(asyncio.ensure_future(store.aclose()))
@@ -257,13 +256,14 @@ class Loader:
     def _staged_transfer(self, *args: Any) -> BufferedTransfer:
         return BufferedTransfer(*args)
 
-    async def _plan(self, request: Request, store: Store, checkpoint: Checkpoint, threads: DaemonThreads) -> Transfer:
+    async def _plan(self, request: Request, checkpoint: Checkpoint, threads: DaemonThreads) -> Transfer:
+        store = checkpoint.reader.store
         pacing = self._pacing(store)
         library = await threads.run(self._options.library, request.into)
         if request.into is None and not request.is_new:
 
             def stage() -> Transfer:
-                staged = self._staged_transfer(checkpoint.with_tied(), store, pacing, library, threads)
+                staged = self._staged_transfer(checkpoint.with_tied(), pacing, library, threads)
                 staged.plan(self._budget, is_strict=self._options.strict_budget)
                 return staged
 
@@ -272,16 +272,16 @@ class Loader:
             checkpoint = checkpoint.with_tied()
             placement = await new_destinations(checkpoint, library)
         else:
-            store, checkpoint = await add_ties(store, checkpoint, request.into, library, threads)
+            checkpoint = await add_ties(checkpoint, request.into, library, threads)
             placement = await match_destinations(
                 checkpoint, request.into, library, threads, strict=request.strict, cast=request.cast, path=store.url
             )
             _warn(store.url, placement)
         if request.refresh is not None:
-            return await request.refresh.plan(checkpoint, store, pacing, placement, library, threads)
+            return await request.refresh.plan(checkpoint, pacing, placement, library, threads)
 
         def place() -> Transfer:
-            placed = PlacedTransfer(checkpoint, store, pacing, placement, threads)
+            placed = PlacedTransfer(checkpoint, pacing, placement, threads)
             placed.plan(self._budget)
             return placed
 

@@ -21,7 +21,6 @@ from asyncshard.pipeline.transfer.destinations import MatchedDestinations, Shard
 from asyncshard.pipeline.transfer.placed import PlacedTransfer
 from asyncshard.pipeline.transfer.transfer import Pacing
 from asyncshard.plan.items import ReadItem
-from asyncshard.stores.base import Store
 from asyncshard.tasks.pace import yielding_gil
 from asyncshard.tasks.threads import DaemonThreads
 
@@ -58,7 +57,6 @@ class Refresh:
     async def plan(
         self,
         checkpoint: Checkpoint,
-        store: Store,
         pacing: Pacing,
         placement: MatchedDestinations,
         library: ArrayLibrary,
@@ -75,21 +73,21 @@ class Refresh:
         ImportError
             There are digests, and the package that computes them is not installed.
         """
-        current = await threads.run(CheckpointVersion.of, checkpoint, store)
+        current = await threads.run(CheckpointVersion.of, checkpoint)
         await threads.run(self._drop_unchanged, checkpoint, placement, current)
         contents = ChangedTensors(checkpoint, placement.shards, library, pacing.chunk_size, cast=self._cast)
         self._changed = await threads.run(contents.names)
         target = placement
         if self.is_staged:
             layout = await threads.run(contents.lay_out, _SPACING)
-            lease = await self._allocate(layout.nbytes, checkpoint, store)
+            lease = await self._allocate(layout.nbytes, checkpoint)
             target = await threads.run(_stage, placement, layout.offsets, lease)
             contents.lease, contents.offsets = lease, layout.offsets
         self._contents = contents
 
         def make() -> RefreshTransfer:
             # What lies between changed tensors is left out, however narrow: the point is to read little.
-            made = RefreshTransfer(checkpoint, store, pacing._replace(max_gap_bytes=0), target, threads)
+            made = RefreshTransfer(checkpoint, pacing._replace(max_gap_bytes=0), target, threads)
             made.is_staged = self.is_staged
             made.missing, made.unexpected, made.narrowed = placement.missing, placement.unexpected, placement.narrowed
             made.plan(self._budget)
@@ -105,16 +103,17 @@ class Refresh:
             for shard, changed in zip(placement.shards, self._since.changes(checkpoint, current), strict=True):
                 shard.keep(changed)
 
-    async def _allocate(self, nbytes: int, checkpoint: Checkpoint, store: Store) -> Lease | None:
+    async def _allocate(self, nbytes: int, checkpoint: Checkpoint) -> Lease | None:
         if not nbytes:
             return None
         needed = charge_of(nbytes) + sum(shard.nbytes for shard in checkpoint.shards) + checkpoint.scratch_bytes
         if needed > self._budget.nbytes:
+            url = checkpoint.reader.store.url
             raise BudgetError(
-                f"{store.url}: what has changed and the headers need {needed:,} bytes at once, more than the memory "
+                f"{url}: what has changed and the headers need {needed:,} bytes at once, more than the memory "
                 f"budget of {self._budget.nbytes:,} bytes; raise memory_budget_mb to {-(-needed >> 20)} or more, or "
                 "pass stage=False, which writes into the live weights",
-                path=store.url,
+                path=url,
                 needed_bytes=needed,
                 budget_bytes=self._budget.nbytes,
             )

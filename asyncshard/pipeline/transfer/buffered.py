@@ -15,7 +15,6 @@ from asyncshard.pipeline.checkpoint.checkpoint import Checkpoint
 from asyncshard.pipeline.memory.budget import MemoryBudget, charge_of
 from asyncshard.pipeline.transfer.transfer import Pacing, Transfer
 from asyncshard.plan.items import ReadItem, whole_tensors
-from asyncshard.stores.base import Store
 from asyncshard.tasks.threads import DaemonThreads
 
 _ALIGNMENT = 8
@@ -37,12 +36,11 @@ class BufferedTransfer(Transfer):
     def __init__(
         self,
         checkpoint: Checkpoint,
-        store: Store,
         pacing: Pacing,
         library: ArrayLibrary,
         threads: DaemonThreads,
     ) -> None:
-        super().__init__(checkpoint, store, pacing)
+        super().__init__(checkpoint, pacing)
         self._library = library
         self._threads = threads
         self.bytes_total = checkpoint.bytes_total

@@ -18,7 +18,6 @@ from asyncshard.pipeline.memory.budget import MemoryBudget
 from asyncshard.pipeline.transfer.destinations import MatchedDestinations, StridedTarget
 from asyncshard.pipeline.transfer.transfer import Pacing, Transfer
 from asyncshard.plan.items import GRAIN, ReadItem, placed_tensors
-from asyncshard.stores.base import Store
 from asyncshard.tasks.threads import DaemonThreads
 
 _MAX_TENSORS = 4096
@@ -38,12 +37,11 @@ class PlacedTransfer(Transfer):
     def __init__(
         self,
         checkpoint: Checkpoint,
-        store: Store,
         pacing: Pacing,
         placement: MatchedDestinations,
         threads: DaemonThreads,
     ) -> None:
-        super().__init__(checkpoint, store, pacing)
+        super().__init__(checkpoint, pacing)
         self._destinations = placement.shards
         self._threads = threads
         self.missing = placement.missing
@@ -99,10 +97,10 @@ class PlacedTransfer(Transfer):
         staged = self._staged(item)
         if staged is None:
             if item.nbytes:
-                meta = self.checkpoint.shards[item.shard].meta
+                shard = self.checkpoint.shards[item.shard]
                 is_long = item.last - item.first >= _MANY_TENSORS
                 memory = await self._threads.run(self._memory, item) if is_long else self._memory(item)
-                await self._store.read_into(meta, item.start, memory)
+                await self.checkpoint.reader.read_into(shard, item.start, memory)
         elif lease is not None:
             data = memoryview(lease)[: item.nbytes]
             await self._read_range(item, data)

@@ -11,7 +11,6 @@ from asyncshard._core import Lease
 from asyncshard.pipeline.checkpoint.checkpoint import Checkpoint, ties_of
 from asyncshard.pipeline.checkpoint.version import CheckpointVersion
 from asyncshard.plan.items import ReadItem
-from asyncshard.stores.base import Store
 from asyncshard.tasks.threads import all_of
 
 
@@ -32,9 +31,9 @@ class Transfer(ABC):
     is_in_place: bool
     """Whether reads write into the caller's own memory: cancelled ones must end before the caller goes on."""
 
-    def __init__(self, checkpoint: Checkpoint, store: Store, pacing: Pacing) -> None:
+    def __init__(self, checkpoint: Checkpoint, pacing: Pacing) -> None:
         self.checkpoint = checkpoint
-        self._store = store
+        self._store = checkpoint.reader.store
         self.pacing = pacing
         self.items: Sequence[ReadItem] = ()
         self.bytes_total = 0
@@ -42,7 +41,7 @@ class Transfer(ABC):
         self.missing: tuple[str, ...] = ()
         self.unexpected: tuple[str, ...] = ()
         self.narrowed: tuple[str, ...] = ()
-        self.version = CheckpointVersion.of(checkpoint, store)
+        self.version = CheckpointVersion.of(checkpoint)
         self.ties = ties_of(checkpoint)
 
     @property
@@ -87,16 +86,14 @@ class Transfer(ABC):
 
     async def _read_range(self, item: ReadItem, buffer: memoryview) -> None:
         """Read an item's bytes into one buffer, in chunks that are in flight together."""
-        meta = self.checkpoint.shards[item.shard].meta
+        shard, read_into = self.checkpoint.shards[item.shard], self.checkpoint.reader.read_into
         chunk = self.pacing.chunk_size
         if item.nbytes <= chunk:
             if item.nbytes:
-                await self._store.read_into(meta, item.start, [buffer[: item.nbytes]])
+                await read_into(shard, item.start, [buffer[: item.nbytes]])
             return
         reads = [
-            asyncio.ensure_future(
-                self._store.read_into(meta, item.start + at, [buffer[at : min(at + chunk, item.nbytes)]])
-            )
+            asyncio.ensure_future(read_into(shard, item.start + at, [buffer[at : min(at + chunk, item.nbytes)]]))
             for at in range(0, item.nbytes, chunk)
         ]
         await all_of(reads)
