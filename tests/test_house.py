@@ -22,7 +22,7 @@ FLOORS: tuple[set[str], ...] = (
     {"plan.file_slices", "plan.check"},
     {"stores.ranges", "stores.scatter"},
     {"stores.base"},
-    {"stores.wrapper", "stores.sliced", "stores.local", "stores.http"},
+    {"stores.wrapper", "stores.local", "stores.http"},
     {"stores.s3", "stores.disk_cache"},
     {"stores"},
     {"stores.opening"},

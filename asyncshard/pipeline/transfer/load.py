@@ -59,19 +59,14 @@ class Load:
         NamesError, ObjectNotFoundError, CheckpointError, FormatError, BudgetError, StoreError
         """
         store = opening.store
+        pacing = Pacing.of(store, self.chunk_size, self.prefetch_count)
         if self.selection.is_sliced:
-            store, checkpoint = await open_sliced(
-                store,
-                self.selection,
-                opening.threads,
-                opening.account,
-                chunk_size=self.chunk_size or store.chunk_size,
+            checkpoint = await open_sliced(
+                store, self.selection, opening.threads, opening.account, chunk_size=pacing.chunk_size
             )
         else:
             checkpoint = await open_checkpoint(store, self.selection, opening.threads, opening.account)
-        return OpenedCheckpoint(
-            self, Reading(checkpoint, store, Pacing.of(store, self.chunk_size, self.prefetch_count), opening.threads)
-        )
+        return OpenedCheckpoint(self, Reading(checkpoint, pacing, opening.threads))
 
     def library(self, destinations: Mapping[str, Any] | None = None) -> ArrayLibrary:
         """Return the array library; for a thread, since it may import a framework."""

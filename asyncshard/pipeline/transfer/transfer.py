@@ -35,8 +35,6 @@ class Reading(NamedTuple):
     """What a transfer reads, and how."""
 
     checkpoint: Checkpoint
-    store: Store
-    """From which the tensors are read: whole ones, or slices of them."""
     pacing: Pacing
     threads: DaemonThreads
 
@@ -52,36 +50,36 @@ class Transfer(ABC):
     """Whether reads write into the caller's own memory: cancelled ones must end before the caller goes on."""
 
     def __init__(self, reading: Reading) -> None:
-        checkpoint, self._store, self.pacing, self._threads = reading
-        self.checkpoint = checkpoint
+        self.checkpoint, self.pacing, self._threads = reading
+        self._reader = self.checkpoint.reader
         self.items: Sequence[ReadItem] = ()
         self.bytes_total = 0
         self.tensors_total = 0
         self.missing: tuple[str, ...] = ()
         self.unexpected: tuple[str, ...] = ()
         self.narrowed: tuple[str, ...] = ()
-        self.version = CheckpointVersion.of(checkpoint, self._store)
-        self.ties = ties_of(checkpoint)
+        self.version = CheckpointVersion.of(self.checkpoint)
+        self.ties = ties_of(self.checkpoint)
 
     @property
     def retries(self) -> int:
         """Requests that the store made again."""
-        return self._store.retries
+        return self._reader.store.retries
 
     @property
     def max_gap_bytes(self) -> int:
         """Unwanted bytes between slices that are rather read than left out."""
-        return self._store.max_gap_bytes
+        return self._reader.store.max_gap_bytes
 
     @property
     def verified(self) -> tuple[str, ...]:
         """Objects that match their checksums."""
-        return self._store.verified
+        return self._reader.store.verified
 
     @property
     def unverified(self) -> tuple[str, ...]:
         """Objects that were to be compared with their checksums and have not been."""
-        return self._store.unverified
+        return self._reader.store.unverified
 
     @abstractmethod
     def buffer_bytes(self, item: ReadItem) -> int:
@@ -105,14 +103,12 @@ class Transfer(ABC):
 
     async def _read_range(self, item: ReadItem, buffer: memoryview) -> None:
         """Read an item's bytes into one buffer, in chunks that are in flight together."""
-        meta = self.checkpoint.shards[item.shard].meta
+        file, read_into = self.checkpoint.shards[item.shard], self._reader.read_into
         chunk = self.pacing.chunk_size
         if item.nbytes <= chunk:
             if item.nbytes:
-                await self._store.read_into(meta, item.start, [buffer[: item.nbytes]])
+                await read_into(file, item.start, [buffer[: item.nbytes]])
             return
         starts = range(0, item.nbytes, chunk)
-        reads = (
-            self._store.read_into(meta, item.start + at, [buffer[at : min(at + chunk, item.nbytes)]]) for at in starts
-        )
+        reads = (read_into(file, item.start + at, [buffer[at : min(at + chunk, item.nbytes)]]) for at in starts)
         await run_bounded(len(starts), reads, on_failure="cancel")
