@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from asyncshard.events import Listener, ignore_event
 from asyncshard.loaders.cache import Caching, make_cache
 from asyncshard.loaders.files import ModelPath, open_store
 from asyncshard.loaders.options import Options
@@ -27,8 +28,8 @@ from asyncshard.pipeline.transfer.matching import match_destinations
 from asyncshard.pipeline.transfer.placed import PlacedTransfer
 from asyncshard.pipeline.transfer.stream import Stream
 from asyncshard.pipeline.transfer.supervisor import Supervisor
-from asyncshard.pipeline.transfer.transfer import Pacing, Transfer
-from asyncshard.stores import Store
+from asyncshard.pipeline.transfer.transfer import Transfer
+from asyncshard.stores import Pacing, Store
 from asyncshard.tasks.threads import DaemonThreads, wait_to_end
 
 if TYPE_CHECKING:
@@ -117,8 +118,8 @@ class Loader:
         return self._disk_cache if is_same else None
 
     def _stream(self, request: Request) -> Stream:
-        def opener(account: Account, threads: DaemonThreads) -> Any:
-            return self._open(request, account, threads)
+        def opener(account: Account, threads: DaemonThreads, listener: Listener) -> Any:
+            return self._open(request, account, threads, listener)
 
         def start() -> Supervisor:
             return Supervisor(
@@ -220,39 +221,39 @@ class Loader:
         threads = DaemonThreads(1, "asyncshard-work")
         try:
             async with self._opened(path, account, threads) as (store, checkpoint):
-                return await threads.run(LoadPlan.of, checkpoint.with_tied(), store.max_gap_bytes)
+                return await threads.run(LoadPlan.of, checkpoint.with_tied(), store.pacing.max_gap_bytes)
         finally:
             account.close()
             await threads.aclose()
 
     @asynccontextmanager
-    async def _open(self, request: Request, account: Account, threads: DaemonThreads) -> AsyncIterator[Transfer]:
+    async def _open(
+        self, request: Request, account: Account, threads: DaemonThreads, listener: Listener
+    ) -> AsyncIterator[Transfer]:
         """Open the checkpoint and plan its transfer; the store is open until the end."""
-        async with self._opened(request.path, account, threads) as (store, checkpoint):
+        async with self._opened(request.path, account, threads, listener) as (store, checkpoint):
             yield await self._plan(request, store, checkpoint, threads)
 
     @asynccontextmanager
     async def _opened(
-        self, path: ModelPath, account: Account, threads: DaemonThreads
+        self, path: ModelPath, account: Account, threads: DaemonThreads, listener: Listener = ignore_event
     ) -> AsyncIterator[tuple[Store, Checkpoint]]:
         store = open_store(path, self._options, self.caching)
         try:
             account.charge_headers(store.held_bytes, store.url)
-            if self._selection.is_sliced:
-                chunk_size = self._options.chunk_size or store.chunk_size
-                yield await open_sliced(store, self._selection, threads, account, chunk_size=chunk_size)
-            else:
-                yield store, await open_checkpoint(store, self._selection, threads, account)
+            with store.reporting_to(listener):
+                if self._selection.is_sliced:
+                    chunk_size = self._pacing(store).chunk_size
+                    yield await open_sliced(store, self._selection, threads, account, chunk_size=chunk_size)
+                else:
+                    yield store, await open_checkpoint(store, self._selection, threads, account)
         finally:
             if store is not path:
                 await wait_to_end(asyncio.ensure_future(store.aclose()))
 
     def _pacing(self, store: Store) -> Pacing:
-        return Pacing(
-            self._options.chunk_size or store.chunk_size,
-            self._options.prefetch_count or store.prefetch_count,
-            store.max_gap_bytes,
-        )
+        chosen = {"chunk_size": self._options.chunk_size, "prefetch_count": self._options.prefetch_count}
+        return store.pacing._replace(**{name: value for name, value in chosen.items() if value is not None})
 
     def _staged_transfer(self, *args: Any) -> BufferedTransfer:
         return BufferedTransfer(*args)

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from asyncshard.stores.base import Listing, ObjectMeta, Store
+from asyncshard.stores.base import Listing, ObjectMeta, Pacing, Store
 from asyncshard.stores.local.store import LocalStore
 
-__all__ = ["Listing", "LocalStore", "ObjectMeta", "Store", "file_from_url", "from_url", "name_of_file"]
+__all__ = ["Listing", "LocalStore", "ObjectMeta", "Pacing", "Store", "file_from_url", "from_url", "name_of_file"]
 
 
 def from_url(

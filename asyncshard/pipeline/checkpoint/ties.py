@@ -65,7 +65,7 @@ async def add_ties(
     shards = tuple(tied[name].shard for name in tied if own.pop(name, None) is not None)
     shards += await threads.run(lambda: tuple(_tied_shards(checkpoint, own)))
     if not isinstance(store, SlicedStore):
-        store = SlicedStore(store, threads, Scratch(threads, store.chunk_size, 1))
+        store = SlicedStore(store, threads, Scratch(threads, store.pacing.chunk_size, 1))
     return store, checkpoint._replace(shards=checkpoint.shards + shards, tied=())
 
 

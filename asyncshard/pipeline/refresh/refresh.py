@@ -19,9 +19,8 @@ from asyncshard.pipeline.refresh.changes import ChangedTensors
 from asyncshard.pipeline.refresh.update import Update
 from asyncshard.pipeline.transfer.destinations import MatchedDestinations, ShardDestinations
 from asyncshard.pipeline.transfer.placed import PlacedTransfer
-from asyncshard.pipeline.transfer.transfer import Pacing
 from asyncshard.plan.items import ReadItem
-from asyncshard.stores.base import Store
+from asyncshard.stores.base import Pacing, Store
 from asyncshard.tasks.pace import yielding_gil
 from asyncshard.tasks.threads import DaemonThreads
 

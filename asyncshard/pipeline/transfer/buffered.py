@@ -13,9 +13,9 @@ from asyncshard.errors import BudgetError
 from asyncshard.format.dtypes import DTYPES
 from asyncshard.pipeline.checkpoint.checkpoint import Checkpoint
 from asyncshard.pipeline.memory.budget import MemoryBudget, charge_of
-from asyncshard.pipeline.transfer.transfer import Pacing, Transfer
+from asyncshard.pipeline.transfer.transfer import Transfer
 from asyncshard.plan.items import ReadItem, whole_tensors
-from asyncshard.stores.base import Store
+from asyncshard.stores.base import Pacing, Store
 from asyncshard.tasks.threads import DaemonThreads
 
 _ALIGNMENT = 8

@@ -16,9 +16,9 @@ from asyncshard.arrays.memory import Sink
 from asyncshard.pipeline.checkpoint.checkpoint import Checkpoint
 from asyncshard.pipeline.memory.budget import MemoryBudget
 from asyncshard.pipeline.transfer.destinations import MatchedDestinations, StridedTarget
-from asyncshard.pipeline.transfer.transfer import Pacing, Transfer
+from asyncshard.pipeline.transfer.transfer import Transfer
 from asyncshard.plan.items import GRAIN, ReadItem, placed_tensors
-from asyncshard.stores.base import Store
+from asyncshard.stores.base import Pacing, Store
 from asyncshard.tasks.threads import DaemonThreads
 
 _MAX_TENSORS = 4096

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
@@ -20,6 +19,7 @@ from typing import Any
 
 from asyncshard._core import Lease
 from asyncshard.errors import BudgetError, StreamClosedError
+from asyncshard.events import Closed, Listener, Opened, ReadEnded, ReadStarted
 from asyncshard.pipeline.memory.budget import Account, MemoryBudget, Reclaimable, charge_of
 from asyncshard.pipeline.transfer.statistics import Counters
 from asyncshard.pipeline.transfer.transfer import Transfer
@@ -31,8 +31,9 @@ _BYTES_PER_ITEM = 8 << 20
 _TURNS_TO_READ = 3
 """Turns of the loop from room for an item to its reads: the feeder's, the item's task's, its chunks'."""
 
-Opener = Callable[[Account, DaemonThreads], AbstractAsyncContextManager[Transfer]]
-"""Opens a checkpoint and plans the transfer; its store stays open until the context ends."""
+Opener = Callable[[Account, DaemonThreads, Listener], AbstractAsyncContextManager[Transfer]]
+"""Opens a checkpoint and plans the transfer; its store stays open, and reports to the listener, until the context ends.
+"""
 
 
 @dataclass(slots=True, eq=False)
@@ -73,6 +74,8 @@ class Supervisor:
         self.account = budget.open_account()
         budget.add_reclaimer(self)
         self.counters = Counters()
+        self.report: Listener = self.counters.take
+        """Called with each event of this stream, from any thread."""
         self.transfer: Transfer | None = None
         self._slots: deque[Slot] = deque()
         self._leaving: Slot | None = None
@@ -235,10 +238,10 @@ class Supervisor:
         self._changed.set()  # as the last thing: who waits in `next_slot` has to find this task done
 
     async def _serve(self) -> None:
-        async with self._opener(self.account, self._threads) as transfer:
+        async with self._opener(self.account, self._threads, self.report) as transfer:
             self.transfer = transfer
-            self.counters.bytes_total = transfer.bytes_total
-            self.counters.tensors_total = transfer.tensors_total
+            opened = Opened(transfer.tensors_total, transfer.bytes_total, transfer.missing, transfer.unexpected)
+            self.report(opened)
             self._opened.set_result(None)
             await self._asked.wait()
             largest = max(map(transfer.buffer_bytes, transfer.items), default=0)
@@ -256,7 +259,7 @@ class Supervisor:
         self.account.close()
         await self._threads.run(self._budget.trim)
         await self._threads.aclose()
-        self.counters.ended = time.perf_counter()
+        self.report(Closed())
         if not self._opened.done():
             self._opened.set_exception(self._crash or StreamClosedError("the stream was closed before it was open"))
             self._opened.exception()  # seen, should nobody wait for it
@@ -358,7 +361,8 @@ class Supervisor:
         self._own_tasks.add(task)
         item = slot.item
         assert item is not None
-        self.counters.bytes_in_flight += item.nbytes
+        path = transfer.checkpoint.shards[item.shard].path
+        self.report(ReadStarted(path, item.start, item.stop))
         try:
             await transfer.read(item, slot.lease)
         except Exception as error:
@@ -366,7 +370,7 @@ class Supervisor:
             slot.error = error
             slot.lease = None
         finally:
-            self.counters.bytes_in_flight -= item.nbytes
+            self.report(ReadEnded(path, item.start, item.stop))
             self._own_tasks.discard(task)
             del task  # a cycle of task, exception and frame would keep the buffer alive
         if transfer.is_in_place:

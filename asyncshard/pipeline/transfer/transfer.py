@@ -5,25 +5,14 @@ from __future__ import annotations
 import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from asyncshard._core import Lease
 from asyncshard.pipeline.checkpoint.checkpoint import Checkpoint, ties_of
 from asyncshard.pipeline.checkpoint.version import CheckpointVersion
 from asyncshard.plan.items import ReadItem
-from asyncshard.stores.base import Store
+from asyncshard.stores.base import Pacing, Store
 from asyncshard.tasks.threads import all_of
-
-
-class Pacing(NamedTuple):
-    """How much is read at once, and how far ahead."""
-
-    chunk_size: int
-    """Bytes of one read at most."""
-    prefetch_count: int
-    """Read items ahead of the consumer."""
-    max_gap_bytes: int
-    """Unwanted bytes between two wanted tensors that are rather read than left out."""
 
 
 class Transfer(ABC):
@@ -44,26 +33,6 @@ class Transfer(ABC):
         self.narrowed: tuple[str, ...] = ()
         self.version = CheckpointVersion.of(checkpoint, store)
         self.ties = ties_of(checkpoint)
-
-    @property
-    def retries(self) -> int:
-        """Requests that the store made again."""
-        return self._store.retries
-
-    @property
-    def max_gap_bytes(self) -> int:
-        """Unwanted bytes between slices that are rather read than left out."""
-        return self._store.max_gap_bytes
-
-    @property
-    def verified(self) -> tuple[str, ...]:
-        """Objects that match their checksums."""
-        return self._store.verified
-
-    @property
-    def unverified(self) -> tuple[str, ...]:
-        """Objects that were to be compared with their checksums and have not been."""
-        return self._store.unverified
 
     @abstractmethod
     def buffer_bytes(self, item: ReadItem) -> int:

@@ -6,7 +6,7 @@ import asyncio
 import threading
 from collections.abc import Sequence
 
-from asyncshard.stores.base import ObjectMeta, Store
+from asyncshard.stores.base import ObjectMeta, Pacing, Store
 from asyncshard.stores.disk_cache.buffers import BlockBuffers
 from asyncshard.stores.disk_cache.directory import DiskCache, key_of
 from asyncshard.stores.disk_cache.entry import BLOCK_BYTES, CorruptEntryError, Layout
@@ -48,8 +48,11 @@ class CachedStore(WrapperStore):
         self.cache = cache
         self.threads = DaemonThreads(READ_THREADS, "asyncshard-cache-read")
         staged = MAX_STAGED_BLOCKS if write_buffer_bytes is None else write_buffer_bytes // BLOCK_BYTES
-        self._staged_blocks = min(max(staged, MIN_STAGED_BLOCKS), MAX_STAGED_BLOCKS)
-        self.buffers = BlockBuffers(self._staged_blocks)
+        staged = min(max(staged, MIN_STAGED_BLOCKS), MAX_STAGED_BLOCKS)
+        # A load for which the cache is there reads most of its bytes from the disk.
+        self.pacing = store.pacing._replace(chunk_size=max(Pacing().chunk_size, store.pacing.chunk_size))
+        self.held_bytes = staged * BLOCK_BYTES + store.held_bytes
+        self.buffers = BlockBuffers(staged)
         self.locks = BlockLocks(cache.locks, self.threads)
         self.can_read = True
         """Whether entries are looked at."""
@@ -69,16 +72,6 @@ class CachedStore(WrapperStore):
 
     def __repr__(self) -> str:
         return f"CachedStore({self.store!r})"
-
-    @property
-    def chunk_size(self) -> int:  # type: ignore[override]
-        """What suits a disk, or more: a load for which the cache is there reads most from it."""
-        return max(Store.chunk_size, self.store.chunk_size)
-
-    @property
-    def held_bytes(self) -> int:  # type: ignore[override]
-        """The blocks on their way to the disk, and what the other store takes."""
-        return self._staged_blocks * BLOCK_BYTES + self.store.held_bytes
 
     async def aclose(self) -> None:
         """Wait until what was read is kept, then close."""

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from asyncshard._core import StopFlag, read_ranges, read_vectors
 from asyncshard.errors import TruncatedError
-from asyncshard.stores.base import Listing, ObjectMeta, Store, require_small
+from asyncshard.stores.base import Listing, ObjectMeta, Pacing, Store, require_small
 from asyncshard.stores.local import files
 from asyncshard.stores.ranges import Scratch
 from asyncshard.tasks.threads import DaemonThreads, wait_to_end
@@ -42,8 +42,8 @@ class LocalStore(Store):
     allow_symlinks : bool
         Whether links among the files may lead outside the directory.
     max_gap_bytes : int
-        Unwanted bytes between two wanted tensors, or slices of them, that are rather read than left out. As many are
-        copied out of the page cache in the time of a system call.
+        Gaps up to this many bytes between wanted byte ranges are read too. The default is what can be copied out of
+        the page cache in the time of a system call.
     """
 
     has_own_scratch = True
@@ -63,7 +63,7 @@ class LocalStore(Store):
             raise ValueError('page_cache="drop" needs posix_fadvise, which this system does not have')
         if max_gap_bytes < 0:
             raise ValueError(f"max_gap_bytes must be 0 or more, not {max_gap_bytes}")
-        self.max_gap_bytes = max_gap_bytes
+        self.pacing = Pacing(max_gap_bytes=max_gap_bytes)
         self.url = os.path.abspath(path)
         self._root = self.url
         self._drops_cache = page_cache == "drop"
@@ -154,7 +154,7 @@ class LocalStore(Store):
         if not len(offsets):
             return
         stop = StopFlag()
-        gap = self.max_gap_bytes if max_gap is None else max_gap
+        gap = self.pacing.max_gap_bytes if max_gap is None else max_gap
         await self._threads.run(self._read_ranges, meta, offsets, lengths, buffers, gap, stop, on_cancel=stop.set)
 
     def _read_ranges(

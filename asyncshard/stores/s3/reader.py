@@ -8,6 +8,7 @@ from functools import partial
 from typing import NamedTuple, TypeVar
 
 from asyncshard.errors import ChecksumError, StoreError, StoreTimeoutError
+from asyncshard.events import Listener, Retried
 from asyncshard.stores.http.connection import Receive
 from asyncshard.stores.http.failures import REMEDIES, Action, Failed, Failure
 from asyncshard.stores.http.response import Head, Pin, RangeRequest, explain, is_error, require_range
@@ -24,6 +25,7 @@ _CORRUPTED = Failure(
     action=Action.RETRY,
     kind=ChecksumError,
 )
+_UNMATCHED = "what was read does not match the checksum that the server has of the object"
 _MISMATCH = Failure(
     "what was read, and read again, does not match the checksum that the server has of the object: upload it anew",
     kind=ChecksumError,
@@ -69,6 +71,8 @@ class S3Reader:
         Called once, when the client is there.
     bucket : str
     policy : RetryPolicy
+    report : Listener
+        Called with each request that is made again.
     max_workers : int
         Range requests in flight. A request's deadline begins when it gets its turn.
     integrity : Integrity or None
@@ -81,6 +85,7 @@ class S3Reader:
         make_transport: Callable[[], Transport],
         bucket: str,
         policy: RetryPolicy,
+        report: Listener,
         *,
         max_workers: int,
         integrity: Integrity | None,
@@ -91,8 +96,8 @@ class S3Reader:
         self._bucket = bucket
         self._policy = policy
         self._turns = asyncio.Semaphore(max_workers)
+        self._report = report
         self._integrity = integrity
-        self.retries = 0
 
     async def aclose(self) -> None:
         try:
@@ -102,14 +107,6 @@ class S3Reader:
             await self._client.aclose()
             if self._integrity is not None:
                 await self._integrity.aclose()
-
-    @property
-    def verified(self) -> tuple[str, ...]:
-        return () if self._integrity is None else self._integrity.verified()
-
-    @property
-    def unverified(self) -> tuple[str, ...]:
-        return () if self._integrity is None else self._integrity.unverified()
 
     async def list_names(self, prefix: str) -> list[str]:
         """Return the names of all objects directly below a prefix."""
@@ -183,7 +180,7 @@ class S3Reader:
 
     async def _read_again(self, integrity: Integrity, target: Target, pin: Pin, scatter: Scatter) -> None:
         """Of a mismatch, find out what is wrong by reading once more, and mend it where nobody has the bytes yet."""
-        self.retries += 1
+        self._report(Retried(target.path, _UNMATCHED, 0.0, 1, None, None))
         if scatter.nbytes == pin.size:
             scatter.rewind()
             await self._persist(target, lambda: self._read(target.key, pin, 0, scatter), lambda: scatter.filled)
@@ -228,7 +225,7 @@ class S3Reader:
                     pause = retries.pause_after(last, has_progressed=filled() > before)
                     if pause is None or clock() + pause > deadline:
                         raise target.error(last, attempts)
-                    self.retries += 1
+                    self._report(Retried(target.path, last.reason, pause, attempts, last.status, last.request_id))
                     if last.action in REMEDIES:
                         await self._remedy(target, last, generation, attempts)
                     await asyncio.sleep(pause)
