@@ -64,8 +64,8 @@ def store_on(server, transport="sockets", **options):
     return S3Store("s3://models/checkpoint/", transport=transport, **options)
 
 
-@contextlib.contextmanager
-def retries_of(store):
+@contextlib.asynccontextmanager
+async def retries_of(store):
     """Collect what a store reports of requests that it makes again."""
     retries = []
     with store.reporting_to(lambda event: retries.append(event) if isinstance(event, Retried) else None):
