@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from enum import Enum
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -51,6 +52,14 @@ class Pacing(NamedTuple):
     """Gaps up to this many bytes between wanted byte ranges are read too, to save a request."""
 
 
+class State(Enum):
+    """Where a store is in its life."""
+
+    OPEN = "open"
+    CLOSING = "closing"
+    CLOSED = "closed"
+
+
 class Store(ABC):
     """Files of one checkpoint. An asynchronous context manager: `aclose` ends its threads and connections.
 
@@ -65,6 +74,14 @@ class Store(ABC):
     """Bytes of memory that the store may take beside the buffers that it fills; they count against a load's budget."""
     has_own_scratch: bool = False
     """Whether this class's `read_ranges` needs no scratch memory of the caller's."""
+
+    def __repr__(self) -> str:
+        facts = ", ".join(self._facts())
+        return f"<{type(self).__name__} {self.url!r}{' ' * bool(facts)}{facts}>"
+
+    def _facts(self) -> tuple[str, ...]:
+        """Return what the store's repr says beside its URL: its state, and how busy it is. Never a secret."""
+        return ()
 
     async def __aenter__(self) -> Self:
         return self

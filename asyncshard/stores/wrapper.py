@@ -20,6 +20,10 @@ class WrapperStore(Store):
         self.pacing = store.pacing
         self.held_bytes = store.held_bytes
 
+    def __repr__(self) -> str:
+        facts = "".join(f"{fact}, " for fact in self._facts())
+        return f"<{type(self).__name__} {facts}around {self.store!r}>"
+
     def _listeners(self) -> list[Listener]:
         return self.store._listeners()
 

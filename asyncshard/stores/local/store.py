@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from asyncshard._core import StopFlag, read_ranges, read_vectors
 from asyncshard.errors import TruncatedError
-from asyncshard.stores.base import Listing, ObjectMeta, Pacing, Store, require_small
+from asyncshard.stores.base import Listing, ObjectMeta, Pacing, State, Store, require_small
 from asyncshard.stores.local import files
 from asyncshard.stores.ranges import Scratch
 from asyncshard.tasks.threads import DaemonThreads, wait_to_end
@@ -68,9 +68,14 @@ class LocalStore(Store):
         self._root = self.url
         self._drops_cache = page_cache == "drop"
         self._allow_symlinks = allow_symlinks
-        self._threads = DaemonThreads(max_workers or DEFAULT_MAX_WORKERS, "asyncshard-read")
+        self.max_workers = max_workers or DEFAULT_MAX_WORKERS
+        self._threads = DaemonThreads(self.max_workers, "asyncshard-read")
         self._files = files.OpenFiles(_MAX_OPEN_FILES)
-        self._is_closed = False
+        self._state = State.OPEN
+        self._reads_in_flight = 0
+
+    def _facts(self) -> tuple[str, ...]:
+        return self._state.value, f"{self.max_workers} workers", f"{self._reads_in_flight} reads in flight"
 
     def path_of(self, name: str) -> str:
         return os.path.join(self._root, name)
@@ -82,13 +87,14 @@ class LocalStore(Store):
         return f"file:{version.modified_ns} {version.changed_ns} {version.size}"
 
     async def aclose(self) -> None:
-        if self._is_closed:
+        if self._state is not State.OPEN:
             return
-        self._is_closed = True
+        self._state = State.CLOSING
         try:
             await wait_to_end(asyncio.wrap_future(self._threads.submit(self._files.close)))
         finally:
             await self._threads.aclose()
+            self._state = State.CLOSED
 
     async def list(self) -> Listing:
         listing = await self._threads.run(self._list)
@@ -131,7 +137,11 @@ class LocalStore(Store):
 
     async def read_into(self, meta: ObjectMeta, start: int, buffers: Sequence[memoryview]) -> None:
         stop = StopFlag()
-        await self._threads.run(self._read, meta, start, buffers, stop, on_cancel=stop.set)
+        self._reads_in_flight += 1
+        try:
+            await self._threads.run(self._read, meta, start, buffers, stop, on_cancel=stop.set)
+        finally:
+            self._reads_in_flight -= 1
 
     def _read(self, meta: ObjectMeta, start: int, buffers: Sequence[memoryview], stop: StopFlag) -> None:
         path = self.path_of(meta.name)
@@ -155,7 +165,11 @@ class LocalStore(Store):
             return
         stop = StopFlag()
         gap = self.pacing.max_gap_bytes if max_gap is None else max_gap
-        await self._threads.run(self._read_ranges, meta, offsets, lengths, buffers, gap, stop, on_cancel=stop.set)
+        self._reads_in_flight += 1
+        try:
+            await self._threads.run(self._read_ranges, meta, offsets, lengths, buffers, gap, stop, on_cancel=stop.set)
+        finally:
+            self._reads_in_flight -= 1
 
     def _read_ranges(
         self,

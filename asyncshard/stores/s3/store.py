@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from asyncshard.errors import ObjectNotFoundError, TruncatedError
-from asyncshard.stores.base import ETAG, Listing, ObjectMeta, Pacing, Store
+from asyncshard.stores.base import ETAG, Listing, ObjectMeta, Pacing, State, Store
 from asyncshard.stores.http.response import Pin
 from asyncshard.stores.s3.options import S3Options
 from asyncshard.stores.scatter import Scatter
@@ -69,10 +69,11 @@ class S3Store(Store):
         self._prefix = self._key if not self._key or self._key.endswith("/") else f"{self._key}/"
         self._loop = LoopThread("asyncshard-s3")
         self._reader: S3Reader | None = None
-        self._is_closed = False
+        self._state = State.OPEN
+        self._reads_in_flight = 0
 
-    def __repr__(self) -> str:
-        return f"S3Store({self.url!r})"
+    def _facts(self) -> tuple[str, ...]:
+        return self._state.value, f"{self.max_workers} workers", f"{self._reads_in_flight} reads in flight"
 
     def path_of(self, name: str) -> str:
         return f"s3://{self._bucket}/{self._prefix}{name}"
@@ -88,8 +89,8 @@ class S3Store(Store):
         )
 
     async def aclose(self) -> None:
-        if not self._is_closed:
-            self._is_closed = True
+        if self._state is State.OPEN:
+            self._state = State.CLOSING
             await wait_to_end(asyncio.ensure_future(self._close()))  # to its end, even when cancelled
 
     async def _close(self) -> None:
@@ -98,6 +99,7 @@ class S3Store(Store):
                 await self._loop.run(self._reader.aclose)
         finally:
             await self._loop.aclose()
+            self._state = State.CLOSED
 
     async def list(self) -> Listing:
         return await self._run(self._list)
@@ -139,8 +141,12 @@ class S3Store(Store):
                 start=start,
                 stop=stop,
             )
-        # The scatter is made on the store's loop: thousands of buffers take a millisecond.
-        await self._run(lambda reader: reader.read(self._prefix + meta.name, pin, start, Scatter(buffers)))
+        self._reads_in_flight += 1
+        try:
+            # The scatter is made on the store's loop: thousands of buffers take a millisecond.
+            await self._run(lambda reader: reader.read(self._prefix + meta.name, pin, start, Scatter(buffers)))
+        finally:
+            self._reads_in_flight -= 1
 
     async def _run(self, call: Callable[[S3Reader], Coroutine[Any, Any, T]]) -> T:
         """Call the reader on its own loop; it is made there first."""
