@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from asyncshard.events import Listener
-from asyncshard.stores.http.connection import Limits
+from asyncshard.stores.http.exchange import Limits
 from asyncshard.stores.http.pool import HttpPool
 from asyncshard.stores.http.retries import RetryPolicy
 from asyncshard.stores.s3.client import S3Client

@@ -488,7 +488,7 @@ async def test_the_corrected_signature_is_one_that_a_server_takes(seaweed, prefi
 
         async def renew():
             await client._make()
-            client._urls.clear()
+            client.urls.forget()
 
         await store._loop.run(renew)
         assert (await store.list()).names == ("a.bin",)
