@@ -4,6 +4,7 @@ told. Whole loads over all kinds of broken connections are in tests/stores/s3/te
 
 import asyncio
 import contextlib
+from typing import NamedTuple
 
 import pytest
 
@@ -24,29 +25,40 @@ def response(body=BODY, length=None, status=206, more=""):
     return f"HTTP/1.1 {status} X\r\nContent-Length: {length or len(body)}\r\n{more}\r\n".encode() + body
 
 
-class Server:
-    """Answers the requests of each connection with the bytes that it is given, then waits for the next one.
+class Last(NamedTuple):
+    """An answer after which the server closes the connection."""
 
-    None in place of an answer waits until the test ends; an empty one closes the connection.
-    """
+    answer: bytes
+
+
+class Server:
+    """Answers the requests of each connection with the bytes that it is given; with none at all where it is None."""
 
     def __init__(self, answers):
         self.answers = list(answers)
         self.requests = []
         self.writers = []
+        self._arrived = asyncio.Event()
 
     async def serve(self, reader, writer):
         self.writers.append(writer)
         with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
             while True:
                 self.requests.append(await reader.readuntil(b"\r\n\r\n"))
+                self._arrived.set()
                 answer = self.answers.pop(0)
-                if answer == b"":
-                    break
                 if answer is not None:
-                    writer.write(answer)
+                    writer.write(answer.answer if isinstance(answer, Last) else answer)
                     await writer.drain()
+                if isinstance(answer, Last):
+                    break
         writer.close()
+
+    async def requested(self, count):
+        """Wait until this many requests have arrived."""
+        while len(self.requests) < count:
+            self._arrived.clear()
+            await self._arrived.wait()
 
     async def __aenter__(self):
         self._server = await asyncio.start_server(self.serve, "127.0.0.1")
@@ -65,8 +77,8 @@ class Server:
 class Body:
     """Takes a response's body, as the S3 reader does."""
 
-    def __init__(self, nbytes=len(BODY)):
-        self.memory = bytearray(nbytes)
+    def __init__(self, nbytes=None):
+        self.memory = bytearray(len(BODY) if nbytes is None else nbytes)
         self.head = None
 
     def receive(self, head: ResponseHead):
@@ -109,8 +121,7 @@ async def test_the_repr_of_a_connection_shows_its_state_and_no_header():
         assert repr(connection) == "<HttpConnection idle, 0 exchanges>"
         await get(connection, Body())
         waiting = asyncio.ensure_future(get(connection, Body()))
-        while len(server.requests) < 2:
-            await asyncio.sleep(0)
+        await server.requested(2)
         assert repr(connection) == "<HttpConnection in an exchange, 2 exchanges>"
         waiting.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -156,36 +167,26 @@ async def test_bytes_beyond_the_body_are_not_placed_and_spoil_the_connection():
         assert not connection.is_usable()
 
 
-@pytest.mark.parametrize(
-    ("answer", "kind", "action"),
-    [
-        (b"", StoreError, Action.RETRY),
-        (b"\0\1\2\r\n\r\n", StoreError, Action.RETRY),
-    ],
-)
-async def test_an_answer_that_is_none_fails_the_exchange(answer, kind, action):
+@pytest.mark.parametrize("answer", [Last(b""), b"\0\1\2\r\n\r\n"])
+async def test_an_answer_that_is_no_http_fails_the_exchange(answer):
     async with connected(answer) as (_, connection):
         with pytest.raises(Failed) as caught:
             await get(connection, Body())
-        assert (caught.value.failure.kind, caught.value.failure.action) == (kind, action)
+        assert (caught.value.failure.kind, caught.value.failure.action) == (StoreError, Action.RETRY)
         assert not connection.is_usable()
 
 
 async def test_a_body_that_ends_early_fails_the_exchange_and_keeps_what_came():
-    async with connected(response(BODY[:1000], length=len(BODY))) as (server, connection):
+    async with connected(Last(response(BODY[:1000], length=len(BODY)))) as (_, connection):
         body = Body()
-        reading = asyncio.ensure_future(get(connection, body))
-        while body.memory[999] != BODY[999]:
-            await asyncio.sleep(0)
-        server.writers[0].close()
         with pytest.raises(Failed) as caught:
-            await reading
+            await get(connection, body)
         assert caught.value.failure.kind is TruncatedError
         assert body.memory[:1000] == BODY[:1000]
 
 
 async def test_an_idle_connection_that_the_server_had_closed_is_no_failure_of_the_server():
-    async with connected(response(), b"") as (_, connection):
+    async with connected(response(), Last(b"")) as (_, connection):
         await get(connection, Body())
         with pytest.raises(Failed) as caught:
             await get(connection, Body())
@@ -219,8 +220,7 @@ async def test_a_response_that_is_late_or_slow_fails_the_exchange(limits, answer
 async def test_a_cancelled_exchange_closes_the_connection():
     async with connected(None) as (server, connection):
         reading = asyncio.ensure_future(get(connection, Body()))
-        while not server.requests:
-            await asyncio.sleep(0)
+        await server.requested(1)
         reading.cancel()
         with pytest.raises(asyncio.CancelledError):
             await reading
