@@ -183,8 +183,7 @@ class IncrementalShardLoader(Loader):
             async with self._transfer(opened, file) as transfer:
                 return await read_one(transfer, file, self._cache, name)
 
-        tensors = await self._reads.run((key, name), lambda: self._read(key, path, read_it))
-        return tensors[name]
+        return (await self._reads.run((key, name), lambda: self._read(key, path, read_it)))[name]
 
     async def load_weights_incremental(self, path: ModelPath, callback: Callback) -> None:
         """Call ``callback(name, tensor)`` for every tensor, in plan order; what it returns is awaited if it can be.

@@ -9,6 +9,8 @@ A buffer is used from `Account.allocate` until its lease dies, or until it is ha
 and counts as held by the consumer. What a stream leaves alive when it ends is handed over too.
 
 What is only cached gives way: while a request waits, `Reclaimer` objects are asked to let go of something.
+
+Longer than 300 lines: the budget, its accounts and its queue change together, under one lock.
 """
 
 from __future__ import annotations
