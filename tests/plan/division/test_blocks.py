@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asyncshard.errors import CheckpointError
-from asyncshard.plan import blocks
+from asyncshard.plan.division import blocks
 from asyncshard.plan.division.blocks import TensorMap, cut_blocks
 from asyncshard.plan.division.divisions import divide, fitted, whole_shape
 from asyncshard.plan.division.placements import PackedShard, Replicate, Shard
