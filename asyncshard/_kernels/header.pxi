@@ -672,7 +672,7 @@ cdef Py_ssize_t find_duplicates(
     return number
 
 
-def duplicate_names(tables, Py_ssize_t limit=20):
+def duplicate_names(tables, *, Py_ssize_t limit):
     cdef list held = list(tables)  # the caller may change its own list while the GIL is free
     cdef HeaderTable table
     cdef const Strings **strings

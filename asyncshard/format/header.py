@@ -102,9 +102,16 @@ class Header(Mapping[str, TensorInfo]):
         return f"<Header of {len(self)} tensors in {self.file_size} bytes>"
 
 
-def header_size(
-    prefix: Buffer, file_size: int, *, max_header_bytes: int = MAX_HEADER_BYTES, path: str | None = None
-) -> int:
+class HeaderLimits(NamedTuple):
+    """Limits on the size of a header, in addition to those of the format."""
+
+    max_header_bytes: int | None = None
+    """The most bytes of JSON text that a header may have; None for the format's limit alone."""
+    max_tensors: int | None = None
+    """The most tensors that a header may list; None for no limit."""
+
+
+def header_size(prefix: Buffer, file_size: int, *, max_header_bytes: int | None = None, path: str | None = None) -> int:
     """Return how many bytes of the file come before the data of its tensors (8 + n), given its first 8 bytes.
 
     Checks rules 1 to 3 of the format, which must hold before memory for the header is allocated. `max_header_bytes` may
@@ -129,7 +136,7 @@ def header_size(
             path,
             offset=0,
         )
-    if length > max_header_bytes:
+    if max_header_bytes is not None and length > max_header_bytes:
         raise _error(
             f"the header is {length} bytes long, over max_header_bytes={max_header_bytes}; raise that to read the file",
             path,
@@ -177,8 +184,7 @@ def parse_header(
     """
     with memoryview(data).cast("B") as octets:
         whole = len(octets) if file_size is None else file_size
-        limit = MAX_HEADER_BYTES if max_header_bytes is None else max_header_bytes
-        size = header_size(octets, whole, max_header_bytes=limit, path=path)
+        size = header_size(octets, whole, max_header_bytes=max_header_bytes, path=path)
         if len(octets) < size:
             raise ValueError(f"the header takes the first {size} bytes of the file, and data has {len(octets)}")
         with octets[PREFIX_BYTES:size] as text:

@@ -14,7 +14,7 @@ from asyncshard.format.pattern import ShardPattern
 from asyncshard.loaders.files import ModelPath, open_store
 from asyncshard.loaders.options import MIB, Options, require_int
 from asyncshard.pipeline.checkpoint.config import CONFIG_NAME, read_config
-from asyncshard.pipeline.checkpoint.header_scan import HeaderLimits, HeaderScan, is_about_the_file
+from asyncshard.pipeline.checkpoint.header_scan import HeaderScan, is_about_the_file
 from asyncshard.pipeline.memory.free_memory import default_budget_mb
 from asyncshard.plan.check.file_facts import FileFacts, facts_of
 from asyncshard.plan.check.judgement import CheckInput, Finding, Problem, report_on
@@ -178,7 +178,9 @@ class _Check:
         def keep(name: str, header: Header) -> FileFacts:
             return facts_of(name, header, yielding_gil(header), weight_map, numbers.get(name))
 
-        limits = HeaderLimits(int(budget_mb * MIB), options.max_header_bytes, options.max_tensors)
         names = [*survey.files, *survey.others]
-        findings = await HeaderScan(self._store, self._threads, limits, keep).run(names)
+        scan = HeaderScan(
+            self._store, self._threads, keep, limits=options.header_limits, memory_bytes=int(budget_mb * MIB)
+        )
+        findings = await scan.run(names)
         return dict(zip(names, findings, strict=True))

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from asyncshard.errors import NotRegularFileError
-from asyncshard.format.header import Header
+from asyncshard.format.header import Header, HeaderLimits
 from asyncshard.loaders.cache import Caching
 from asyncshard.loaders.options import Options
 from asyncshard.pipeline.checkpoint.checkpoint import Selection, choose_files
@@ -82,9 +82,8 @@ async def read_header(
         listing = await store.list()
         if not listing.is_file:
             raise NotRegularFileError(f"{store.url}: this is a directory; name one file", path=store.url)
-        shard = await read_header_of(
-            store, listing.names[0], threads, max_header_bytes=max_header_bytes, max_tensors=max_tensors
-        )
+        limits = HeaderLimits(max_header_bytes, max_tensors)
+        shard = await read_header_of(store, listing.names[0], threads, limits, None)
         return shard.header
     finally:
         await threads.aclose()

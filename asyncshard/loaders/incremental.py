@@ -259,12 +259,7 @@ class IncrementalShardLoader(Loader):
         account = self._cache.open_account()  # while it is parsed
         try:
             shard = await read_header_of(
-                opened.store,
-                opened.name,
-                opened.threads,
-                max_header_bytes=self._options.max_header_bytes,
-                max_tensors=self._options.max_tensors,
-                account=account,
+                opened.store, opened.name, opened.threads, self._options.header_limits, account
             )
             if self._selection.is_sliced:
                 plan = await find_plan(opened.store, self._selection, opened.threads)

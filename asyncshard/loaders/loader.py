@@ -28,6 +28,7 @@ from asyncshard.pipeline.transfer.placed import PlacedTransfer
 from asyncshard.pipeline.transfer.stream import Stream
 from asyncshard.pipeline.transfer.supervisor import Supervisor
 from asyncshard.pipeline.transfer.transfer import Pacing, Transfer
+from asyncshard.plan.text import enumerate_names
 from asyncshard.stores import Store
 from asyncshard.tasks.threads import DaemonThreads, wait_to_end
 
@@ -313,14 +314,13 @@ def inherited(base_loader: Loader | None, given: Mapping[str, Any]) -> Inherited
     selection = Selection() if base_loader is None else base_loader.selection
     has_own_budget = given.get("memory_budget_mb") is not None or given.get("budget") is not None
     return Inherited(
-        selection._replace(max_header_bytes=options.max_header_bytes, max_tensors=options.max_tensors),
+        selection._replace(limits=options.header_limits),
         options,
         None if base_loader is None or has_own_budget else base_loader.budget,
         None if base_loader is None else base_loader.disk_cache_for(options),
     )
 
 
-_LISTED = 20
 _CACHE_SHARE = 8
 """The part of the budget that blocks on their way to a cache's disk may take."""
 
@@ -332,5 +332,4 @@ def _warn(path: str, placement: MatchedDestinations) -> None:
         (placement.narrowed, "are smaller than their destinations and fill their first corner"),
     ):
         if names:
-            more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-            logger.warning("%s: %d tensors %s: %s%s", path, len(names), what, ", ".join(names[:_LISTED]), more)
+            logger.warning("%s: %d tensors %s: %s", path, len(names), what, enumerate_names(names))

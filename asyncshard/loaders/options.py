@@ -10,6 +10,7 @@ from typing import Any, Literal, Self, TypedDict
 
 from asyncshard.arrays.base import ArrayLibrary
 from asyncshard.arrays.frameworks import FRAMEWORKS, load_library
+from asyncshard.format.header import HeaderLimits
 from asyncshard.pipeline.memory.budget import MemoryBudget
 from asyncshard.plan.items import GRAIN
 
@@ -132,6 +133,11 @@ class Options:
         elif "memory_budget_mb" in changes and "budget" not in changes:
             changes["budget"] = None
         return replace(self, **changes)
+
+    @property
+    def header_limits(self) -> HeaderLimits:
+        """How large the header of a file may be."""
+        return HeaderLimits(self.max_header_bytes, self.max_tensors)
 
     def library(self, destinations: Mapping[str, Any] | None = None) -> ArrayLibrary:
         """Return the array library for these destinations (`load_library`); for a thread, since it may import torch."""

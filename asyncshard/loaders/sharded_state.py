@@ -71,8 +71,7 @@ class ShardedStateLoader(Loader):
             rank=rank,
             world_size=world_size,
             pp_rank=pp_rank,
-            max_header_bytes=options.max_header_bytes,
-            max_tensors=options.max_tensors,
+            limits=options.header_limits,
             tp_plan=plan_of(tp_plan, unmatched),
             tensor_filter=None if tensor_filter is None else TensorFilter(tensor_filter),
         )

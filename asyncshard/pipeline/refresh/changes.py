@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from asyncshard._core import Lease
+from asyncshard._typing import Int64Array
 from asyncshard.arrays.base import ArrayLibrary, make_view
 from asyncshard.arrays.memory import is_sink
 from asyncshard.format.dtypes import DTYPES, Dtype
@@ -25,7 +26,7 @@ class StagingLayout(NamedTuple):
     """Where tensors are staged."""
 
     nbytes: int
-    offsets: list[NDArray[np.int64]]
+    offsets: list[Int64Array]
     """For each shard, of each tensor; of no meaning for one that has not changed."""
 
 
@@ -92,7 +93,7 @@ class ChangedTensors:
         self.chunk_size = chunk_size
         self.cast = cast
         self.lease: Lease | None = None
-        self.offsets: list[NDArray[np.int64]] = [np.zeros(len(mask), np.int64) for mask in self._wanted]
+        self.offsets: list[Int64Array] = [np.zeros(len(mask), np.int64) for mask in self._wanted]
 
     def lay_out(self, spacing: int) -> StagingLayout:
         """Place the tensors one after the other, each at a multiple of `spacing` bytes."""

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from asyncshard._core import Lease
+from asyncshard._typing import Int64Array
 from asyncshard.arrays.base import ArrayLibrary
 from asyncshard.errors import BudgetError, ChecksumError
 from asyncshard.format.digests import Digest, digests_of, load_digest
@@ -143,9 +144,7 @@ class Refresh:
             await account.aclose()
 
 
-def _stage(
-    placement: MatchedDestinations, offsets: list[NDArray[np.int64]], lease: Lease | None
-) -> MatchedDestinations:
+def _stage(placement: MatchedDestinations, offsets: list[Int64Array], lease: Lease | None) -> MatchedDestinations:
     """Return the places in a lease of the tensors that a placement wants."""
     staged = MatchedDestinations()
     base = 0 if lease is None else lease.address

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from asyncshard._core import Lease, spread
+from asyncshard._typing import Int64Array
 from asyncshard.arrays.base import ArrayLibrary, make_view
 from asyncshard.errors import BudgetError
 from asyncshard.format.dtypes import DTYPES
@@ -118,7 +119,7 @@ class BufferedTransfer(Transfer):
         offsets = table.starts[item.first : item.last] - item.start
         return bool(np.any(offsets % _ITEM_BYTES[table.dtype_codes[item.first : item.last]]))
 
-    def _offsets(self, item: ReadItem) -> np.ndarray[Any, np.dtype[np.int64]]:
+    def _offsets(self, item: ReadItem) -> Int64Array:
         """Return where each tensor of an item begins in its buffer."""
         offsets = self.checkpoint.shards[item.shard].header.table.starts[item.first : item.last] - item.start
         if self._is_misaligned(item):

@@ -20,10 +20,10 @@ from asyncshard.errors import DestinationError, NamesError
 from asyncshard.format.dtypes import DTYPES, Dtype
 from asyncshard.pipeline.checkpoint.checkpoint import Checkpoint
 from asyncshard.pipeline.transfer.destinations import MatchedDestinations, ShardDestinations, StridedTarget
+from asyncshard.plan.text import enumerate_names
 from asyncshard.tasks.pace import LoopYield
 from asyncshard.tasks.threads import DaemonThreads
 
-_LISTED = 20
 _OVERLAP_WORK: Any = 100_000  # any number, for stubs of NumPy before 2.5
 """How hard NumPy tries to tell whether two strided views share memory, before we assume that they do."""
 
@@ -64,8 +64,8 @@ async def match_destinations(
         raise _names_error(path, placement)
     faults = matching.faults
     if faults:
-        more = f" (and {len(faults) - _LISTED} more)" if len(faults) > _LISTED else ""
-        raise DestinationError(f"{path}: {'; '.join(faults[:_LISTED])}{more}. Nothing was written.", path=path)
+        listed = enumerate_names(faults, separator="; ")
+        raise DestinationError(f"{path}: {listed}. Nothing was written.", path=path)
     return placement
 
 
@@ -271,17 +271,13 @@ class _Covered:
 def _names_error(path: str, placement: MatchedDestinations) -> NamesError:
     parts = []
     if placement.missing:
-        parts.append(f"missing from the checkpoint: {_listed(placement.missing)}")
+        parts.append(f"missing from the checkpoint: {enumerate_names(placement.missing, is_quoted=True)}")
     if placement.unexpected:
-        parts.append(f"in the checkpoint but not in the state dict: {_listed(placement.unexpected)}")
+        listed = enumerate_names(placement.unexpected, is_quoted=True)
+        parts.append(f"in the checkpoint but not in the state dict: {listed}")
     return NamesError(
         f"{path}: the names do not match: {'; '.join(parts)}. Nothing was written; strict=False loads what matches.",
         path=path,
         missing=placement.missing,
         unexpected=placement.unexpected,
     )
-
-
-def _listed(names: tuple[str, ...]) -> str:
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(map(repr, names[:_LISTED])) + more

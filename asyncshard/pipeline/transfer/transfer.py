@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -12,7 +11,7 @@ from asyncshard.pipeline.checkpoint.checkpoint import Checkpoint, ties_of
 from asyncshard.pipeline.checkpoint.version import CheckpointVersion
 from asyncshard.plan.items import ReadItem
 from asyncshard.stores.base import Store
-from asyncshard.tasks.threads import all_of
+from asyncshard.tasks.bounded import run_bounded
 
 
 class Pacing(NamedTuple):
@@ -93,10 +92,8 @@ class Transfer(ABC):
             if item.nbytes:
                 await self._store.read_into(meta, item.start, [buffer[: item.nbytes]])
             return
-        reads = [
-            asyncio.ensure_future(
-                self._store.read_into(meta, item.start + at, [buffer[at : min(at + chunk, item.nbytes)]])
-            )
-            for at in range(0, item.nbytes, chunk)
-        ]
-        await all_of(reads)
+        starts = range(0, item.nbytes, chunk)
+        reads = (
+            self._store.read_into(meta, item.start + at, [buffer[at : min(at + chunk, item.nbytes)]]) for at in starts
+        )
+        await run_bounded(len(starts), reads, on_failure="cancel")

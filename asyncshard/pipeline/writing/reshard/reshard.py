@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from asyncshard._core import HeaderTable, StopFlag
+from asyncshard._typing import Int64Array
 from asyncshard.errors import CheckpointError
 from asyncshard.format.pattern import ShardPattern
 from asyncshard.pipeline.checkpoint.checkpoint import Checkpoint, Selection
@@ -32,7 +33,7 @@ from asyncshard.plan.text import Problems
 from asyncshard.plan.tp.models import require_known
 from asyncshard.plan.tp.plan import TpPlan
 from asyncshard.stores import Store
-from asyncshard.tasks.bounded import run_all
+from asyncshard.tasks.bounded import run_bounded
 from asyncshard.tasks.pace import yielding_gil
 from asyncshard.tasks.threads import DaemonThreads
 
@@ -99,7 +100,8 @@ class Reshard:
         if not plan.is_ranks and files != [SINGLE_NAME]:
             await self._threads.run(self._write_index, source, plan)
             files.append(INDEX_NAME)
-        await run_all(WRITERS, (self._threads.run(self._target.flush, name) for name in [*others, *files]))
+        flushes = (self._threads.run(self._target.flush, name) for name in [*others, *files])
+        await run_bounded(WRITERS, flushes, on_failure="finish")
         await self._threads.run(self._target.commit, [*others, *files])
         return ReshardReport(
             tuple(os.path.join(self._target.directory, name) for name in files),
@@ -197,7 +199,7 @@ class Reshard:
         await copy.run(rooms)
         return copy
 
-    def _write_headers(self, plan: TargetPlan, stop: StopFlag) -> np.ndarray[Any, np.dtype[np.int64]]:
+    def _write_headers(self, plan: TargetPlan, stop: StopFlag) -> Int64Array:
         sizes = np.zeros(len(plan.files.files), np.int64)
         for number, file in enumerate(plan.files.files):
             header = plan.header(number)
