@@ -25,6 +25,7 @@ FLOORS: tuple[set[str], ...] = (
     {"stores.wrapper", "stores.sliced", "stores.local", "stores.http"},
     {"stores.s3", "stores.disk_cache"},
     {"stores"},
+    {"stores.opening"},
     {"arrays"},
     {"pipeline.memory"},
     {"pipeline.checkpoint"},

@@ -1,4 +1,5 @@
 # The `weight_map` of a Hugging Face index.json: which file holds each tensor. Other fields are checked as JSON only.
+# The rules are those of docs/format.md, "Around the file".
 
 cdef struct Mapping:
     Strings names

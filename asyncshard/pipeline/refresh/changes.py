@@ -40,7 +40,7 @@ class ChangedTensor(NamedTuple):
     offset: int
     """Where it is in the staged memory."""
     nbytes: int
-    given: Any
+    target: Any
     """Its destination."""
 
 
@@ -117,7 +117,13 @@ class ChangedTensors:
             for index in yielding_gil(np.flatnonzero(wanted).tolist()):
                 name, code, shape, start, stop = shard.header.table.row(index)
                 yield ChangedTensor(
-                    shard.path, name, DTYPES[code], shape, int(offsets[index]), stop - start, destinations.given[index]
+                    shard.path,
+                    name,
+                    DTYPES[code],
+                    shape,
+                    int(offsets[index]),
+                    stop - start,
+                    destinations.targets[index],
                 )
 
     def view(self, row: ChangedTensor) -> Any:
@@ -138,7 +144,7 @@ class ChangedTensors:
         """
         sinks = []
         for row in self.rows():
-            if is_sink(row.given):
+            if is_sink(row.target):
                 sinks.append(row)
             else:
                 self._share_one(row, shares)
@@ -146,7 +152,7 @@ class ChangedTensors:
 
     def _share_one(self, row: ChangedTensor, shares: Sequence[CopyJob]) -> None:
         shape = self.library.shape_of(row.dtype, row.shape, row.nbytes)
-        memory, strided, _ = fit(self.library, row.name, row.dtype, shape, row.given, cast=self.cast)
+        memory, strided, _ = fit(self.library, row.name, row.dtype, shape, row.target, cast=self.cast)
         if not row.nbytes:
             return
         # Not before the destination fits: an error refers to this frame, and would keep the memory alive.

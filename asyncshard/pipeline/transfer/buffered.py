@@ -12,18 +12,32 @@ from asyncshard._typing import Int64Array
 from asyncshard.arrays.base import ArrayLibrary, make_view
 from asyncshard.errors import BudgetError
 from asyncshard.format.dtypes import DTYPES
-from asyncshard.pipeline.checkpoint.checkpoint import Checkpoint
 from asyncshard.pipeline.memory.budget import MemoryBudget, charge_of
-from asyncshard.pipeline.transfer.transfer import Pacing, Transfer
+from asyncshard.pipeline.transfer.load import Delivery, OpenedCheckpoint
+from asyncshard.pipeline.transfer.transfer import Reading, Transfer
 from asyncshard.plan.items import ReadItem, whole_tensors
-from asyncshard.stores.base import Store
-from asyncshard.tasks.threads import DaemonThreads
 
 _ALIGNMENT = 8
 """The widest element of the format has 8 bytes."""
 _MAX_TENSORS = 4096
 """In one item: what `deliver` looks at before the first of them, on the event loop, in about 0.1 ms."""
 _ITEM_BYTES = np.array([max(dtype.bits // 8, 1) for dtype in DTYPES], np.int64)
+
+
+class ToBuffers(Delivery):
+    """Deliver tensors in buffers of the budget: what a stream without destinations does."""
+
+    async def plan(self, opened: OpenedCheckpoint) -> BufferedTransfer:
+        return await opened.reading.threads.run(self._plan, opened)
+
+    def _plan(self, opened: OpenedCheckpoint) -> BufferedTransfer:
+        load, reading = opened
+        transfer = self._transfer(reading.with_tied(), load.library())
+        transfer.plan(load.budget, is_strict=load.is_strict)
+        return transfer
+
+    def _transfer(self, reading: Reading, library: ArrayLibrary) -> BufferedTransfer:
+        return BufferedTransfer(reading, library)
 
 
 class BufferedTransfer(Transfer):
@@ -35,19 +49,11 @@ class BufferedTransfer(Transfer):
 
     is_in_place = False
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        store: Store,
-        pacing: Pacing,
-        library: ArrayLibrary,
-        threads: DaemonThreads,
-    ) -> None:
-        super().__init__(checkpoint, store, pacing)
+    def __init__(self, reading: Reading, library: ArrayLibrary) -> None:
+        super().__init__(reading)
         self._library = library
-        self._threads = threads
-        self.bytes_total = checkpoint.bytes_total
-        self.tensors_total = checkpoint.tensors_total
+        self.bytes_total = self.checkpoint.bytes_total
+        self.tensors_total = self.checkpoint.tensors_total
         self._misaligned: frozenset[ReadItem] = frozenset()
 
     def plan(self, budget: MemoryBudget, *, is_strict: bool) -> None:

@@ -216,8 +216,8 @@ def _other_problems(evidence: CheckInput) -> Iterator[Problem]:
     if rest:
         yield Problem(
             f"{evidence.path} holds {count_of(len(rest), 'file')} that the checkpoint does not need: "
-            f"{enumerate_names(rest)}. Programs that read every .safetensors file load them too: move them to a folder of "
-            "their own.",
+            f"{enumerate_names(rest)}. Programs that read every .safetensors file load them too: move them to a folder "
+            "of their own.",
             False,
         )
 

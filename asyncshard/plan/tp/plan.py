@@ -157,8 +157,8 @@ class TpPlan:
         if unused:
             raise NamesError(
                 f"{_of(path)}the tp_plan has rules that match no tensor of the checkpoint: "
-                f"{enumerate_names(unused, is_quoted=True)}. Mend or remove them: '*' stands for a number, and the name "
-                "is a parameter's or its module's.",
+                f"{enumerate_names(unused, is_quoted=True)}. Mend or remove them: '*' stands for a number, and the "
+                "name is a parameter's or its module's.",
                 path=path,
                 missing=unused,
             )

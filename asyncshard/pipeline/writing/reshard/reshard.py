@@ -15,9 +15,9 @@ from asyncshard.errors import CheckpointError
 from asyncshard.format.pattern import ShardPattern
 from asyncshard.pipeline.checkpoint.checkpoint import Checkpoint, Selection
 from asyncshard.pipeline.checkpoint.opened_file import OpenedFile
+from asyncshard.pipeline.checkpoint.opening import Opening
 from asyncshard.pipeline.checkpoint.slicing import find_plan
 from asyncshard.pipeline.checkpoint.ties import place_ties, ties_with_rules
-from asyncshard.pipeline.memory.budget import Account
 from asyncshard.pipeline.writing.directory import Target, index_text
 from asyncshard.pipeline.writing.reshard.block_copy import Copy
 from asyncshard.pipeline.writing.reshard.block_reader import BlockBuffers, BlockReader, take_block_buffers
@@ -32,10 +32,8 @@ from asyncshard.plan.files.survey import Survey, survey_names
 from asyncshard.plan.text import Problems
 from asyncshard.plan.tp.models import require_known
 from asyncshard.plan.tp.plan import TpPlan
-from asyncshard.stores import Store
 from asyncshard.tasks.bounded import run_bounded
 from asyncshard.tasks.pace import yielding_gil
-from asyncshard.tasks.threads import DaemonThreads
 
 WRITERS = 1
 """Threads that gather and write: with two or three it was no faster on two cores, and the event loop waited longer."""
@@ -73,14 +71,12 @@ class ReshardRequest:
 class Reshard:
     """The steps of one reshard: look, check, copy, put in place."""
 
-    def __init__(
-        self, store: Store, target: Target, wanted: ReshardRequest, threads: DaemonThreads, account: Account
-    ) -> None:
-        self._store = store
+    def __init__(self, opening: Opening, target: Target, wanted: ReshardRequest) -> None:
+        self._store = opening.store
+        self._threads = opening.threads
+        self._account = opening.account
         self._target = target
         self._wanted = wanted
-        self._threads = threads
-        self._account = account
 
     async def run(self) -> ReshardReport:
         names, source = await self._open()
