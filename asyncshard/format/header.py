@@ -1,16 +1,9 @@
 """The header of a safetensors file: its length, its tensors, its metadata.
 
-<<<<<<< HEAD
 A file has 8 bytes with a little-endian unsigned 64-bit number ``n``, then ``n`` bytes of UTF-8 JSON, then the data of
-the tensors, to the end of the file. Nothing here reads a file: `header_size` takes the first 8 bytes and returns how
-many bytes `parse_header` needs. The compiled core checks the JSON and the rules for tensors (types, shapes, sizes,
-offsets without a hole or an overlap), without the GIL.
-=======
-Layout: 8 bytes, little-endian unsigned 64-bit ``n``; ``n`` bytes of UTF-8 JSON; the tensors' data, to the end of the
-file. ``docs/format.md`` states the rules, by number. Nothing here reads a file: `header_size` takes the first 8 bytes
-and says how many to get, `parse_header` takes those. The JSON and the rules on the tensors (types, shapes, sizes,
-offsets without a hole or an overlap) are checked by the compiled core, without the GIL.
->>>>>>> main
+the tensors, to the end of the file. ``docs/format.md`` states the rules, by number. Nothing here reads a file:
+`header_size` takes the first 8 bytes and returns how many bytes `parse_header` needs. The compiled core checks the JSON
+and the rules for tensors (types, shapes, sizes, offsets without a hole or an overlap), without the GIL.
 """
 
 from __future__ import annotations
@@ -121,13 +114,8 @@ class HeaderLimits(NamedTuple):
 def header_size(prefix: Buffer, file_size: int, *, max_header_bytes: int | None = None, path: str | None = None) -> int:
     """Return how many bytes of the file come before the data of its tensors (8 + n), given its first 8 bytes.
 
-<<<<<<< HEAD
-    Checks rules 1 to 3 of the format, which must hold before memory for the header is allocated. `max_header_bytes` may
-    lower the format's limit on ``n``; it cannot raise it.
-=======
-    It checks rules 1 to 3 of ``docs/format.md``: everything that must hold before memory is asked for.
-    `max_header_bytes` refuses a smaller ``n`` than the format's limit does; it cannot raise that.
->>>>>>> main
+    Checks rules 1 to 3 of ``docs/format.md``, which must hold before memory for the header is allocated.
+    `max_header_bytes` may lower the format's limit on ``n``; it cannot raise it.
 
     Raises
     ------
