@@ -71,13 +71,13 @@ class Copy:
 
     def _reads(self, block: Block) -> list[RankRuns]:
         side = self._source
-        ranks = (side.moves(block, self._sizes, rank, is_read=True) for rank in range(side.world_size))
+        ranks = (side.rank_runs(block, self._sizes, rank, is_read=True) for rank in range(side.world_size))
         return [moves for moves in ranks if moves.nbytes]
 
     def _write(self, block: Block, room: BlockBuffers, stop: StopFlag) -> int:
         written = 0
         for rank in range(self._side.world_size):
-            moves = self._side.moves(block, self._sizes, rank, is_read=False)
+            moves = self._side.rank_runs(block, self._sizes, rank, is_read=False)
             gathered = None if moves.is_direct else room.staging
             if gathered is not None:
                 copy_runs(room.memory.data, gathered.data, moves.offsets, local_offsets(moves), moves.lengths)

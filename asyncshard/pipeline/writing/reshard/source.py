@@ -76,7 +76,7 @@ class Source(NamedTuple):
             sum(piece.nbytes for rank, piece in enumerate(division.slices) if rank in division.first_ranks)
             for division in self.side.divisions
         ]
-        return np.array(sizes, np.int64)[self.side.which]
+        return np.array(sizes, np.int64)[self.side.division_of]
 
 
 async def open_source(
@@ -143,14 +143,14 @@ def join_source(checkpoints: Sequence[Checkpoint], place: PlaceTensor | None, *,
         )
     divider = Divider(shards, files, rows, written, place, faults)
     count = len(tensors.rows)
-    which = np.fromiter((divider.find(each, tensors.name(each)) for each in yielding_gil(range(count))), np.int32)
+    division_of = np.fromiter((divider.find(each, tensors.name(each)) for each in yielding_gil(range(count))), np.int32)
     faults.require_none()
     tables = [shard.header.table for shard in shards]
     starts = np.empty(files.shape, np.int64)
     for number, table in enumerate(tables):
         chosen = files == number
         starts[chosen] = table.starts[rows[chosen]]
-    side = TensorMap(divider.divisions, which, files, starts)
+    side = TensorMap(divider.divisions, division_of, files, starts)
     return Source(
         shards,
         tensors,
