@@ -22,6 +22,7 @@ FLOORS = {
     "format": 1,
     "_core": 0,
     "errors": 0,
+    "extras": 0,
     "_version": 0,
 }
 FRAMEWORKS = {"torch", "jax", "vllm", "starlette", "ray", "tensorflow", "transformers", "uvicorn"}

@@ -11,11 +11,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Self, TypedDict, cast
 
 from asyncshard.arrays.base import ArrayLibrary, NumpyArrays
+from asyncshard.extras import require
 from asyncshard.pipeline.memory.budget import MemoryBudget
 from asyncshard.plan.items import GRAIN
 
 MIB = 1 << 20
-_FRAMEWORKS = {"np": None, "pt": "asyncshard.arrays.torch"}
+_FRAMEWORKS = {"np": None, "pt": "torch"}
+"""The package of each framework, and the module of `arrays` that knows it."""
 _ORDERS = ("plan", "completion")
 
 
@@ -139,14 +141,20 @@ class Options:
         """Return the array library: torch's too where a destination is a torch tensor, whatever `framework` says.
 
         The framework is imported here, so call it off the event loop the first time.
+
+        Raises
+        ------
+        ImportError
+            The framework is not installed.
         """
-        module = _FRAMEWORKS[self.framework]
+        package = _FRAMEWORKS[self.framework]
         torch = sys.modules.get("torch")
         if destinations and torch and any(isinstance(given, torch.Tensor) for given in destinations.values()):
-            module = _FRAMEWORKS["pt"]
-        if module is None:
+            package = _FRAMEWORKS["pt"]
+        if package is None:
             return NumpyArrays()
-        return cast(ArrayLibrary, importlib.import_module(module).library)
+        require(f"framework={self.framework!r}", package)
+        return cast(ArrayLibrary, importlib.import_module(f"asyncshard.arrays.{package}").library)
 
 
 def require_int(name: str, value: Any, least: int) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from asyncshard.extras import require
+
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
@@ -22,10 +24,9 @@ def load_digest() -> Digest:
     ImportError
         The package is not installed.
     """
-    try:
-        import xxhash
-    except ImportError as error:
-        raise ImportError("digests of tensors need xxhash: pip install 'asyncshard[cache]'") from error
+    require("digests of tensors", "xxhash")
+    import xxhash
+
     make: Any = xxhash.xxh3_128
 
     def digest(buffer: Buffer) -> bytes:

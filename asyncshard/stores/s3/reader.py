@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from asyncshard.errors import ChecksumError, StoreError, StoreTimeoutError
 from asyncshard.stores.http.response import Asked, Head, Pin, accept, explain, is_error
@@ -13,9 +13,11 @@ from asyncshard.stores.http.failures import REMEDIES, Action, Failed, Failure
 from asyncshard.stores.http.connection import Receive
 from asyncshard.stores.http.retries import Retries, RetryPolicy
 from asyncshard.stores.s3.client import S3Client
-from asyncshard.stores.s3.integrity import Integrity
 from asyncshard.stores.s3.transports import Transport
 from asyncshard.stores.scatter import Scatter
+
+if TYPE_CHECKING:
+    from asyncshard.stores.s3.integrity import Integrity  # it imports a package that only checksums need
 
 T = TypeVar("T")
 _CORRUPTED = Failure(
