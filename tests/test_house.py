@@ -1,9 +1,11 @@
-"""The rooms of the house, read from the imports: an import points down, never up."""
+"""The house, read from its imports: an import points down, from wing to wing too, and never up."""
 
 from __future__ import annotations
 
 import ast
+from collections import Counter
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -11,22 +13,38 @@ import pytest
 import asyncshard
 
 PACKAGE = Path(asyncshard.__file__).parent
-FLOORS = {
-    "integrations": 6,
-    "cli": 6,
-    "testing": 6,
-    "loaders": 5,
-    "pipeline": 4,
-    "stores": 3,
-    "plan": 2,
-    "format": 1,
-    "_core": 0,
-    "errors": 0,
-    "extras": 0,
-    "_version": 0,
-}
+FLOORS: tuple[set[str], ...] = (
+    {"errors", "extras", "_core", "_version"},
+    {"tasks", "format"},
+    {"plan.text"},
+    {"plan.division", "plan.items", "plan.tensor_filter"},
+    {"plan.tp", "plan.files", "plan.assignment"},
+    {"plan.file_slices", "plan.check"},
+    {"stores.ranges", "stores.scatter"},
+    {"stores.base"},
+    {"stores.wrapper", "stores.sliced", "stores.local", "stores.http"},
+    {"stores.s3", "stores.disk_cache"},
+    {"stores"},
+    {"arrays"},
+    {"pipeline.memory"},
+    {"pipeline.checkpoint"},
+    {"pipeline.transfer", "pipeline.writing"},
+    {"pipeline.writing.reshard", "pipeline.shard_cache", "pipeline.refresh"},
+    {"loaders"},
+    {"integrations", "cli", "testing"},
+)
+"""The places of the house from the ground up; one that names a folder stands for all in it that is not named itself."""
+FLOOR_OF = {place: floor for floor, places in enumerate(FLOORS) for place in places}
+MOST_FILES = 12
+"""In one wing."""
+MOST_LINES = 300
+REASON = "Longer than 300 lines"
+"""How the docstring of a longer file says why it is one."""
 FRAMEWORKS = {"torch", "jax", "vllm", "starlette", "ray", "tensorflow", "transformers", "uvicorn"}
+LOADERS_OF_FRAMEWORKS = {"arrays.frameworks"}
+"""What may load a module of the package by its name: whatever has a framework behind it."""
 MODULES = sorted(PACKAGE.rglob("*.py"))
+WITH_FRAMEWORK = [path for path in MODULES if path.stem in FRAMEWORKS]
 PURE = [path for path in MODULES if path.relative_to(PACKAGE).parts[0] in ("format", "plan")]
 
 
@@ -50,9 +68,28 @@ def imports_of(path: Path) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def rooms_imported(path: Path) -> set[str]:
-    parts = (name.split(".") for name in imports_of(path))
-    return {part[1] for part in parts if part[0] == "asyncshard" and len(part) > 1}
+def own_modules_imported(path: Path) -> set[str]:
+    """Return the modules of the package that a file imports, without the package's name."""
+    names = {name.removeprefix("asyncshard.") for name in imports_of(path) if name.startswith("asyncshard.")}
+    return {name for name in names if is_module(name)}
+
+
+def is_module(name: str) -> bool:
+    path = PACKAGE.joinpath(*name.split("."))
+    return path.with_suffix(".py").exists() or path.is_dir() or path.with_suffix(".pyx").exists()
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+
+
+def place_of(module: str) -> str:
+    """Return the place of the house that a module stands in: the longest name that has a floor."""
+    parts = module.split(".")
+    for count in range(len(parts), 0, -1):
+        if ".".join(parts[:count]) in FLOOR_OF:
+            return ".".join(parts[:count])
+    raise AssertionError(f"{module} stands in no place of the house")
 
 
 def roots_imported(path: Path) -> set[str]:
@@ -63,18 +100,53 @@ def room_of(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-@pytest.mark.parametrize("path", [path for path in MODULES if path != PACKAGE / "__init__.py"], ids=name_of)
-def test_an_import_points_down_the_rooms_never_up(path: Path) -> None:
-    room = room_of(path)
-    assert room in FLOORS, f"{name_of(path)} stands in no room of the house"
-    above = {other for other in rooms_imported(path) if other != room and FLOORS[other] >= FLOORS[room]}
-    assert not above, f"{name_of(path)} (floor {FLOORS[room]}) imports {above}"
+@pytest.mark.parametrize(
+    "path", [path for path in MODULES if path.stat().st_size and path != PACKAGE / "__init__.py"], ids=name_of
+)
+def test_an_import_points_down_the_house_never_up(path: Path) -> None:
+    place = place_of(module_of(path))
+    others = {place_of(module) for module in own_modules_imported(path)} - {place}
+    above = {other for other in others if FLOOR_OF[other] >= FLOOR_OF[place]}
+    assert not above, f"{name_of(path)} (floor {FLOOR_OF[place]}) imports {above}"
 
 
 def test_the_rule_sees_an_import_that_points_up(tmp_path: Path) -> None:
     module = tmp_path / "module.py"
-    module.write_text("def f():\n    from asyncshard.loaders import loader\n    import asyncshard.stores.local.store\n")
-    assert rooms_imported(module) == {"loaders", "stores"}
+    module.write_text("def f():\n    from asyncshard.loaders import loader\n    import asyncshard.stores.local\n")
+    assert {place_of(name) for name in own_modules_imported(module)} == {"loaders", "stores.local"}
+
+
+def test_no_circle_of_files() -> None:
+    files = {module_of(path): own_modules_imported(path) for path in MODULES if path.parent != PACKAGE}
+    packages = {module_of(path) for path in MODULES if path.stem == "__init__"}
+    graph = {module: (others & files.keys()) - packages - {module} for module, others in files.items()}
+    try:
+        tuple(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        pytest.fail(f"files that import each other: {' -> '.join(error.args[1])}")
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in MODULES if module_of(path) not in LOADERS_OF_FRAMEWORKS], ids=name_of
+)
+def test_no_room_of_the_house_is_loaded_by_a_string(path: Path) -> None:
+    called = {
+        node.attr if isinstance(node, ast.Attribute) else node.id
+        for node in ast.walk(tree_of(path))
+        if isinstance(node, ast.Attribute | ast.Name)
+    }
+    assert not called & {"import_module", "__import__"}
+
+
+def test_a_wing_has_few_files() -> None:
+    counts = Counter(path.parent for path in MODULES if path.stem != "__init__" and path.parent != PACKAGE)
+    assert {str(folder): count for folder, count in counts.items() if count > MOST_FILES} == {}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_a_long_file_says_why_it_is_one(path: Path) -> None:
+    is_short = len(path.read_text().splitlines()) <= MOST_LINES
+    assert is_short or REASON in (ast.get_docstring(tree_of(path)) or "")
 
 
 def test_the_package_itself_only_imports_and_names() -> None:
@@ -89,15 +161,13 @@ def test_format_and_plan_are_pure(path: Path) -> None:
     assert not roots_imported(path) & {"anyio", "asyncio", "aiofiles", "os", "pathlib", "io", "threading", "socket"}
 
 
-@pytest.mark.parametrize("path", [path for path in MODULES if room_of(path) != "integrations"], ids=name_of)
-def test_only_integrations_import_a_framework(path: Path) -> None:
+@pytest.mark.parametrize("path", [path for path in MODULES if path not in WITH_FRAMEWORK], ids=name_of)
+def test_a_framework_is_imported_by_its_own_module_alone(path: Path) -> None:
     assert not roots_imported(path) & FRAMEWORKS
 
 
-@pytest.mark.parametrize(
-    "path", [path for path in MODULES if room_of(path) == "integrations" and path.stem != "__init__"], ids=name_of
-)
-def test_an_integration_imports_its_framework_at_its_top(path: Path) -> None:
+@pytest.mark.parametrize("path", WITH_FRAMEWORK, ids=name_of)
+def test_the_module_of_a_framework_imports_it_at_its_top(path: Path) -> None:
     top = {
         name.split(".")[0]
         for node in tree_of(path).body

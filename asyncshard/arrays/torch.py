@@ -12,9 +12,10 @@ import numpy as np
 import torch
 
 from asyncshard._core import Lease, Span
+from asyncshard.arrays.base import RawArray
+from asyncshard.arrays.numpy import NumpyArrays
 from asyncshard.errors import DestinationError
 from asyncshard.format.dtypes import Dtype, by_name
-from asyncshard.arrays.base import NumpyArrays, RawArray
 
 DTYPES = {
     "BOOL": torch.bool,

@@ -41,14 +41,14 @@ class Caching(NamedTuple):
     """A cache, and what its use may take of a loader's memory."""
 
     cache: DiskCache
-    staged_bytes: int
+    write_buffer_bytes: int
     """For blocks on their way to the disk."""
 
     def wrap(self, store: Store, *, closes_store: bool = True) -> Store:
         """Return a store that reads another one through the cache."""
         from asyncshard.stores.disk_cache.store import CachedStore
 
-        return CachedStore(store, self.cache, closes_store=closes_store, staged_bytes=self.staged_bytes)
+        return CachedStore(store, self.cache, closes_store=closes_store, write_buffer_bytes=self.write_buffer_bytes)
 
 
 async def verify_cache(cache_dir: str | os.PathLike[str]) -> CacheReport:

@@ -14,16 +14,16 @@ from asyncshard.format.pattern import ShardPattern
 from asyncshard.loaders.files import ModelPath, open_store
 from asyncshard.loaders.options import MIB, Options, require_int
 from asyncshard.pipeline.checkpoint.config import CONFIG_NAME, read_config
-from asyncshard.pipeline.memory.free_memory import default_budget_mb
 from asyncshard.pipeline.checkpoint.header_scan import HeaderLimits, HeaderScan, is_about_the_file
-from asyncshard.tasks.pace import without_hold
-from asyncshard.plan.check.judgement import Evidence, Finding, Problem, judge
+from asyncshard.pipeline.memory.free_memory import default_budget_mb
 from asyncshard.plan.check.file_facts import FileFacts, facts_of
-from asyncshard.plan.files.layout import INDEX_NAME
+from asyncshard.plan.check.judgement import CheckInput, Finding, Problem, report_on
 from asyncshard.plan.check.report import CheckpointReport
+from asyncshard.plan.files.layout import INDEX_NAME
 from asyncshard.plan.files.survey import Survey, survey_index, survey_names
 from asyncshard.stores import Listing, Store
-from asyncshard.tasks.threads import DaemonThreads, finish
+from asyncshard.tasks.pace import yielding_gil
+from asyncshard.tasks.threads import DaemonThreads, wait_to_end
 
 
 async def check_checkpoint(
@@ -91,7 +91,7 @@ async def check_checkpoint(
     finally:
         await threads.aclose()
         if store is not path:
-            await finish(asyncio.ensure_future(store.aclose()))
+            await wait_to_end(asyncio.ensure_future(store.aclose()))
 
 
 class _Check:
@@ -123,8 +123,8 @@ class _Check:
         if CONFIG_NAME in listing.names and not listing.is_file:
             config = await self._read_config()
         files = await self._read_headers(survey, weight_map)
-        evidence = Evidence(self._store.url, survey, files, config, self._pattern, tuple(self._problems))
-        return await self._threads.run(judge, evidence)
+        evidence = CheckInput(self._store.url, survey, files, config, self._pattern, tuple(self._problems))
+        return await self._threads.run(report_on, evidence)
 
     def _survey(self, listing: Listing, weight_map: WeightMap | None = None) -> Survey:
         if weight_map is not None:
@@ -176,7 +176,7 @@ class _Check:
         numbers = {} if weight_map is None else {name: place for place, name in enumerate(weight_map.files)}
 
         def keep(name: str, header: Header) -> FileFacts:
-            return facts_of(name, header, without_hold(header), weight_map, numbers.get(name))
+            return facts_of(name, header, yielding_gil(header), weight_map, numbers.get(name))
 
         limits = HeaderLimits(int(budget_mb * MIB), options.max_header_bytes, options.max_tensors)
         names = [*survey.files, *survey.others]

@@ -11,10 +11,10 @@ from asyncshard.errors import NotRegularFileError
 from asyncshard.format.header import Header
 from asyncshard.loaders.cache import Caching
 from asyncshard.loaders.options import Options
-from asyncshard.pipeline.checkpoint.checkpoint import Selection, find_shards
+from asyncshard.pipeline.checkpoint.checkpoint import Selection, choose_files
 from asyncshard.pipeline.checkpoint.opened_file import read_header_of
 from asyncshard.stores import Store, file_from_url, from_url
-from asyncshard.tasks.threads import DaemonThreads, finish
+from asyncshard.tasks.threads import DaemonThreads, wait_to_end
 
 ModelPath = str | os.PathLike[str] | Store
 """A local path or URL; or a store of one's own, which a load leaves open."""
@@ -44,12 +44,12 @@ async def discover(path: ModelPath, selection: Selection, options: Options) -> l
     store = open_store(path, options)
     threads = DaemonThreads(1, "asyncshard-work")
     try:
-        found = await find_shards(store, selection, threads)
+        found = await choose_files(store, selection, threads)
         return [store.path_of(name) for name in found.files]
     finally:
         await threads.aclose()
         if store is not path:
-            await finish(asyncio.ensure_future(store.aclose()))
+            await wait_to_end(asyncio.ensure_future(store.aclose()))
 
 
 async def read_header(
@@ -88,4 +88,4 @@ async def read_header(
         return shard.header
     finally:
         await threads.aclose()
-        await finish(asyncio.ensure_future(store.aclose()))
+        await wait_to_end(asyncio.ensure_future(store.aclose()))

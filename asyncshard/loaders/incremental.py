@@ -17,19 +17,19 @@ from asyncshard.loaders.files import ModelPath, open_store
 from asyncshard.loaders.loader import Loader, Request, inherited
 from asyncshard.loaders.options import ReadTuning, require_int
 from asyncshard.loaders.sources import Opened, ShardFile, Sources, key_of
+from asyncshard.pipeline.checkpoint.checkpoint import Checkpoint, choose_files, refuse_second_cut
+from asyncshard.pipeline.checkpoint.opened_file import OpenedFile, read_header_of
+from asyncshard.pipeline.checkpoint.slicing import find_plan, slice_shard, with_slice_reader
 from asyncshard.pipeline.memory.budget import Account
-from asyncshard.pipeline.shard_cache.transfer import CachedTransfer
-from asyncshard.pipeline.checkpoint.checkpoint import Checkpoint, find_shards, require_whole
 from asyncshard.pipeline.shard_cache.cache import CachedFile, CacheStatistics, ShardCache
 from asyncshard.pipeline.shard_cache.reads import read_one, read_whole, unknown
 from asyncshard.pipeline.shard_cache.tensors import ShardTensors
-from asyncshard.pipeline.checkpoint.opened_file import Shard, read_header_of
-from asyncshard.tasks.single_flight import SingleFlight
-from asyncshard.pipeline.checkpoint.slicing import find_plan, slice_shard, slices_of
-from asyncshard.pipeline.transfer.buffered import StagedTransfer
+from asyncshard.pipeline.shard_cache.transfer import CachedTransfer
+from asyncshard.pipeline.transfer.buffered import BufferedTransfer
 from asyncshard.plan.files.layout import is_rank_shard
 from asyncshard.stores import Store
-from asyncshard.tasks.threads import DaemonThreads, finish
+from asyncshard.tasks.single_flight import SingleFlight
+from asyncshard.tasks.threads import DaemonThreads, wait_to_end
 
 T = TypeVar("T")
 Callback = Callable[[str, Any], object]
@@ -115,7 +115,7 @@ class IncrementalShardLoader(Loader):
         self._sources.are_kept = False
         self.clear()
         self._cache.release()
-        await finish(asyncio.ensure_future(self._close_idle()))
+        await wait_to_end(asyncio.ensure_future(self._close_idle()))
 
     async def _close_idle(self) -> None:
         await self._sources.aclose()
@@ -230,7 +230,7 @@ class IncrementalShardLoader(Loader):
             self._forget_location(key)
         self._cache.clear()
 
-    def _staged_transfer(self, *args: Any) -> StagedTransfer:
+    def _staged_transfer(self, *args: Any) -> BufferedTransfer:
         return CachedTransfer(*args, cache=self._cache)
 
     # Reading, each in a task that the waiters share
@@ -253,9 +253,9 @@ class IncrementalShardLoader(Loader):
                         raise
                     self._cache.evict(key)  # its header was that of the file before
 
-    async def _read_header(self, opened: Opened) -> Shard:
+    async def _read_header(self, opened: Opened) -> OpenedFile:
         if is_rank_shard(opened.name, self._selection.pattern):
-            require_whole(self._selection, opened.store.path_of(opened.name))
+            refuse_second_cut(self._selection, opened.store.path_of(opened.name))
         account = self._cache.open_account()  # while it is parsed
         try:
             shard = await read_header_of(
@@ -278,15 +278,15 @@ class IncrementalShardLoader(Loader):
             return await read_whole(transfer, file, self._cache, opened.threads)
 
     @asynccontextmanager
-    async def _transfer(self, opened: Opened, file: CachedFile) -> AsyncIterator[StagedTransfer]:
+    async def _transfer(self, opened: Opened, file: CachedFile) -> AsyncIterator[BufferedTransfer]:
         store, checkpoint, pacing = opened.store, Checkpoint((file.shard,)), self._pacing(opened.store)
         account = self._cache.open_account()  # of the scratch for slices
         try:
             if file.shard.part is not None:
-                store, checkpoint = await slices_of(
+                store, checkpoint = await with_slice_reader(
                     store, checkpoint, opened.threads, account, chunk_size=pacing.chunk_size
                 )
-            yield StagedTransfer(checkpoint, store, pacing, opened.library, opened.threads)
+            yield BufferedTransfer(checkpoint, store, pacing, opened.library, opened.threads)
         finally:
             self._cache.discard(account)
 
@@ -313,18 +313,18 @@ class IncrementalShardLoader(Loader):
         threads = DaemonThreads(1, "asyncshard-work")
         account = self._cache.open_account()
         try:
-            found = await find_shards(store, self._selection, threads)
+            found = await choose_files(store, self._selection, threads)
             account.charge_headers(_INDEX_FACTOR * found.index_bytes, store.url)
         except BaseException:
             self._cache.discard(account)
             raise
         finally:
             await threads.aclose()
-            await finish(asyncio.ensure_future(store.aclose()))
+            await wait_to_end(asyncio.ensure_future(store.aclose()))
         paths = {name: store.path_of(name) for name in found.files}
         self._forget_location(key)
         self._located[key] = located = _Located(paths, found.weight_map, account)
-        self.budget.relieve()
+        self.budget.reclaim_for_waiters()
         return located
 
     def _forget_location(self, key: str) -> bool:

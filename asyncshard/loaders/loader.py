@@ -12,24 +12,24 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from asyncshard.loaders.cache import Caching, make_cache
 from asyncshard.loaders.files import ModelPath, open_store
 from asyncshard.loaders.options import Options
-from asyncshard.pipeline.memory.budget import Account, MemoryBudget
 from asyncshard.pipeline.checkpoint.checkpoint import Checkpoint, Selection, open_checkpoint
-from asyncshard.pipeline.transfer.destinations import Placement, new_destinations
-from asyncshard.pipeline.memory.free_memory import default_budget_mb
 from asyncshard.pipeline.checkpoint.load_plan import LoadPlan
+from asyncshard.pipeline.checkpoint.slicing import open_sliced
+from asyncshard.pipeline.checkpoint.ties import add_ties
+from asyncshard.pipeline.checkpoint.version import CheckpointVersion
+from asyncshard.pipeline.memory.budget import Account, MemoryBudget
+from asyncshard.pipeline.memory.free_memory import default_budget_mb
+from asyncshard.pipeline.refresh.refresh import Refresh
+from asyncshard.pipeline.refresh.update import Update
+from asyncshard.pipeline.transfer.buffered import BufferedTransfer
+from asyncshard.pipeline.transfer.destinations import MatchedDestinations, new_destinations
 from asyncshard.pipeline.transfer.matching import match_destinations
 from asyncshard.pipeline.transfer.placed import PlacedTransfer
-from asyncshard.pipeline.refresh.refresh import Refresh
-from asyncshard.pipeline.checkpoint.slicing import open_slices
-from asyncshard.pipeline.transfer.buffered import StagedTransfer
 from asyncshard.pipeline.transfer.stream import Stream
 from asyncshard.pipeline.transfer.supervisor import Supervisor
-from asyncshard.pipeline.checkpoint.ties import add_ties
 from asyncshard.pipeline.transfer.transfer import Pacing, Transfer
-from asyncshard.pipeline.refresh.update import Update
-from asyncshard.pipeline.checkpoint.version import CheckpointVersion
 from asyncshard.stores import Store
-from asyncshard.tasks.threads import DaemonThreads, finish
+from asyncshard.tasks.threads import DaemonThreads, wait_to_end
 
 if TYPE_CHECKING:
     from asyncshard.stores.disk_cache.directory import DiskCache
@@ -240,12 +240,12 @@ class Loader:
             account.charge_headers(store.held_bytes, store.url)
             if self._selection.is_sliced:
                 chunk_size = self._options.chunk_size or store.chunk_size
-                yield await open_slices(store, self._selection, threads, account, chunk_size=chunk_size)
+                yield await open_sliced(store, self._selection, threads, account, chunk_size=chunk_size)
             else:
                 yield store, await open_checkpoint(store, self._selection, threads, account)
         finally:
             if store is not path:
-                await finish(asyncio.ensure_future(store.aclose()))
+                await wait_to_end(asyncio.ensure_future(store.aclose()))
 
     def _pacing(self, store: Store) -> Pacing:
         return Pacing(
@@ -254,8 +254,8 @@ class Loader:
             store.max_gap_bytes,
         )
 
-    def _staged_transfer(self, *args: Any) -> StagedTransfer:
-        return StagedTransfer(*args)
+    def _staged_transfer(self, *args: Any) -> BufferedTransfer:
+        return BufferedTransfer(*args)
 
     async def _plan(self, request: Request, store: Store, checkpoint: Checkpoint, threads: DaemonThreads) -> Transfer:
         pacing = self._pacing(store)
@@ -325,7 +325,7 @@ _CACHE_SHARE = 8
 """The part of the budget that blocks on their way to a cache's disk may take."""
 
 
-def _warn(path: str, placement: Placement) -> None:
+def _warn(path: str, placement: MatchedDestinations) -> None:
     for names, what in (
         (placement.missing, "are missing from the checkpoint and keep their values"),
         (placement.unexpected, "are in the checkpoint and were not asked for"),

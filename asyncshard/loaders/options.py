@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 import os
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Self, TypedDict, cast
+from typing import Any, Literal, Self, TypedDict
 
-from asyncshard.arrays.base import ArrayLibrary, NumpyArrays
-from asyncshard.extras import require
+from asyncshard.arrays.base import ArrayLibrary
+from asyncshard.arrays.frameworks import FRAMEWORKS, load_library
 from asyncshard.pipeline.memory.budget import MemoryBudget
 from asyncshard.plan.items import GRAIN
 
 MIB = 1 << 20
-_FRAMEWORKS = {"np": None, "pt": "torch"}
-"""The package of each framework, and the module of `arrays` that knows it."""
 _ORDERS = ("plan", "completion")
 
 
@@ -95,7 +91,7 @@ class Options:
         for name in ("max_workers", "max_header_bytes", "max_tensors"):
             if getattr(self, name) is not None:
                 require_int(name, getattr(self, name), 1)
-        _require_one_of("framework", self.framework, tuple(_FRAMEWORKS))
+        _require_one_of("framework", self.framework, tuple(FRAMEWORKS))
         _require_one_of("page_cache", self.page_cache, ("keep", "drop"))
         _require_one_of("order", self.order, _ORDERS)
         if not isinstance(self.strict_budget, bool):
@@ -138,23 +134,8 @@ class Options:
         return replace(self, **changes)
 
     def library(self, destinations: Mapping[str, Any] | None = None) -> ArrayLibrary:
-        """Return the array library: torch's too where a destination is a torch tensor, whatever `framework` says.
-
-        The framework is imported here, so call it off the event loop the first time.
-
-        Raises
-        ------
-        ImportError
-            The framework is not installed.
-        """
-        package = _FRAMEWORKS[self.framework]
-        torch = sys.modules.get("torch")
-        if destinations and torch and any(isinstance(given, torch.Tensor) for given in destinations.values()):
-            package = _FRAMEWORKS["pt"]
-        if package is None:
-            return NumpyArrays()
-        require(f"framework={self.framework!r}", package)
-        return cast(ArrayLibrary, importlib.import_module(f"asyncshard.arrays.{package}").library)
+        """Return the array library for these destinations (`load_library`); for a thread, since it may import torch."""
+        return load_library(self.framework, destinations)
 
 
 def require_int(name: str, value: Any, least: int) -> None:

@@ -14,11 +14,11 @@ from asyncshard.loaders.files import ModelPath, open_store
 from asyncshard.loaders.options import Options, require_int
 from asyncshard.pipeline.memory.budget import Account, MemoryBudget
 from asyncshard.pipeline.memory.free_memory import default_budget_mb
-from asyncshard.pipeline.writing.reshard.reshard import WRITERS, ReshardReport, Run, Wanted
 from asyncshard.pipeline.writing.directory import Target
+from asyncshard.pipeline.writing.reshard.reshard import WRITERS, Reshard, ReshardReport, ReshardRequest
 from asyncshard.plan.tp.plan import TpPlan, plan_of
 from asyncshard.stores.base import Store
-from asyncshard.tasks.threads import DaemonThreads, finish
+from asyncshard.tasks.threads import DaemonThreads, wait_to_end
 
 DEFAULT_MAX_SHARD_SIZE = 5 * 10**9
 
@@ -120,7 +120,7 @@ async def reshard(
     options = Options().override(given)
     names = ShardPattern(pattern) if isinstance(pattern, str) else pattern
     is_ranks = layout == "ranks" or (layout == "auto" and world_size > 1)
-    wanted = Wanted(world_size, max_shard_size, is_ranks, names, plan_of(tp_plan), chunk_size)
+    wanted = ReshardRequest(world_size, max_shard_size, is_ranks, names, plan_of(tp_plan), chunk_size)
     directory = _local_directory(target)
     store = open_store(source, options)
     threads = DaemonThreads(WRITERS, "asyncshard-write")
@@ -133,10 +133,10 @@ async def reshard(
             default_mb = await threads.run(default_budget_mb)
             budget = MemoryBudget(default_mb if memory_budget_mb is None else memory_budget_mb)
         account = budget.open_account()
-        return await Run(store, output, wanted, threads, account).run()
+        return await Reshard(store, output, wanted, threads, account).run()
     finally:
         # One future: a cancel that comes while it runs is raised when all is closed.
-        await finish(asyncio.ensure_future(_close(output, threads, account, None if store is source else store)))
+        await wait_to_end(asyncio.ensure_future(_close(output, threads, account, None if store is source else store)))
 
 
 async def _close(output: Target, threads: DaemonThreads, account: Account | None, store: Store | None) -> None:

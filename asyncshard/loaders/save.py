@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import importlib
 import os
 import re
 from collections.abc import Hashable, Iterator, Mapping
@@ -13,13 +12,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from asyncshard.arrays.frameworks import load_library
+from asyncshard.arrays.subtensors import SubtensorFilter
 from asyncshard.errors import DestinationError
-from asyncshard.format.digests import DIGESTS_KEY, DIGITS
+from asyncshard.format.digests import DIGESTS_KEY, DIGITS, Digest, load_digest
 from asyncshard.format.dtypes import Dtype, from_numpy
 from asyncshard.format.header import PREFIX_BYTES, header_size, parse_header
 from asyncshard.format.pattern import ShardPattern
-from asyncshard.pipeline.hashing import Digest, load_digest
-from asyncshard.arrays.subtensors import SubtensorFilter
 from asyncshard.stores.local.files import translated
 from asyncshard.tasks.threads import DaemonThreads
 
@@ -283,9 +282,8 @@ def _raw(name: str, value: Any) -> tuple[NDArray[Any], Dtype]:
         dtype = from_numpy(value.dtype)
         array = value if dtype is None else value.view(f"u{value.dtype.itemsize}")
     else:
-        library = importlib.import_module("asyncshard.arrays.torch").library
         try:
-            array, dtype = library.memory_of(name, value)
+            array, dtype = load_library("pt").memory_of(name, value)
         except DestinationError as error:
             raise ValueError(
                 f"tensor {name!r} cannot be written: it must be a strided tensor on the CPU, with memory of its own "

@@ -12,7 +12,7 @@ from asyncshard.loaders.options import Options, Tuning
 from asyncshard.pipeline.checkpoint.checkpoint import Selection
 from asyncshard.pipeline.transfer.stream import Stream
 from asyncshard.plan.files.layout import validate_rank
-from asyncshard.plan.tensor_filter import TensorFilter, Wanted
+from asyncshard.plan.tensor_filter import NameFilterSpec, TensorFilter
 from asyncshard.plan.tp.plan import TpPlan, plan_of
 
 StateDict = TypeVar("StateDict", bound=Mapping[str, Any])
@@ -61,7 +61,7 @@ class ShardedStateLoader(Loader):
         pp_rank: int = 0,
         tp_plan: Mapping[str, Any] | TpPlan | Literal["auto"] | None = None,
         unmatched: Literal["replicate", "error"] = "replicate",
-        tensor_filter: Wanted | None = None,
+        tensor_filter: NameFilterSpec | None = None,
         **tuning: Unpack[Tuning],
     ) -> None:
         validate_rank(rank, world_size, pp_rank)

@@ -9,14 +9,14 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from asyncshard.arrays.base import ArrayLibrary
 from asyncshard.errors import BudgetError
 from asyncshard.loaders.cache import Caching
 from asyncshard.loaders.files import open_file
 from asyncshard.loaders.options import Options
-from asyncshard.arrays.base import ArrayLibrary
 from asyncshard.pipeline.memory.budget import Account, MemoryBudget
 from asyncshard.stores import Store, name_of_file
-from asyncshard.tasks.threads import DaemonThreads, finish
+from asyncshard.tasks.threads import DaemonThreads, wait_to_end
 
 ShardFile = str | os.PathLike[str]
 """A local path or URL."""
@@ -78,7 +78,7 @@ class Sources:
             if not source.users and not self.are_kept:
                 if self._sources.get(folder) is source:
                     del self._sources[folder]
-                await finish(asyncio.ensure_future(source.aclose()))
+                await wait_to_end(asyncio.ensure_future(source.aclose()))
 
     def _account_of(self, store: Store) -> Account | None:
         if not store.held_bytes:

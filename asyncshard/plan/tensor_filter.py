@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable
 from fnmatch import translate
 
-Wanted = str | Iterable[str] | Callable[[str], bool]
+NameFilterSpec = str | Iterable[str] | Callable[[str], bool]
 """A name or glob, several of them, or a predicate of a name."""
 
 
@@ -28,7 +28,7 @@ class TensorFilter:
 
     __slots__ = ("_match", "_predicate", "names")
 
-    def __init__(self, wanted: Wanted) -> None:
+    def __init__(self, wanted: NameFilterSpec) -> None:
         self.names: frozenset[str] = frozenset()
         """Those of `wanted` that are no globs: each of them must be there."""
         self._predicate: Callable[[str], bool] | None = None

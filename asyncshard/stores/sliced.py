@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from asyncshard.plan.file_slices.file_slice import RankPart
+from asyncshard.plan.file_slices.file_slice import FileSlice
 from asyncshard.stores.base import ObjectMeta, Store
 from asyncshard.stores.ranges import Scratch, cutter
-from asyncshard.tasks.threads import DaemonThreads
 from asyncshard.stores.wrapper import WrapperStore
+from asyncshard.tasks.threads import DaemonThreads
 
 _MAX_RANGES = 1 << 15
 """Listed at once: they take 16 bytes each, and several times that while they are found."""
@@ -22,10 +22,10 @@ class SlicedVersion(NamedTuple):
 
     whole: ObjectMeta
     """The real object."""
-    part: RankPart
+    part: FileSlice
 
 
-def part_meta(whole: ObjectMeta, part: RankPart) -> ObjectMeta:
+def part_meta(whole: ObjectMeta, part: FileSlice) -> ObjectMeta:
     """Return what a part of an object is called and pinned by."""
     return ObjectMeta(whole.name, part.header.file_size, SlicedVersion(whole, part))
 

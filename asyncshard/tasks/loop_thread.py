@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import uvloop
 
-from asyncshard.tasks.threads import finish
+from asyncshard.tasks.threads import wait_to_end
 
 T = TypeVar("T")
 
@@ -59,7 +59,7 @@ class LoopThread:
                 task.cancel()
 
         loop.call_soon_threadsafe(begin)
-        return await finish(asyncio.wrap_future(done), lambda: loop.call_soon_threadsafe(cancel))
+        return await wait_to_end(asyncio.wrap_future(done), lambda: loop.call_soon_threadsafe(cancel))
 
     def _started(self) -> asyncio.AbstractEventLoop:
         with self._lock:
@@ -94,5 +94,5 @@ class LoopThread:
             self._loop = None
         if loop is not None and thread is not None:
             loop.call_soon_threadsafe(loop.stop)
-            await finish(asyncio.wrap_future(self._ended))
+            await wait_to_end(asyncio.wrap_future(self._ended))
             thread.join()  # it has nothing left to do but return

@@ -13,7 +13,7 @@ SLICE_S = 0.0005
 """A timer that is due waits for up to three slices: its own wake-up takes two turns of the loop."""
 
 
-class Pace:
+class LoopYield:
     """Give way about twice a millisecond: ``if pace.is_due(): await pace.give_way()``."""
 
     __slots__ = ("_due",)
@@ -29,7 +29,7 @@ class Pace:
         self._due = time.perf_counter() + SLICE_S
 
 
-def without_hold(items: Iterable[T]) -> Iterator[T]:
+def yielding_gil(items: Iterable[T]) -> Iterator[T]:
     """Yield the items, and let go of the GIL about twice a millisecond; for a thread that works through very many."""
     due = time.perf_counter() + SLICE_S
     for item in items:

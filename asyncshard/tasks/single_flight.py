@@ -8,7 +8,7 @@ from collections.abc import Callable, Coroutine, Hashable
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
-from asyncshard.tasks.threads import finish
+from asyncshard.tasks.threads import wait_to_end
 
 T = TypeVar("T")
 
@@ -50,7 +50,7 @@ class SingleFlight:
                 self._forget((loop, key), flight.task)  # who asks from now on begins a new call
                 flight.task.cancel()
                 with contextlib.suppress(BaseException):  # this task's own cancellation is what its caller hears of
-                    await finish(flight.task)
+                    await wait_to_end(flight.task)
             raise
         else:
             return cast(T, flight.task.result())

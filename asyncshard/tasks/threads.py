@@ -89,7 +89,7 @@ class DaemonThreads(Executor):
             if on_cancel is not None:
                 on_cancel()
 
-        return await finish(asyncio.wrap_future(job), stop)
+        return await wait_to_end(asyncio.wrap_future(job), stop)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Let the threads end after the calls that are queued."""
@@ -107,7 +107,7 @@ class DaemonThreads(Executor):
         self.shutdown(wait=True)
 
 
-async def finish(future: asyncio.Future[T], on_cancel: Callable[[], object] | None = None) -> T:
+async def wait_to_end(future: asyncio.Future[T], on_cancel: Callable[[], object] | None = None) -> T:
     """Wait for `future`; when cancelled, call `on_cancel`, still wait until the future is done, and only then raise."""
     cancelled: asyncio.CancelledError | None = None
     while not future.done():
@@ -134,5 +134,5 @@ async def all_of(tasks: Sequence[asyncio.Task[None]]) -> None:
     except BaseException:
         for task in tasks:
             task.cancel()
-        await finish(asyncio.gather(*tasks, return_exceptions=True))
+        await wait_to_end(asyncio.gather(*tasks, return_exceptions=True))
         raise

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 
 from asyncshard.errors import ObjectChangedError, ObjectNotFoundError, TruncatedError
 from asyncshard.stores.base import ETAG, Listing, ObjectMeta, Store
-from asyncshard.tasks.threads import finish
 from asyncshard.stores.wrapper import WrapperStore
+from asyncshard.tasks.threads import wait_to_end
 
 
 class MemoryStore(Store):
@@ -156,7 +156,7 @@ class GatedStore(WrapperStore):
         self._arrived.set()
         try:
             if self._is_stubborn:
-                await finish(asyncio.ensure_future(self._pass(gate, meta, start, buffers)))
+                await wait_to_end(asyncio.ensure_future(self._pass(gate, meta, start, buffers)))
             else:
                 await self._pass(gate, meta, start, buffers)
         finally:

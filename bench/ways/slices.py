@@ -17,7 +17,7 @@ import numpy as np
 from asyncshard import ShardedStateLoader, parse_header, reshard
 from asyncshard._core import copy_runs
 from asyncshard.format.header import format_header
-from asyncshard.plan.file_slices.planner import make_rank_part
+from asyncshard.plan.file_slices.planner import make_file_slice
 from asyncshard.plan.tp.plan import TpPlan
 from bench.checkpoint import Tensor
 from bench.ways.base import Case, Run, Way, touch_memory
@@ -178,7 +178,7 @@ def _plan(case: Case) -> Run:
         header = parse_header(text, size)
         plan = TpPlan({key: word for key, word in MODEL.items() if key.split(".")[-1] in shapes})
         plan.check([header.table])
-        part = make_rank_part(header, plan, None, rank=3, world_size=_MANY_RANKS, path="")
+        part = make_file_slice(header, plan, None, rank=3, world_size=_MANY_RANKS, path="")
         assert part is not None
         return {"tensors": len(part.header)}
 

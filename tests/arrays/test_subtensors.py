@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asyncshard import _core
-from asyncshard.arrays.subtensors import MemoryBounds, SubtensorFilter, memory_bounds
+from asyncshard.arrays.memory import MemoryBounds, memory_bounds
+from asyncshard.arrays.subtensors import SubtensorFilter
 
 filter_subtensors = SubtensorFilter.filter_subtensors
 

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 import asyncshard  # noqa: E402
 from asyncshard import AsyncShardLoader, ShardedStateLoader  # noqa: E402
-from asyncshard.errors import DestinationError, NamesError  # noqa: E402
 from asyncshard.arrays.torch import DTYPES  # noqa: E402
+from asyncshard.errors import DestinationError, NamesError  # noqa: E402
 
 
 def raw(tensor):

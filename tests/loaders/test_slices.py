@@ -19,7 +19,7 @@ from asyncshard.errors import (
 )
 from asyncshard.format.digests import DIGESTS_KEY
 from asyncshard.plan.division.placements import PackedShard, Replicate, Shard
-from asyncshard.plan.file_slices.file_slice import RankPart
+from asyncshard.plan.file_slices.file_slice import FileSlice
 from asyncshard.testing import Fault, FaultyStore, GatedStore, MemoryStore, WrapperStore
 
 MIB = 1 << 20
@@ -534,13 +534,13 @@ async def test_scratch_counts_against_the_budget_and_stays_a_share_of_it(files):
 
 async def test_what_is_read_is_added_up_in_a_thread(files, monkeypatch):
     threads = set()
-    add_up = RankPart.bytes_read
+    add_up = FileSlice.bytes_read
 
     def watched(part, max_gap):
         threads.add(threading.current_thread())
         return add_up(part, max_gap)
 
-    monkeypatch.setattr(RankPart, "bytes_read", watched)
+    monkeypatch.setattr(FileSlice, "bytes_read", watched)
     await loader_of(1).load_weights(MemoryStore(files))
     assert threads
     assert threading.main_thread() not in threads

@@ -8,7 +8,7 @@ from concurrent.futures import Future
 
 import pytest
 
-from asyncshard.tasks.threads import DaemonThreads, finish
+from asyncshard.tasks.threads import DaemonThreads, wait_to_end
 
 
 @pytest.fixture
@@ -177,12 +177,12 @@ async def test_finish_raises_what_the_future_raised():
     future = asyncio.get_running_loop().create_future()
     future.set_exception(KeyError("name"))
     with pytest.raises(KeyError):
-        await finish(future)
+        await wait_to_end(future)
 
 
 async def test_finish_of_a_future_that_is_cancelled_elsewhere_raises_at_once():
     source = Future()
-    task = asyncio.ensure_future(finish(asyncio.wrap_future(source)))
+    task = asyncio.ensure_future(wait_to_end(asyncio.wrap_future(source)))
     await turns(2)
     source.cancel()
     with pytest.raises(asyncio.CancelledError):

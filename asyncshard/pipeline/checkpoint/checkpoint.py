@@ -15,15 +15,15 @@ from asyncshard.errors import CheckpointError, NamesError
 from asyncshard.format.header import TensorInfo
 from asyncshard.format.index import MAX_INDEX_BYTES, parse_index
 from asyncshard.format.pattern import ShardPattern
+from asyncshard.pipeline.checkpoint.opened_file import OpenedFile, read_header_of
 from asyncshard.pipeline.memory.budget import Account
-from asyncshard.tasks.pace import without_hold
-from asyncshard.pipeline.checkpoint.opened_file import Shard, read_header_of
-from asyncshard.plan.check.judgement import index_disagreement
 from asyncshard.plan.check.file_facts import EMBEDDING, output_names
+from asyncshard.plan.check.judgement import index_disagreement
 from asyncshard.plan.files.layout import choose_layout, index_files, is_rank_shard
 from asyncshard.plan.tensor_filter import TensorFilter
 from asyncshard.plan.tp.plan import TpPlan
 from asyncshard.stores.base import Store
+from asyncshard.tasks.pace import yielding_gil
 from asyncshard.tasks.threads import DaemonThreads
 
 _HEADERS_AT_ONCE = 8
@@ -61,14 +61,14 @@ class TiedShard(NamedTuple):
     """The name under which the files hold it."""
     kept_nbytes: int
     """Of that tensor, whole."""
-    shard: Shard
+    shard: OpenedFile
     """Of this tensor alone."""
 
 
 class Checkpoint(NamedTuple):
     """The shards of one rank, in delivery order."""
 
-    shards: tuple[Shard, ...]
+    shards: tuple[OpenedFile, ...]
     tied: tuple[TiedShard, ...] = ()
     """What stands in no shard; whoever has a destination for it, or takes everything, reads it too."""
     ties: tuple[tuple[str, str], ...] = ()
@@ -145,7 +145,7 @@ class ShardNames(NamedTuple):
     """Bytes of the index file."""
 
 
-async def find_shards(store: Store, selection: Selection, threads: DaemonThreads) -> ShardNames:
+async def choose_files(store: Store, selection: Selection, threads: DaemonThreads) -> ShardNames:
     """List a path and choose the files to load: of those in an index, the ones that hold a wanted tensor.
 
     Raises
@@ -168,7 +168,7 @@ async def find_shards(store: Store, selection: Selection, threads: DaemonThreads
         )
     )
     if any(is_rank_shard(name, selection.pattern) for name in layout.files):
-        require_whole(selection, store.url)
+        refuse_second_cut(selection, store.url)
     if layout.kind != "index":
         return ShardNames(layout.files, None, 0)
     (index_name,) = layout.files
@@ -188,10 +188,10 @@ async def open_checkpoint(store: Store, selection: Selection, threads: DaemonThr
     ------
     ObjectNotFoundError, CheckpointError, FormatError, BudgetError, StoreError
     """
-    return await open_found(store, await find_shards(store, selection, threads), selection, threads, account)
+    return await open_files(store, await choose_files(store, selection, threads), selection, threads, account)
 
 
-async def open_found(
+async def open_files(
     store: Store, found: ShardNames, selection: Selection, threads: DaemonThreads, account: Account
 ) -> Checkpoint:
     """Do so for files that have been found; their tensors are whole."""
@@ -200,7 +200,7 @@ async def open_found(
     return Checkpoint(tuple(shards))
 
 
-def _check_names(shards: Sequence[Shard], found: ShardNames, path: str) -> None:
+def _check_names(shards: Sequence[OpenedFile], found: ShardNames, path: str) -> None:
     """Raise CheckpointError where a tensor stands in two shards, or where the index is wrong. Slow for many tensors."""
     twice = duplicate_names([shard.header.table for shard in shards], _LISTED)
     if twice:
@@ -216,7 +216,7 @@ def _check_names(shards: Sequence[Shard], found: ShardNames, path: str) -> None:
                 raise disagreement
 
 
-def require_whole(selection: Selection, path: str) -> None:
+def refuse_second_cut(selection: Selection, path: str) -> None:
     """Raise CheckpointError for rank shards that are to be cut for ranks once more."""
     if selection.tp_plan is not None and selection.world_size > 1:
         raise CheckpointError(
@@ -228,7 +228,7 @@ def wanted_files(weight_map: WeightMap, is_wanted: TensorFilter, path: str) -> t
     """Return the files of an index that hold a wanted tensor. Slow for many tensors: not for the event loop."""
     opened: set[int] = set()
     count = 0
-    for index in without_hold(range(len(weight_map))):
+    for index in yielding_gil(range(len(weight_map))):
         name, file = weight_map.entry(index)
         if is_wanted(name):
             opened.add(file)
@@ -256,9 +256,9 @@ def require_wanted(count: int, missing: Sequence[str], path: str) -> None:
 
 async def _open_shards(
     store: Store, files: Sequence[str], selection: Selection, threads: DaemonThreads, account: Account
-) -> list[Shard]:
+) -> list[OpenedFile]:
     """Open a few at a time; of several failures raise that of the first shard."""
-    results: list[Shard | Exception | None] = [None] * len(files)
+    results: list[OpenedFile | Exception | None] = [None] * len(files)
     pending = iter(enumerate(files))
 
     async def work() -> None:
@@ -283,4 +283,4 @@ async def _open_shards(
     for result in results:
         if isinstance(result, Exception):
             raise result
-    return [result for result in results if isinstance(result, Shard)]
+    return [result for result in results if isinstance(result, OpenedFile)]

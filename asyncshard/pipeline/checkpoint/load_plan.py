@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from asyncshard.pipeline.checkpoint.checkpoint import Checkpoint
-from asyncshard.pipeline.checkpoint.opened_file import Shard
+from asyncshard.pipeline.checkpoint.opened_file import OpenedFile
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class LoadPlan:
         return sum(file.bytes_read for file in self.files)
 
 
-def _with(before: FilePlan | None, shard: Shard, max_gap: int) -> FilePlan:
+def _with(before: FilePlan | None, shard: OpenedFile, max_gap: int) -> FilePlan:
     """Return what is read of a file when a shard is too; a tied tensor is a shard of its own."""
     needed = shard.meta.size - shard.header.size
     read = needed if shard.part is None else shard.part.bytes_read(max_gap)

@@ -9,7 +9,7 @@ import numpy as np
 
 from asyncshard.format.header import Header, header_size, parse_header
 from asyncshard.pipeline.memory.budget import Account
-from asyncshard.plan.file_slices.file_slice import RankPart
+from asyncshard.plan.file_slices.file_slice import FileSlice
 from asyncshard.stores.base import ObjectMeta, Store
 from asyncshard.tasks.threads import DaemonThreads
 
@@ -21,7 +21,7 @@ _PARSE_FACTOR = 2.5
 """Bytes that parsing takes for each byte of a header, itself included."""
 
 
-class Shard(NamedTuple):
+class OpenedFile(NamedTuple):
     """One opened file of a checkpoint."""
 
     meta: ObjectMeta
@@ -29,7 +29,7 @@ class Shard(NamedTuple):
     """Its full path or URL."""
     header: Header
     """Of the file; or of the rank's part of it."""
-    part: RankPart | None = None
+    part: FileSlice | None = None
     """What of the file is read, where that is not all of it; `meta` then stands for the part."""
 
     @property
@@ -100,7 +100,7 @@ async def read_header_of(
     max_header_bytes: int | None = None,
     max_tensors: int | None = None,
     account: Account | None = None,
-) -> Shard:
+) -> OpenedFile:
     """Read and validate the header of one file."""
     opened = await open_header(store, name, max_header_bytes=max_header_bytes)
     if account is not None:
@@ -110,4 +110,4 @@ async def read_header_of(
     )
     if account is not None:
         account.charge_headers(header.nbytes - opened.parse_bytes, opened.path)
-    return Shard(opened.meta, opened.path, header)
+    return OpenedFile(opened.meta, opened.path, header)

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from asyncshard.errors import ObjectNotFoundError
-from asyncshard.pipeline.memory.budget import Account
-from asyncshard.pipeline.checkpoint.checkpoint import Checkpoint, Selection, TiedShard, find_shards, open_found, require_wanted
+from asyncshard.pipeline.checkpoint.checkpoint import (
+    Checkpoint,
+    Selection,
+    TiedShard,
+    choose_files,
+    open_files,
+    require_wanted,
+)
 from asyncshard.pipeline.checkpoint.config import CONFIG_NAME, read_config
-from asyncshard.tasks.pace import without_hold
-from asyncshard.pipeline.checkpoint.opened_file import Shard
+from asyncshard.pipeline.checkpoint.opened_file import OpenedFile
 from asyncshard.pipeline.checkpoint.ties import place_ties, ties_with_rules
-from asyncshard.plan.file_slices.planner import make_rank_part
+from asyncshard.pipeline.memory.budget import Account
+from asyncshard.plan.file_slices.planner import make_file_slice
 from asyncshard.plan.tp.models import auto_plan, require_known
 from asyncshard.plan.tp.plan import TpPlan
 from asyncshard.stores.base import Store
 from asyncshard.stores.ranges import Scratch
 from asyncshard.stores.sliced import SlicedStore, part_meta
+from asyncshard.tasks.pace import yielding_gil
 from asyncshard.tasks.threads import DaemonThreads
 
 _SHARE = 8
@@ -24,7 +31,7 @@ _LEAST_SLABS = 4
 _LEAST_SLAB = 4 << 10
 
 
-async def open_slices(
+async def open_sliced(
     store: Store, selection: Selection, threads: DaemonThreads, account: Account, *, chunk_size: int
 ) -> tuple[Store, Checkpoint]:
     """Do what `open_checkpoint` does, and leave of every shard what is this rank's and wanted.
@@ -37,15 +44,15 @@ async def open_slices(
         A rule of the plan matches no tensor, or the filter none.
     ObjectNotFoundError, CheckpointError, FormatError, BudgetError, StoreError
     """
-    found = await find_shards(store, selection, threads)
+    found = await choose_files(store, selection, threads)
     plan = await find_plan(store, selection, threads)
-    whole = await open_found(store, found, selection, threads, account)
+    whole = await open_files(store, found, selection, threads, account)
     ties: dict[str, str] = {}
     tied: tuple[TiedShard, ...] = ()
     if plan is not None and selection.tp_plan != "auto":
         tables = [shard.header.table for shard in whole.shards] if found.weight_map is None else [found.weight_map]
         ties = await ties_with_rules(store, whole, tables, plan, threads)
-        await threads.run(lambda: plan.check(tables, ties, path=store.url, paced=without_hold))
+        await threads.run(lambda: plan.check(tables, ties, path=store.url, paced=yielding_gil))
         tied = tuple(await threads.run(lambda: list(place_ties(whole, ties, selection, plan))))
     shards = [await threads.run(slice_shard, shard, selection, plan) for shard in whole.shards]
     if selection.tensor_filter is not None and found.weight_map is None:
@@ -56,7 +63,7 @@ async def open_slices(
     checkpoint = Checkpoint(kept, tied, tuple(ties.items()), tensor_filter=selection.tensor_filter)
     before, after = (sum(shard.nbytes for shard in each.with_tied().shards) for each in (whole, checkpoint))
     account.charge_headers(after - before, store.url)
-    return await slices_of(store, checkpoint, threads, account, chunk_size=chunk_size)
+    return await with_slice_reader(store, checkpoint, threads, account, chunk_size=chunk_size)
 
 
 async def find_plan(store: Store, selection: Selection, threads: DaemonThreads) -> TpPlan | None:
@@ -84,7 +91,7 @@ async def find_plan(store: Store, selection: Selection, threads: DaemonThreads) 
     return auto_plan(config, selection.world_size, path=path)
 
 
-def slice_shard(shard: Shard, selection: Selection, plan: TpPlan | None) -> Shard:
+def slice_shard(shard: OpenedFile, selection: Selection, plan: TpPlan | None) -> OpenedFile:
     """Return a rank's part of a shard, or the shard where that is all of it. Slow: not for the event loop.
 
     Raises
@@ -94,23 +101,23 @@ def slice_shard(shard: Shard, selection: Selection, plan: TpPlan | None) -> Shar
     """
     if plan is not None and selection.tp_plan == "auto":
         if selection.tensor_filter is None:
-            wanted = plan.samples([shard.header.table], without_hold)
+            wanted = plan.samples([shard.header.table], yielding_gil)
         else:
-            wanted = filter(selection.tensor_filter, without_hold(shard.header))
+            wanted = filter(selection.tensor_filter, yielding_gil(shard.header))
         require_known(plan, wanted, path=shard.path)
-    part = make_rank_part(
+    part = make_file_slice(
         shard.header,
         plan,
         selection.tensor_filter,
         rank=selection.rank,
         world_size=selection.world_size,
         path=shard.path,
-        paced=without_hold,
+        paced=yielding_gil,
     )
-    return shard if part is None else Shard(part_meta(shard.meta, part), shard.path, part.header, part)
+    return shard if part is None else OpenedFile(part_meta(shard.meta, part), shard.path, part.header, part)
 
 
-async def slices_of(
+async def with_slice_reader(
     store: Store, checkpoint: Checkpoint, threads: DaemonThreads, account: Account, *, chunk_size: int
 ) -> tuple[Store, Checkpoint]:
     """Return the store to read parts from; its scratch is charged like headers, which never wait.

@@ -12,20 +12,20 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from asyncshard._core import HeaderTable, WeightMap
-from asyncshard.errors import CheckpointError, DestinationError, FormatError, ObjectNotFoundError
 from asyncshard.arrays.base import ArrayLibrary
+from asyncshard.arrays.memory import is_sink, span
+from asyncshard.errors import CheckpointError, DestinationError, FormatError, ObjectNotFoundError
 from asyncshard.pipeline.checkpoint.checkpoint import Checkpoint, CheckpointInfo, Selection, TiedShard, ties_of
 from asyncshard.pipeline.checkpoint.config import read_config
-from asyncshard.pipeline.transfer.matching import is_sink, span
-from asyncshard.tasks.pace import without_hold
-from asyncshard.pipeline.checkpoint.opened_file import Shard
+from asyncshard.pipeline.checkpoint.opened_file import OpenedFile
 from asyncshard.plan.check.file_facts import EMBEDDING, OUTPUT, output_names
-from asyncshard.plan.file_slices.planner import rename, rename_placed
+from asyncshard.plan.file_slices.planner import alias_slice, alias_slice_by_plan
 from asyncshard.plan.tp.models import ties_embeddings
 from asyncshard.plan.tp.plan import TpPlan
 from asyncshard.stores.base import Store
 from asyncshard.stores.ranges import Scratch
 from asyncshard.stores.sliced import SlicedStore, part_meta
+from asyncshard.tasks.pace import yielding_gil
 from asyncshard.tasks.threads import DaemonThreads
 
 _OUTPUT_MODULE = OUTPUT.rpartition(".")[0]
@@ -111,7 +111,7 @@ def place_ties(
     for shard in checkpoint.shards:
         for name, kept in ties.items():
             if kept in shard.header and is_wanted(name):
-                part, is_alike = rename_placed(
+                part, is_alike = alias_slice_by_plan(
                     shard.header,
                     kept,
                     name,
@@ -121,7 +121,7 @@ def place_ties(
                     path=shard.path,
                 )
                 if not is_alike or not is_wanted(kept):
-                    alone = Shard(part_meta(shard.meta, part), shard.path, part.header, part)
+                    alone = OpenedFile(part_meta(shard.meta, part), shard.path, part.header, part)
                     yield TiedShard(name, kept, shard.header[kept].nbytes, alone)
 
 
@@ -141,7 +141,7 @@ def _output_with_rule(tables: Sequence[HeaderTable | WeightMap], plan: TpPlan) -
 def _lost_output(checkpoint: Checkpoint, destinations: Mapping[str, Any]) -> tuple[str, str] | None:
     """Return the one output layer that has a destination and no tensor, and the one embedding that has a tensor."""
     info = CheckpointInfo(checkpoint)
-    outputs = [name for name in without_hold(destinations) if name.endswith(OUTPUT) and name not in info]
+    outputs = [name for name in yielding_gil(destinations) if name.endswith(OUTPUT) and name not in info]
     if len(outputs) != 1 or not checkpoint.is_wanted(outputs[0]):
         return None
     embedding = _only_embedding([shard.header.table for shard in checkpoint.shards])
@@ -149,7 +149,7 @@ def _lost_output(checkpoint: Checkpoint, destinations: Mapping[str, Any]) -> tup
 
 
 def _only_embedding(tables: Iterable[HeaderTable | WeightMap]) -> str | None:
-    names = (table.name(index) for table in tables for index in without_hold(range(len(table))))
+    names = (table.name(index) for table in tables for index in yielding_gil(range(len(table))))
     embeddings = [name for name in names if name.endswith(EMBEDDING)]
     return embeddings[0] if len(embeddings) == 1 else None
 
@@ -196,7 +196,7 @@ def _is_right(inner: _Within, tied: TiedShard, info: CheckpointInfo) -> bool:
     return len(ranges) <= 2 and (inner.start, inner.stop) in ranges
 
 
-def _tied_shards(checkpoint: Checkpoint, ties: Mapping[str, str]) -> Iterator[Shard]:
+def _tied_shards(checkpoint: Checkpoint, ties: Mapping[str, str]) -> Iterator[OpenedFile]:
     """Yield what is read once more: for each tied name the tensor to which it is tied, under this name.
 
     Each alone: two names may be tied to one tensor, and what is read of a file at once must not overlap.
@@ -205,5 +205,5 @@ def _tied_shards(checkpoint: Checkpoint, ties: Mapping[str, str]) -> Iterator[Sh
         whole = shard.meta.version.whole if shard.part is not None else shard.meta
         for name, kept in ties.items():
             if kept in shard.header:
-                part = rename(shard.header, shard.part, kept, name)
-                yield Shard(part_meta(whole, part), shard.path, part.header, part)
+                part = alias_slice(shard.header, shard.part, kept, name)
+                yield OpenedFile(part_meta(whole, part), shard.path, part.header, part)

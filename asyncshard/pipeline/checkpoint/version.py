@@ -27,8 +27,8 @@ from asyncshard.format.digests import digests_of, has_digests
 from asyncshard.format.dtypes import DTYPES
 from asyncshard.format.header import Header
 from asyncshard.pipeline.checkpoint.checkpoint import Checkpoint
-from asyncshard.tasks.pace import without_hold
 from asyncshard.stores.base import ETAG, Store
+from asyncshard.tasks.pace import yielding_gil
 
 Facts = Mapping[str, str]
 """Dtype, shape and digest of each tensor by name, as text: tensors with equal facts are equal."""
@@ -134,7 +134,7 @@ class CheckpointVersion:
             if (now.path, now.fingerprint) in same_place or now.fingerprint in contents:
                 changed[:] = False
             elif facts and now.facts:
-                for index, (name, fact) in enumerate(without_hold(now.facts.items())):
+                for index, (name, fact) in enumerate(yielding_gil(now.facts.items())):
                     changed[index] = facts.get(name) != fact
             yield changed
 
@@ -163,7 +163,7 @@ def _facts_of(header: Header) -> Facts | None:
     if digests is None:
         return None
     facts = {}
-    for index in without_hold(range(len(header))):
+    for index in yielding_gil(range(len(header))):
         name, code, shape, _, _ = header.table.row(index)
         facts[name] = f"{DTYPES[code].name} {','.join(map(str, shape))} {digests[index].tobytes().hex()}"
     return facts

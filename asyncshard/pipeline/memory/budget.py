@@ -26,7 +26,7 @@ from typing import Any, Protocol
 from asyncshard._core import Lease, ReturnList
 from asyncshard.errors import BudgetError
 from asyncshard.pipeline.memory.arena import Arena, Extent, round_up
-from asyncshard.tasks.threads import DaemonThreads, finish
+from asyncshard.tasks.threads import DaemonThreads, wait_to_end
 
 MIB = 1 << 20
 
@@ -89,7 +89,7 @@ def _set_done(future: asyncio.Future[None]) -> None:
         future.set_result(None)
 
 
-class Yields(IntEnum):
+class Reclaimable(IntEnum):
     """What gives way to a request that waits, in this order; all but the first only to one that can wait for nobody."""
 
     CACHED = 0
@@ -103,7 +103,7 @@ class Yields(IntEnum):
 class Reclaimer(Protocol):
     """Holds bytes of a budget that it can do without."""
 
-    def reclaim(self, what: Yields) -> bool:
+    def reclaim(self, what: Reclaimable) -> bool:
         """Let go of one thing of a kind; False where there is none. From any thread, without the budget's lock."""
 
 
@@ -168,7 +168,7 @@ class MemoryBudget:
             self._returns.discards = False
         return account
 
-    def settle(self) -> None:
+    def collect(self) -> None:
         """Collect the buffers that came back and grant what can now be granted."""
         with self._lock:
             self._settle()
@@ -178,17 +178,17 @@ class MemoryBudget:
         """Ask `reclaimer` from now on, for as long as it lives, when a request waits."""
         self._reclaimers.add(reclaimer)
 
-    def relieve(self, *, is_urgent: bool = False) -> None:
+    def reclaim_for_waiters(self, *, is_urgent: bool = False) -> None:
         """Have what is cached give way for as long as a request waits, or headers exceed the budget.
 
         Whoever makes something reclaimable calls it, since requests that wait already asked in vain.
         """
         while self._is_short():
             is_urgent = is_urgent or any(waiter.is_urgent for waiter in self._waiters.copy())
-            if not self._reclaim(tuple(Yields) if is_urgent else (Yields.CACHED,)):
+            if not self._reclaim(tuple(Reclaimable) if is_urgent else (Reclaimable.CACHED,)):
                 return
 
-    def _reclaim(self, kinds: Sequence[Yields]) -> bool:
+    def _reclaim(self, kinds: Sequence[Reclaimable]) -> bool:
         reclaimers = list(self._reclaimers)
         return any(reclaimer.reclaim(what) for what in kinds for reclaimer in reclaimers)
 
@@ -214,7 +214,7 @@ class MemoryBudget:
         """Do so off the event loop; to the end, even when cancelled."""
         threads = DaemonThreads(1, "asyncshard-work")
         try:
-            await finish(asyncio.wrap_future(threads.submit(self.trim)))
+            await wait_to_end(asyncio.wrap_future(threads.submit(self.trim)))
         finally:
             await threads.aclose()
 
@@ -222,7 +222,7 @@ class MemoryBudget:
         """Something came back while somebody waits: called from a deallocator, so it takes no lock."""
         for waiter in self._waiters.copy():
             try:
-                waiter.loop.call_soon_threadsafe(self.settle)
+                waiter.loop.call_soon_threadsafe(self.collect)
             except RuntimeError:  # that loop has closed; the next waiter's may be open
                 continue
             return
@@ -279,7 +279,7 @@ class MemoryBudget:
     def _close(self, account: Account) -> None:
         for buffer in account.buffers.values():
             if not buffer.is_held:
-                account._give(buffer)
+                account._mark_held(buffer)
         account.floor = account.header_bytes = 0
         account.is_admitted = False
         self._accounts.remove(account)
@@ -306,7 +306,7 @@ class MemoryBudget:
             if waiter.is_granted:
                 return
         try:
-            self.relieve()
+            self.reclaim_for_waiters()
             if on_wait is not None and not waiter.is_granted:
                 on_wait()
             await waiter.future
@@ -456,7 +456,7 @@ class Account:
             for buffer in buffers:
                 if not self.is_waiting:
                     break
-                self._give(buffer)
+                self._mark_held(buffer)
                 budget._grant()
             return not self.is_waiting
 
@@ -472,7 +472,7 @@ class Account:
             self.budget._settle()
             return self.held
 
-    def _give(self, buffer: _Buffer) -> None:
+    def _mark_held(self, buffer: _Buffer) -> None:
         buffer.is_held = True
         self.used -= buffer.charge
         self.held += buffer.charge

@@ -9,18 +9,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from asyncshard._core import Lease
-from asyncshard.format.dtypes import DTYPES, Dtype
 from asyncshard.arrays.base import ArrayLibrary, make_view
+from asyncshard.arrays.memory import is_sink
+from asyncshard.format.dtypes import DTYPES, Dtype
 from asyncshard.pipeline.checkpoint.checkpoint import Checkpoint
 from asyncshard.pipeline.transfer.destinations import ShardDestinations, StridedTarget
-from asyncshard.pipeline.transfer.matching import fit, is_sink
-from asyncshard.tasks.pace import without_hold
+from asyncshard.pipeline.transfer.matching import fit
+from asyncshard.tasks.pace import yielding_gil
 
 _SPLIT_BYTES = 2 << 20
 """A tensor of so many takes much more time to copy than to look up."""
 
 
-class Layout(NamedTuple):
+class StagingLayout(NamedTuple):
     """Where tensors are staged."""
 
     nbytes: int
@@ -28,7 +29,7 @@ class Layout(NamedTuple):
     """For each shard, of each tensor; of no meaning for one that has not changed."""
 
 
-class Row(NamedTuple):
+class ChangedTensor(NamedTuple):
     """A tensor that has changed."""
 
     path: str
@@ -42,7 +43,7 @@ class Row(NamedTuple):
     """Its destination."""
 
 
-class Share:
+class CopyJob:
     """What one thread copies. In two lists: a tuple for each tensor would set off the garbage collector."""
 
     def __init__(self) -> None:
@@ -58,7 +59,7 @@ class Share:
 
     def run(self) -> None:
         """Copy without the GIL, and forget everything."""
-        for target, source in without_hold(zip(self._targets, self._sources, strict=True)):
+        for target, source in yielding_gil(zip(self._targets, self._sources, strict=True)):
             if isinstance(target, StridedTarget):
                 target.store(0, source.data)
             else:
@@ -72,7 +73,7 @@ class Share:
         self._sources.clear()
 
 
-class Contents:
+class ChangedTensors:
     """The tensors that have changed, where they are staged, and where they go."""
 
     def __init__(
@@ -93,7 +94,7 @@ class Contents:
         self.lease: Lease | None = None
         self.offsets: list[NDArray[np.int64]] = [np.zeros(len(mask), np.int64) for mask in self._wanted]
 
-    def lay_out(self, spacing: int) -> Layout:
+    def lay_out(self, spacing: int) -> StagingLayout:
         """Place the tensors one after the other, each at a multiple of `spacing` bytes."""
         offsets, end = [], 0
         for shard, wanted in zip(self._checkpoint.shards, self._wanted, strict=True):
@@ -101,30 +102,30 @@ class Contents:
             spaced = -(-sizes // spacing) * spacing
             offsets.append(end + np.cumsum(spaced) - spaced)
             end += int(spaced.sum())
-        return Layout(end, offsets)
+        return StagingLayout(end, offsets)
 
     def names(self) -> tuple[str, ...]:
         """Return the names in plan order."""
         return tuple(row.name for row in self.rows())
 
-    def rows(self) -> Iterator[Row]:
+    def rows(self) -> Iterator[ChangedTensor]:
         """Yield the tensors in plan order."""
         for shard, destinations, wanted, offsets in zip(
             self._checkpoint.shards, self._destinations, self._wanted, self.offsets, strict=True
         ):
-            for index in without_hold(np.flatnonzero(wanted).tolist()):
+            for index in yielding_gil(np.flatnonzero(wanted).tolist()):
                 name, code, shape, start, stop = shard.header.table.row(index)
-                yield Row(
+                yield ChangedTensor(
                     shard.path, name, DTYPES[code], shape, int(offsets[index]), stop - start, destinations.given[index]
                 )
 
-    def view(self, row: Row) -> Any:
+    def view(self, row: ChangedTensor) -> Any:
         """Return a tensor as a view of the staged memory."""
         return make_view(
             self.library, self.lease, row.offset, row.dtype, row.shape, row.nbytes, name=row.name, path=row.path
         )
 
-    def share(self, shares: Sequence[Share]) -> list[Row]:
+    def share(self, shares: Sequence[CopyJob]) -> list[ChangedTensor]:
         """Append what has to be copied: a part of each large contiguous array to every share, others to the first.
 
         Returns the tensors that go to sinks. The arrays' memory is looked up anew: it may have moved since.
@@ -142,7 +143,7 @@ class Contents:
                 self._share_one(row, shares)
         return sinks
 
-    def _share_one(self, row: Row, shares: Sequence[Share]) -> None:
+    def _share_one(self, row: ChangedTensor, shares: Sequence[CopyJob]) -> None:
         shape = self.library.shape_of(row.dtype, row.shape, row.nbytes)
         memory, strided, _ = fit(self.library, row.name, row.dtype, shape, row.given, cast=self.cast)
         if not row.nbytes:
@@ -160,7 +161,7 @@ class Contents:
             for share, target, part in zip(shares, targets, sources, strict=True):
                 share.add(target, part)
 
-    def bytes_of(self, row: Row, start: int, stop: int) -> memoryview:
+    def bytes_of(self, row: ChangedTensor, start: int, stop: int) -> memoryview:
         """Return staged bytes of a tensor."""
         assert self.lease is not None
         return memoryview(self.lease)[row.offset + start : row.offset + stop]

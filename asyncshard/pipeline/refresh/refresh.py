@@ -9,21 +9,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from asyncshard._core import Lease
-from asyncshard.errors import BudgetError, ChecksumError
-from asyncshard.format.digests import digests_of
 from asyncshard.arrays.base import ArrayLibrary
-from asyncshard.pipeline.memory.budget import Account, MemoryBudget, charge_of
+from asyncshard.errors import BudgetError, ChecksumError
+from asyncshard.format.digests import Digest, digests_of, load_digest
 from asyncshard.pipeline.checkpoint.checkpoint import Checkpoint
-from asyncshard.pipeline.refresh.changes import Contents
-from asyncshard.pipeline.transfer.destinations import Placement, ShardDestinations
-from asyncshard.pipeline.hashing import Digest, load_digest
-from asyncshard.tasks.pace import without_hold
+from asyncshard.pipeline.checkpoint.version import CheckpointVersion
+from asyncshard.pipeline.memory.budget import Account, MemoryBudget, charge_of
+from asyncshard.pipeline.refresh.changes import ChangedTensors
+from asyncshard.pipeline.refresh.update import Update
+from asyncshard.pipeline.transfer.destinations import MatchedDestinations, ShardDestinations
 from asyncshard.pipeline.transfer.placed import PlacedTransfer
 from asyncshard.pipeline.transfer.transfer import Pacing
-from asyncshard.pipeline.refresh.update import Update
-from asyncshard.pipeline.checkpoint.version import CheckpointVersion
 from asyncshard.plan.items import ReadItem
 from asyncshard.stores.base import Store
+from asyncshard.tasks.pace import yielding_gil
 from asyncshard.tasks.threads import DaemonThreads
 
 _SPACING = 64
@@ -52,7 +51,7 @@ class Refresh:
         self.is_staged = is_staged
         self._cast = cast
         self._account: Account | None = None
-        self._contents: Contents | None = None
+        self._contents: ChangedTensors | None = None
         self._changed: tuple[str, ...] = ()
         self._transfer: RefreshTransfer | None = None
 
@@ -61,7 +60,7 @@ class Refresh:
         checkpoint: Checkpoint,
         store: Store,
         pacing: Pacing,
-        placement: Placement,
+        placement: MatchedDestinations,
         library: ArrayLibrary,
         threads: DaemonThreads,
     ) -> RefreshTransfer:
@@ -78,7 +77,7 @@ class Refresh:
         """
         current = await threads.run(CheckpointVersion.of, checkpoint, store)
         await threads.run(self._drop_unchanged, checkpoint, placement, current)
-        contents = Contents(checkpoint, placement.shards, library, pacing.chunk_size, cast=self._cast)
+        contents = ChangedTensors(checkpoint, placement.shards, library, pacing.chunk_size, cast=self._cast)
         self._changed = await threads.run(contents.names)
         target = placement
         if self.is_staged:
@@ -99,7 +98,9 @@ class Refresh:
         self._transfer = await threads.run(make)
         return self._transfer
 
-    def _drop_unchanged(self, checkpoint: Checkpoint, placement: Placement, current: CheckpointVersion) -> None:
+    def _drop_unchanged(
+        self, checkpoint: Checkpoint, placement: MatchedDestinations, current: CheckpointVersion
+    ) -> None:
         if self._since is not None:
             for shard, changed in zip(placement.shards, self._since.changes(checkpoint, current), strict=True):
                 shard.keep(changed)
@@ -142,9 +143,11 @@ class Refresh:
             await account.aclose()
 
 
-def _stage(placement: Placement, offsets: list[NDArray[np.int64]], lease: Lease | None) -> Placement:
+def _stage(
+    placement: MatchedDestinations, offsets: list[NDArray[np.int64]], lease: Lease | None
+) -> MatchedDestinations:
     """Return the places in a lease of the tensors that a placement wants."""
-    staged = Placement()
+    staged = MatchedDestinations()
     base = 0 if lease is None else lease.address
     owner = _EMPTY if lease is None else lease
     for shard, places in zip(placement.shards, offsets, strict=True):
@@ -202,7 +205,7 @@ class RefreshTransfer(PlacedTransfer):
         )
         assert digests is not None
         assert self._digest is not None
-        for index in without_hold(range(item.first, item.last)):
+        for index in yielding_gil(range(item.first, item.last)):
             if destinations.given[index] is None:
                 continue
             name, _, _, start, stop = shard.header.table.row(index)

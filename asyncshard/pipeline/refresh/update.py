@@ -9,11 +9,11 @@ from types import TracebackType
 from typing import Any, Self
 
 from asyncshard.errors import StreamClosedError
-from asyncshard.pipeline.memory.budget import Account
-from asyncshard.pipeline.refresh.changes import Contents, Row, Share
-from asyncshard.tasks.pace import Pace
 from asyncshard.pipeline.checkpoint.version import CheckpointVersion
-from asyncshard.tasks.threads import DaemonThreads, finish
+from asyncshard.pipeline.memory.budget import Account
+from asyncshard.pipeline.refresh.changes import ChangedTensor, ChangedTensors, CopyJob
+from asyncshard.tasks.pace import LoopYield
+from asyncshard.tasks.threads import DaemonThreads, wait_to_end
 
 _COPYING_THREADS = 2
 """As many saturate memory bandwidth on most machines."""
@@ -35,7 +35,7 @@ class Update:
     def __init__(
         self,
         version: CheckpointVersion,
-        contents: Contents,
+        contents: ChangedTensors,
         changed: tuple[str, ...],
         account: Account | None,
         bytes_read: int,
@@ -45,7 +45,7 @@ class Update:
         self._version = version
         self._changed = changed
         self._bytes_read = bytes_read
-        self._contents: Contents | None = contents
+        self._contents: ChangedTensors | None = contents
         self._account = account
         self._is_staged = is_staged
         self._is_applied = False
@@ -112,7 +112,7 @@ class Update:
         self._applying = asyncio.ensure_future(self._apply(contents))
         del contents
         try:
-            await finish(self._applying)
+            await wait_to_end(self._applying)
         finally:
             self._applying = None
 
@@ -124,12 +124,12 @@ class Update:
         if account is not None:
             await account.aclose()
 
-    def _open_contents(self) -> Contents:
+    def _open_contents(self) -> ChangedTensors:
         if self._contents is None:
             raise StreamClosedError("the update has been applied or closed; prepare another one")
         return self._contents
 
-    async def _apply(self, contents: Contents) -> None:
+    async def _apply(self, contents: ChangedTensors) -> None:
         threads = DaemonThreads(_COPYING_THREADS, "asyncshard-apply")
         count = _COPYING_THREADS if self._bytes_read >= _TWO_THREADS_BYTES else 1
         copying = _Copying(contents, threads, count, self._release)
@@ -168,7 +168,7 @@ class _Tensors:
     def __init__(self, update: Update) -> None:
         self._update = update
         self._rows = update._open_contents().rows()
-        self._pace = Pace()
+        self._pace = LoopYield()
 
     def __aiter__(self) -> Self:
         return self
@@ -185,13 +185,15 @@ class _Tensors:
 class _Copying:
     """Copies what has changed to where it goes. Every method is for a thread."""
 
-    def __init__(self, contents: Contents, threads: DaemonThreads, count: int, release: Callable[[], None]) -> None:
+    def __init__(
+        self, contents: ChangedTensors, threads: DaemonThreads, count: int, release: Callable[[], None]
+    ) -> None:
         self.contents = contents
         self._threads = threads
-        self._shares = [Share() for _ in range(count)]
+        self._shares = [CopyJob() for _ in range(count)]
         self._release = release
 
-    def find_and_copy(self) -> list[Row]:
+    def find_and_copy(self) -> list[ChangedTensor]:
         """Find all destinations, then copy and `end`; where some are sinks return these, and copy nothing yet."""
         sinks = self.contents.share(self._shares)
         if not sinks:
@@ -216,7 +218,7 @@ class _Copying:
         self._release()
 
 
-async def _write_sinks(contents: Contents, rows: list[Row]) -> None:
+async def _write_sinks(contents: ChangedTensors, rows: list[ChangedTensor]) -> None:
     filled: list[str] = []
     for row in rows:
         try:

@@ -15,9 +15,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from asyncshard.errors import BudgetError
-from asyncshard.pipeline.memory.budget import Account, MemoryBudget, Yields
+from asyncshard.pipeline.checkpoint.opened_file import OpenedFile
+from asyncshard.pipeline.memory.budget import Account, MemoryBudget, Reclaimable
 from asyncshard.pipeline.shard_cache.tensors import ShardTensors
-from asyncshard.pipeline.checkpoint.opened_file import Shard
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class CacheStatistics:
 class CachedFile:
     """What is in memory of one file."""
 
-    shard: Shard
+    shard: OpenedFile
     account: Account
     tensors: ShardTensors | None = None
     """All of them, once the file was read whole."""
@@ -110,7 +110,7 @@ class ShardCache:
                 account.close()
 
     @contextmanager
-    def pinned(self, key: str, shard: Shard) -> Iterator[CachedFile]:
+    def pinned(self, key: str, shard: OpenedFile) -> Iterator[CachedFile]:
         """Keep a file from being evicted while it is read. It is added where it is not there, or another is.
 
         Raises
@@ -120,7 +120,7 @@ class ShardCache:
         """
         file = self._pin(key, shard)
         try:
-            self.budget.relieve()
+            self.budget.reclaim_for_waiters()
             yield file
         finally:
             with self._lock:
@@ -128,9 +128,9 @@ class ShardCache:
                 if file not in self._files.values():
                     self._let_go(file)
                 self._bound()
-            self.budget.relieve()
+            self.budget.reclaim_for_waiters()
 
-    def _pin(self, key: str, shard: Shard) -> CachedFile:
+    def _pin(self, key: str, shard: OpenedFile) -> CachedFile:
         with self._lock:
             file = self._files.get(key)
             if file is None or file.shard.meta != shard.meta:
@@ -153,13 +153,13 @@ class ShardCache:
         while surplus > 0 and self._evict_oldest(with_tensors=True):
             surplus -= 1
 
-    def reclaim(self, what: Yields) -> bool:
+    def reclaim(self, what: Reclaimable) -> bool:
         with self._lock:
-            if what is Yields.CACHED:
+            if what is Reclaimable.CACHED:
                 return self._evict_oldest(with_tensors=False)
             self._sweep()
             in_use = [account for account in self._evicted if account in self._open_accounts]
-            if what is Yields.IN_USE and in_use and not self._is_strict:
+            if what is Reclaimable.IN_USE and in_use and not self._is_strict:
                 self.discard(in_use[0])
                 return True
             return False
@@ -211,7 +211,7 @@ class ShardCache:
             if file is None:
                 return False
             self._let_go(file)
-        self.budget.settle()
+        self.budget.collect()
         return True
 
     def clear(self) -> None:

@@ -9,13 +9,13 @@ from asyncshard.errors import BudgetError, NamesError
 from asyncshard.pipeline.memory.budget import charge_of
 from asyncshard.pipeline.shard_cache.cache import CachedFile, ShardCache
 from asyncshard.pipeline.shard_cache.tensors import ShardTensors
-from asyncshard.pipeline.transfer.buffered import StagedTransfer
+from asyncshard.pipeline.transfer.buffered import BufferedTransfer
 from asyncshard.plan.items import ReadItem
 from asyncshard.tasks.threads import DaemonThreads, all_of
 
 
 async def read_whole(
-    transfer: StagedTransfer, file: CachedFile, cache: ShardCache, threads: DaemonThreads
+    transfer: BufferedTransfer, file: CachedFile, cache: ShardCache, threads: DaemonThreads
 ) -> ShardTensors:
     """Read all tensors of a file, which is pinned, unless they are there; they replace those read one by one.
 
@@ -32,7 +32,7 @@ async def read_whole(
     return file.tensors
 
 
-async def read_one(transfer: StagedTransfer, file: CachedFile, cache: ShardCache, name: str) -> ShardTensors:
+async def read_one(transfer: BufferedTransfer, file: CachedFile, cache: ShardCache, name: str) -> ShardTensors:
     """Read one tensor of a file, which is pinned; return a mapping of just that.
 
     Raises
@@ -52,7 +52,7 @@ async def read_one(transfer: StagedTransfer, file: CachedFile, cache: ShardCache
 
 
 async def _read_items(
-    transfer: StagedTransfer, file: CachedFile, cache: ShardCache, items: Sequence[ReadItem]
+    transfer: BufferedTransfer, file: CachedFile, cache: ShardCache, items: Sequence[ReadItem]
 ) -> ShardTensors:
     sizes = [transfer.buffer_bytes(item) for item in items]
     needed = file.account.header_bytes + sum(charge_of(size) for size in sizes if size)

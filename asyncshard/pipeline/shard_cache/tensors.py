@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from asyncshard._core import Lease
-from asyncshard.pipeline.transfer.buffered import StagedTransfer
+from asyncshard.pipeline.transfer.buffered import BufferedTransfer
 from asyncshard.plan.items import ReadItem
 
 
@@ -22,7 +22,7 @@ class ShardTensors(Mapping[str, Any]):
 
     __slots__ = ("_firsts", "_items", "_leases", "_table", "_transfer")
 
-    def __init__(self, transfer: StagedTransfer, items: Sequence[ReadItem], leases: Sequence[Lease | None]) -> None:
+    def __init__(self, transfer: BufferedTransfer, items: Sequence[ReadItem], leases: Sequence[Lease | None]) -> None:
         self._transfer = transfer
         self._table = transfer.checkpoint.shards[0].header.table
         self._items = items

@@ -8,11 +8,11 @@ from typing import Any
 from asyncshard._core import Lease
 from asyncshard.pipeline.shard_cache.cache import ShardCache
 from asyncshard.pipeline.shard_cache.tensors import ShardTensors, frozen
-from asyncshard.pipeline.transfer.buffered import StagedTransfer
+from asyncshard.pipeline.transfer.buffered import BufferedTransfer
 from asyncshard.plan.items import ReadItem
 
 
-class CachedTransfer(StagedTransfer):
+class CachedTransfer(BufferedTransfer):
     """Deliver tensors of a cached shard from memory, where it is the same object still; read the others past the cache.
 
     What is cached is looked up when an item's turn comes, and kept alive until the item is delivered.

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from asyncshard._core import Lease, spread
+from asyncshard.arrays.base import ArrayLibrary, make_view
 from asyncshard.errors import BudgetError
 from asyncshard.format.dtypes import DTYPES
-from asyncshard.arrays.base import ArrayLibrary, make_view
-from asyncshard.pipeline.memory.budget import MemoryBudget, charge_of
 from asyncshard.pipeline.checkpoint.checkpoint import Checkpoint
+from asyncshard.pipeline.memory.budget import MemoryBudget, charge_of
 from asyncshard.pipeline.transfer.transfer import Pacing, Transfer
 from asyncshard.plan.items import ReadItem, whole_tensors
 from asyncshard.stores.base import Store
@@ -25,7 +25,7 @@ _MAX_TENSORS = 4096
 _ITEM_BYTES = np.array([max(dtype.bits // 8, 1) for dtype in DTYPES], np.int64)
 
 
-class StagedTransfer(Transfer):
+class BufferedTransfer(Transfer):
     """Read items of whole tensors into leased buffers; a tensor is a view of its item's buffer.
 
     Tensors that were read together share a lease, which is charged until the last of them dies. Where one would not be

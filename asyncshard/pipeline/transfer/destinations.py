@@ -7,30 +7,23 @@ import time
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from asyncshard._core import Lease, Region, ReturnList, Span
-from asyncshard.format.dtypes import DTYPES
 from asyncshard.arrays.base import ArrayLibrary, make_view
+from asyncshard.arrays.memory import Sink
+from asyncshard.format.dtypes import DTYPES
 from asyncshard.pipeline.checkpoint.checkpoint import Checkpoint
-from asyncshard.tasks.pace import Pace
-from asyncshard.pipeline.checkpoint.opened_file import Shard
+from asyncshard.pipeline.checkpoint.opened_file import OpenedFile
+from asyncshard.tasks.pace import LoopYield
 
 _CAST_ELEMENTS = 1 << 17
 """Elements converted at once: NumPy converts the types of `ml_dtypes` with the GIL held."""
 _SPACING = 64
 """New arrays begin at multiples of this, a cache line."""
-
-
-@runtime_checkable
-class Sink(Protocol):
-    """Takes a tensor chunk by chunk: one larger than the budget, or one bound for a device."""
-
-    async def write(self, offset: int, buffer: memoryview) -> None:
-        """Take the tensor's bytes from `offset` on. They ascend without gaps; `buffer` is valid until this returns."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -60,7 +53,7 @@ class StridedTarget:
 def boxes(shape: tuple[int, ...], first: int, last: int) -> Iterator[tuple[tuple[Any, ...], int, int]]:
     """Cut the elements [first, last), counted in C order, into boxes of an array.
 
-    Yields the index of each box, which keeps it a view, and the range of elements in it.
+    Reclaimable the index of each box, which keeps it a view, and the range of elements in it.
     """
     if first >= last:
         return
@@ -128,7 +121,7 @@ class ShardDestinations:
 
 
 @dataclass(slots=True)
-class Placement:
+class MatchedDestinations:
     """The destinations of a checkpoint's tensors, and what did not match."""
 
     shards: list[ShardDestinations] = field(default_factory=list)
@@ -138,10 +131,10 @@ class Placement:
     """Names of destinations that are larger than their tensor, which fills their first corner."""
 
 
-async def new_destinations(checkpoint: Checkpoint, library: ArrayLibrary) -> Placement:
+async def new_destinations(checkpoint: Checkpoint, library: ArrayLibrary) -> MatchedDestinations:
     """Make an array for every tensor, in fresh memory that each gives back when it dies."""
-    pace = Pace()
-    placement = Placement()
+    pace = LoopYield()
+    placement = MatchedDestinations()
     region = Region(max(sum(map(_spaced_size, checkpoint.shards)), 1))
     returns = ReturnList()
     returns.discards = True
@@ -161,6 +154,6 @@ async def new_destinations(checkpoint: Checkpoint, library: ArrayLibrary) -> Pla
     return placement
 
 
-def _spaced_size(shard: Shard) -> int:
+def _spaced_size(shard: OpenedFile) -> int:
     sizes = shard.header.table.stops - shard.header.table.starts
     return int((-(-sizes // _SPACING) * _SPACING).sum())

@@ -14,12 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from asyncshard._core import Span
+from asyncshard.arrays.base import ArrayLibrary, RawArray
+from asyncshard.arrays.memory import is_sink, span
 from asyncshard.errors import DestinationError, NamesError
 from asyncshard.format.dtypes import DTYPES, Dtype
-from asyncshard.arrays.base import ArrayLibrary, RawArray
 from asyncshard.pipeline.checkpoint.checkpoint import Checkpoint
-from asyncshard.pipeline.transfer.destinations import Placement, ShardDestinations, StridedTarget
-from asyncshard.tasks.pace import Pace
+from asyncshard.pipeline.transfer.destinations import MatchedDestinations, ShardDestinations, StridedTarget
+from asyncshard.tasks.pace import LoopYield
 from asyncshard.tasks.threads import DaemonThreads
 
 _LISTED = 20
@@ -36,7 +37,7 @@ async def match_destinations(
     strict: bool,
     cast: bool,
     path: str,
-) -> Placement:
+) -> MatchedDestinations:
     """Find the destination of every tensor that is wanted.
 
     Raises
@@ -48,7 +49,7 @@ async def match_destinations(
         Shape, dtype or layout do not fit, or two destinations share memory.
     """
     matching = _Matching(mapping, library, cast=cast)
-    pace = Pace()
+    pace = LoopYield()
     for shard in checkpoint.shards:
         row = shard.header.table.row
         matching.placement.shards.append(ShardDestinations.empty())
@@ -80,7 +81,7 @@ class _Matching:
         self._unexpected: list[str] = []
         self._narrowed: list[str] = []
         self.faults: list[str] = []
-        self.placement = Placement()
+        self.placement = MatchedDestinations()
 
     def add(self, name: str, dtype: Dtype, shape: tuple[int, ...], nbytes: int) -> None:
         """Find the next tensor's destination; what is wrong with it goes to `faults`."""
@@ -163,11 +164,6 @@ def fit(library: ArrayLibrary, name: str, dtype: Dtype, shape: tuple[int, ...], 
         assert dtype.numpy is not None
         return Fit(memory, StridedTarget(memory.view(raw.dtype.numpy), dtype.numpy), is_narrowed)
     return Fit(memory, None if memory.flags.c_contiguous else StridedTarget(memory, memory.dtype), is_narrowed)
-
-
-def is_sink(given: Any) -> bool:
-    """Return whether a destination is a `Sink`, rather than an array."""
-    return not hasattr(given, "shape") and callable(getattr(given, "write", None))
 
 
 def _narrow(name: str, memory: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
@@ -272,19 +268,7 @@ class _Covered:
         return np.frombuffer(memoryview(Span(low, high - low, None)), np.uint8) if strided is None else strided
 
 
-def span(memory: NDArray[Any]) -> tuple[int, int]:
-    """Return the addresses of the first byte of an array and of the byte after its last."""
-    low: int = memory.__array_interface__["data"][0]
-    if memory.flags.c_contiguous:
-        return low, low + memory.nbytes
-    high = low + memory.itemsize
-    for stride, size in zip(memory.strides, memory.shape, strict=True):
-        reach = stride * (size - 1)
-        low, high = low + min(reach, 0), high + max(reach, 0)
-    return low, high
-
-
-def _names_error(path: str, placement: Placement) -> NamesError:
+def _names_error(path: str, placement: MatchedDestinations) -> NamesError:
     parts = []
     if placement.missing:
         parts.append(f"missing from the checkpoint: {_listed(placement.missing)}")

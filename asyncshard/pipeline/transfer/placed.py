@@ -12,9 +12,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from asyncshard._core import Lease
-from asyncshard.pipeline.memory.budget import MemoryBudget
+from asyncshard.arrays.memory import Sink
 from asyncshard.pipeline.checkpoint.checkpoint import Checkpoint
-from asyncshard.pipeline.transfer.destinations import Placement, Sink, StridedTarget
+from asyncshard.pipeline.memory.budget import MemoryBudget
+from asyncshard.pipeline.transfer.destinations import MatchedDestinations, StridedTarget
 from asyncshard.pipeline.transfer.transfer import Pacing, Transfer
 from asyncshard.plan.items import GRAIN, ReadItem, placed_tensors
 from asyncshard.stores.base import Store
@@ -39,7 +40,7 @@ class PlacedTransfer(Transfer):
         checkpoint: Checkpoint,
         store: Store,
         pacing: Pacing,
-        placement: Placement,
+        placement: MatchedDestinations,
         threads: DaemonThreads,
     ) -> None:
         super().__init__(checkpoint, store, pacing)

@@ -12,11 +12,11 @@ from asyncshard.errors import StreamClosedError, UnsupportedTensorError
 from asyncshard.format.header import TensorInfo
 from asyncshard.pipeline.checkpoint.checkpoint import CheckpointInfo
 from asyncshard.pipeline.checkpoint.load_plan import LoadPlan
-from asyncshard.tasks.pace import Pace
+from asyncshard.pipeline.checkpoint.version import CheckpointVersion
 from asyncshard.pipeline.transfer.statistics import Counters, Statistics
 from asyncshard.pipeline.transfer.supervisor import Supervisor
 from asyncshard.pipeline.transfer.transfer import Transfer
-from asyncshard.pipeline.checkpoint.version import CheckpointVersion
+from asyncshard.tasks.pace import LoopYield
 
 
 class Stream:
@@ -38,7 +38,7 @@ class Stream:
         self._supervisor: Supervisor | None = None
         self._finalizer: weakref.finalize[Any, Any] | None = None
         self._batch: Iterator[tuple[str, Any, int]] = iter(())
-        self._pace = Pace()
+        self._pace = LoopYield()
         self._is_asking = False
         self._is_closed = False
         self._is_at_end = False

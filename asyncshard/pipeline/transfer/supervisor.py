@@ -20,11 +20,11 @@ from typing import Any
 
 from asyncshard._core import Lease
 from asyncshard.errors import BudgetError, StreamClosedError
-from asyncshard.pipeline.memory.budget import Account, MemoryBudget, Yields, charge_of
+from asyncshard.pipeline.memory.budget import Account, MemoryBudget, Reclaimable, charge_of
 from asyncshard.pipeline.transfer.statistics import Counters
 from asyncshard.pipeline.transfer.transfer import Transfer
 from asyncshard.plan.items import ReadItem
-from asyncshard.tasks.threads import DaemonThreads, finish
+from asyncshard.tasks.threads import DaemonThreads, wait_to_end
 
 _BYTES_PER_ITEM = 8 << 20
 """Reading further ahead in buffers only touches more memory, and touching memory for the first time is slow."""
@@ -142,7 +142,7 @@ class Supervisor:
             self._is_halting = True
             reader.cancel()
             with contextlib.suppress(asyncio.CancelledError):
-                await finish(reader)
+                await wait_to_end(reader)
 
     async def aclose(self) -> None:
         """Stop everything and wait for its end, even when cancelled meanwhile. From any task, any number of times."""
@@ -152,7 +152,7 @@ class Supervisor:
 
     async def join(self) -> None:
         """Wait until this task has cleaned up and ended."""
-        await finish(self._task)
+        await wait_to_end(self._task)
 
     def abandon(self) -> None:
         """Stop everything, without waiting; from any thread, also after the loop has closed."""
@@ -161,13 +161,13 @@ class Supervisor:
 
     # For the budget
 
-    def reclaim(self, what: Yields) -> bool:
+    def reclaim(self, what: Reclaimable) -> bool:
         """Give back an item that was read ahead; it is read again later.
 
         Only while the consumer is busy elsewhere: it may be the very one that waits, as when it asks a cache for a
         shard from within its loop.
         """
-        if what is not Yields.READ_AHEAD:
+        if what is not Reclaimable.READ_AHEAD:
             return False
         try:
             is_here = asyncio.get_running_loop() is self.loop
@@ -224,14 +224,14 @@ class Supervisor:
         """See the work to its end, whoever cancels what, and clean up."""
         self._own_tasks |= {asyncio.current_task(), self._work}
         try:
-            await finish(self._work, self._cancel)
+            await wait_to_end(self._work, self._cancel)
         except asyncio.CancelledError:
             pass
         except Exception as error:
             self._crash = error
         closing = asyncio.ensure_future(self._clean_up())
         with contextlib.suppress(asyncio.CancelledError):
-            await finish(closing)
+            await wait_to_end(closing)
         self._changed.set()  # as the last thing: who waits in `next_slot` has to find this task done
 
     async def _serve(self) -> None:
@@ -267,7 +267,7 @@ class Supervisor:
         self._reader = self.loop.create_task(self._read_all(transfer), name="asyncshard-reader")
         self._own_tasks.add(self._reader)
         try:
-            await finish(self._reader, self._reader.cancel)
+            await wait_to_end(self._reader, self._reader.cancel)
         except asyncio.CancelledError:
             if self._is_closing or not self._is_halting:
                 raise
@@ -335,7 +335,7 @@ class Supervisor:
         """
         if not self.account.is_waiting or not self._needed_bytes or not self._is_consumer_waiting or self._slots:
             return
-        self._budget.relieve(is_urgent=True)
+        self._budget.reclaim_for_waiters(is_urgent=True)
         if not self.account.hand_over(newest_only=self._is_strict):
             budget = self._budget
             self._fail(
@@ -373,4 +373,4 @@ class Supervisor:
             slot.lease = None
         slot.is_done = True
         self._changed.set()
-        self._budget.relieve()
+        self._budget.reclaim_for_waiters()

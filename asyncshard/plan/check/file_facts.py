@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from asyncshard._core import WeightMap
 from asyncshard.format.dtypes import DTYPES
 from asyncshard.format.header import Header
-from asyncshard.plan.listing import LISTED
+from asyncshard.plan.text import LISTED
 
 EMBEDDING, OUTPUT = "embed_tokens.weight", "lm_head.weight"
 """How the names end of the two tensors that a model may share."""

@@ -12,10 +12,10 @@ from asyncshard.errors import AsyncShardError, FormatError, NamesError, ObjectNo
 from asyncshard.format.dtypes import DTYPES
 from asyncshard.format.pattern import ShardPattern
 from asyncshard.plan.check.file_facts import EMBEDDING, MOST, OUTPUT, FileFacts, Tensors
+from asyncshard.plan.check.report import CheckpointReport, DamagedFile, DtypeUse, RankFiles, Tie
 from asyncshard.plan.files.layout import INDEX_NAME
-from asyncshard.plan.listing import LISTED, count_of, listing
-from asyncshard.plan.check.report import CheckpointReport, DamagedFile, DtypeUse, RankParts, Tie
 from asyncshard.plan.files.survey import Group, Survey
+from asyncshard.plan.text import LISTED, count_of, listing
 
 Finding = FileFacts | AsyncShardError
 """What a file turned out to be: valid, or why not."""
@@ -30,7 +30,7 @@ class Problem(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Evidence:
+class CheckInput:
     """All that is known of a checkpoint."""
 
     path: str
@@ -53,7 +53,7 @@ class Evidence:
         return len(self.valid(group)) == len(group.files)
 
 
-def judge(evidence: Evidence) -> CheckpointReport:
+def report_on(evidence: CheckInput) -> CheckpointReport:
     """Return the report on a checkpoint. Slow for many tensors: call it in a thread."""
     survey = evidence.survey
     valid = [facts for group in survey.groups for facts in evidence.valid(group)]
@@ -75,7 +75,7 @@ def judge(evidence: Evidence) -> CheckpointReport:
         is_complete=not any(problem.is_fatal for problem in problems),
         problems=tuple(problem.text for problem in problems),
         world_size=survey.world_size,
-        parts=tuple(RankParts(group.pp_rank, group.rank, len(group.files)) for group in survey.groups if group.label),
+        parts=tuple(RankFiles(group.pp_rank, group.rank, len(group.files)) for group in survey.groups if group.label),
         num_files=len(survey.files) - len(gone),
         num_tensors=sum(map(len, valid)),
         nbytes=sum(facts.nbytes for facts in valid),
@@ -120,7 +120,7 @@ def index_disagreement(path: str, missing: Sequence[str], unexpected: Sequence[s
     )
 
 
-def _file_problems(evidence: Evidence) -> Iterator[Problem]:
+def _file_problems(evidence: CheckInput) -> Iterator[Problem]:
     own = set(evidence.survey.files)
     for name, finding in evidence.files.items():
         if isinstance(finding, AsyncShardError):
@@ -130,7 +130,7 @@ def _file_problems(evidence: Evidence) -> Iterator[Problem]:
             yield Problem(f"{text}.", name in own)
 
 
-def _index_problems(evidence: Evidence) -> Iterator[Problem]:
+def _index_problems(evidence: CheckInput) -> Iterator[Problem]:
     if evidence.survey.kind != "index":
         return
     for group in evidence.survey.groups:
@@ -140,7 +140,7 @@ def _index_problems(evidence: Evidence) -> Iterator[Problem]:
                 yield Problem(f"{error}. Fetch both again, or write the index anew.", True)
 
 
-def _duplicate_problems(evidence: Evidence) -> Iterator[Problem]:
+def _duplicate_problems(evidence: CheckInput) -> Iterator[Problem]:
     for group in evidence.survey.groups:
         twice, total = Tensors(evidence.valid(group)).duplicates()
         if total:
@@ -149,7 +149,7 @@ def _duplicate_problems(evidence: Evidence) -> Iterator[Problem]:
             yield Problem(f"{evidence.path}: {stand} in two files: {listed}. Remove the file that is too many.", True)
 
 
-def _rank_problems(evidence: Evidence) -> Iterator[Problem]:
+def _rank_problems(evidence: CheckInput) -> Iterator[Problem]:
     """Compare the ranks of each pipeline stage with its first that is whole."""
     references: dict[tuple[str, int], tuple[Group, Tensors]] = {}
     for group in evidence.survey.groups:
@@ -179,7 +179,7 @@ def _rank_problems(evidence: Evidence) -> Iterator[Problem]:
         )
 
 
-def _output_problems(evidence: Evidence, valid: Sequence[FileFacts]) -> Iterator[Problem]:
+def _output_problems(evidence: CheckInput, valid: Sequence[FileFacts]) -> Iterator[Problem]:
     """Tell a model that has lost its output layer: config.json says it is not tied, and it is nowhere."""
     config = evidence.config
     if config is None or evidence.survey.kind not in ("index", "single", "shards"):
@@ -198,7 +198,7 @@ def _output_problems(evidence: Evidence, valid: Sequence[FileFacts]) -> Iterator
         )
 
 
-def _other_problems(evidence: Evidence) -> Iterator[Problem]:
+def _other_problems(evidence: CheckInput) -> Iterator[Problem]:
     survey = evidence.survey
     if survey.kind is None or evidence.pattern is not None:  # who asks for a pattern knows that there is more
         return

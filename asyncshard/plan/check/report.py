@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from asyncshard.plan.listing import count_of, listing, ranks_of
 from asyncshard.plan.files.survey import Kind
+from asyncshard.plan.text import count_of, listing, ranks_of
 
 
 class DtypeUse(NamedTuple):
@@ -19,7 +19,7 @@ class DtypeUse(NamedTuple):
     nbytes: int
 
 
-class RankParts(NamedTuple):
+class RankFiles(NamedTuple):
     """The files of one rank."""
 
     pp_rank: int
@@ -68,7 +68,7 @@ class CheckpointReport:
     """All that is wrong or doubtful, a sentence each: what, where, what to do."""
     world_size: int | None = None
     """Ranks in each pipeline stage; None where the layout knows no ranks."""
-    parts: tuple[RankParts, ...] = ()
+    parts: tuple[RankFiles, ...] = ()
     """The ranks that have files, in order."""
     num_files: int = 0
     """Files of the checkpoint that are there, damaged ones too."""

@@ -56,7 +56,7 @@ class Extent(NamedTuple):
     """The one after the last."""
 
 
-class Moves(NamedTuple):
+class RankRuns(NamedTuple):
     """What a rank has of a block, in the order of its files."""
 
     extents: list[Extent]
@@ -72,7 +72,7 @@ class Moves(NamedTuple):
         return len(self.lengths) == len(self.extents) or self.nbytes >= _LONG_RUN * len(self.lengths)
 
 
-class Side:
+class TensorMap:
     """Where all tensors are in one checkpoint, the one that is read or the one that is written."""
 
     def __init__(
@@ -101,7 +101,7 @@ class Side:
         """Return the runs of each tensor, of the rank that has most."""
         return np.array([division.most_runs for division in self.divisions], np.int64)[self.which]
 
-    def moves(self, block: Block, sizes: Numbers, rank: int, *, is_read: bool) -> Moves:
+    def moves(self, block: Block, sizes: Numbers, rank: int, *, is_read: bool) -> RankRuns:
         """Return what a rank has of a block; where `is_read`, without what a rank before it has too.
 
         `sizes` are the bytes of all tensors. Slow for many: not for the event loop.
@@ -113,7 +113,7 @@ class Side:
         else:
             tensors, counts, bases, found = self._whole(block, sizes, rank, is_read=is_read)
         if not counts.sum():
-            return Moves([], np.empty(0, np.int64), np.empty(0, np.int64), 0)
+            return RankRuns([], np.empty(0, np.int64), np.empty(0, np.int64), 0)
         return _ordered(
             np.repeat(self.files[rank, tensors], counts),
             np.repeat(self.starts[rank, tensors], counts) + np.concatenate([overlap.local for overlap in found]),
@@ -217,7 +217,7 @@ def cut_blocks(sizes: Numbers, most_runs: Numbers, limit: int) -> Iterator[Block
         first += 1
 
 
-def _ordered(files: Numbers, places: Numbers, offsets: Numbers, lengths: Numbers) -> Moves:
+def _ordered(files: Numbers, places: Numbers, offsets: Numbers, lengths: Numbers) -> RankRuns:
     """Put runs in the order of the files, and join those that are neighbours both there and in the block."""
     order = np.lexsort((places, files))
     files, places, offsets, lengths = files[order], places[order], offsets[order], lengths[order]
@@ -234,4 +234,4 @@ def _ordered(files: Numbers, places: Numbers, offsets: Numbers, lengths: Numbers
             files[firsts].tolist(), places[firsts].tolist(), firsts.tolist(), lasts, strict=True
         )
     ]
-    return Moves(extents, offsets, joined, int(joined.sum()))
+    return RankRuns(extents, offsets, joined, int(joined.sum()))

@@ -133,8 +133,8 @@ def validate_shard_shapes(shard_specs: Iterable[Mapping[str, Any]], rank: int, w
     Returns
     -------
     list of str
-        Faults of the world first, then in the order of the specs; empty when all is well. A bad spec never raises, and
-        what depends on a faulty number is not checked.
+        Problems of the world first, then in the order of the specs; empty when all is well. A bad spec never raises,
+        and what depends on a faulty number is not checked.
     """
     faults: list[str] = []
     known_rank, known_world = _check_world(rank, world_size, faults)

@@ -1,6 +1,7 @@
 """Placements: how a tensor is divided among ranks.
 
-The words are those of ``torch.distributed.tensor``; the sizes follow ``torch.chunk`` (:mod:`asyncshard.plan.division.chunks`).
+The words are those of ``torch.distributed.tensor``; the sizes follow ``torch.chunk``
+(:mod:`asyncshard.plan.division.chunks`).
 """
 
 from __future__ import annotations

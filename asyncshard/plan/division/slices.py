@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from asyncshard.errors import CheckpointError
-from asyncshard.plan.division.placements import PackedShard, Placement, Replicate, Shard
 from asyncshard.plan.division.chunks import chunk_bounds
+from asyncshard.plan.division.placements import PackedShard, Placement, Replicate, Shard
 
 Offsets = NDArray[np.int64]
 

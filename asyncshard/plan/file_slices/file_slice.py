@@ -81,7 +81,7 @@ class Patterns(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class RankPart:
+class FileSlice:
     """What one rank has of one file."""
 
     header: Header
@@ -97,7 +97,7 @@ class RankPart:
     """Of all this: parts of equal digests are the same slices."""
 
     def __eq__(self, other: object) -> bool:
-        return self.digest == other.digest if isinstance(other, RankPart) else NotImplemented
+        return self.digest == other.digest if isinstance(other, FileSlice) else NotImplemented
 
     def __hash__(self) -> int:
         return hash(self.digest)

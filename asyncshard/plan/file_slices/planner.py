@@ -13,12 +13,12 @@ from asyncshard.format.digests import DIGESTS_KEY, DIGITS
 from asyncshard.format.dtypes import DTYPES
 from asyncshard.format.header import Header, format_header, parse_header
 from asyncshard.plan.division.placements import Placement
-from asyncshard.plan.file_slices.file_slice import Offsets, Patterns, RankPart
 from asyncshard.plan.division.slices import Slice, slice_tensor, whole_tensor
+from asyncshard.plan.file_slices.file_slice import FileSlice, Offsets, Patterns
 from asyncshard.plan.tp.plan import Paced, TpPlan
 
 
-def make_rank_part(
+def make_file_slice(
     header: Header,
     plan: TpPlan | None,
     is_wanted: Callable[[str], bool] | None,
@@ -27,7 +27,7 @@ def make_rank_part(
     world_size: int,
     path: str,
     paced: Paced = iter,
-) -> RankPart | None:
+) -> FileSlice | None:
     """Plan what a rank has of a file; None if that is all of it.
 
     Metadata is kept. Digests of tensors are kept while every tensor of the part is whole. Slow for many tensors: call
@@ -76,7 +76,7 @@ def make_rank_part(
     return _finish(virtual, text, table.starts[rows], kinds, Patterns.of(planner.slices))
 
 
-def rename(header: Header, part: RankPart | None, name: str, other: str) -> RankPart:
+def alias_slice(header: Header, part: FileSlice | None, name: str, other: str) -> FileSlice:
     """Return one tensor of a file, or of a rank's part of it, alone and under another name."""
     index = header.table.find(name)
     _, code, shape, _, _ = header.table.row(index)
@@ -87,9 +87,9 @@ def rename(header: Header, part: RankPart | None, name: str, other: str) -> Rank
     return _finish(virtual, text, part.starts[one], part.kinds[one], part.patterns)
 
 
-def rename_placed(
+def alias_slice_by_plan(
     header: Header, name: str, other: str, plan: TpPlan, *, rank: int, world_size: int, path: str
-) -> tuple[RankPart, bool]:
+) -> tuple[FileSlice, bool]:
     """Return one tensor of a file, alone and under another name, divided as the plan says for that.
 
     Also whether every rank has the same of it under its own name.
@@ -113,7 +113,7 @@ def rename_placed(
     return _alone(header, index, other, pieces[rank]), pieces == own
 
 
-def _alone(header: Header, index: int, other: str, piece: Slice) -> RankPart:
+def _alone(header: Header, index: int, other: str, piece: Slice) -> FileSlice:
     virtual, text = _header_of_one(other, int(header.table.dtype_codes[index]), piece.shape, piece.nbytes)
     starts = header.table.starts[index : index + 1]
     return _finish(virtual, text, starts, np.zeros(1, np.int32), Patterns.of([piece]))
@@ -133,13 +133,13 @@ def _numbered(values: NDArray[np.int32]) -> tuple[NDArray[np.intp], NDArray[np.i
 
 def _finish(
     virtual: Header, text: bytearray, starts: Offsets, kinds: NDArray[np.int32], patterns: Patterns
-) -> RankPart:
+) -> FileSlice:
     counts = (patterns.outer * patterns.runs_in_row)[kinds] if len(kinds) else np.empty(0, np.int64)
     digest = hashlib.blake2b(text, digest_size=16)
     for column in (starts, kinds, *patterns):
         digest.update(column.tobytes())
     runs_before = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-    return RankPart(virtual, starts, kinds, patterns, runs_before, digest.hexdigest())
+    return FileSlice(virtual, starts, kinds, patterns, runs_before, digest.hexdigest())
 
 
 def _metadata(header: Header, rows: Offsets, *, are_whole: bool) -> dict[str, str]:

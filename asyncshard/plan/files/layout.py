@@ -20,9 +20,9 @@ from typing import Literal
 
 from asyncshard.errors import CheckpointError, ObjectNotFoundError
 from asyncshard.format.pattern import ShardName, ShardPattern
-from asyncshard.plan.listing import count_of, listing
-from asyncshard.plan.files.rank_shards import KNOWN_PATTERNS, faults_of_rank, find_rank_shards, two_patterns
 from asyncshard.plan.division.chunks import whole_number
+from asyncshard.plan.files.rank_shards import KNOWN_PATTERNS, faults_of_rank, find_rank_shards, two_patterns
+from asyncshard.plan.text import count_of, listing
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"

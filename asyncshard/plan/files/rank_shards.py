@@ -11,7 +11,7 @@ from itertools import chain, islice
 
 from asyncshard.errors import CheckpointError, ObjectNotFoundError
 from asyncshard.format.pattern import DEFAULT_TEMPLATE, PP_TEMPLATE, ShardName, ShardPattern
-from asyncshard.plan.listing import LISTED, count_of, listing, ranks_of
+from asyncshard.plan.text import LISTED, count_of, listing, ranks_of
 
 KNOWN_PATTERNS = (ShardPattern(DEFAULT_TEMPLATE), ShardPattern(PP_TEMPLATE))
 

@@ -1,7 +1,7 @@
 """Which files a whole checkpoint should have, which there are and which are too many: decided from names alone.
 
-Where `asyncshard.plan.files.layout` chooses the files of one rank and raises the first fault, this lists the files of all
-ranks and every fault.
+Where `asyncshard.plan.files.layout` chooses the files of one rank and raises the first fault, this lists the files of
+all ranks and every fault.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from asyncshard.plan.files.layout import (
     natural_key,
     nothing_found,
 )
-from asyncshard.plan.listing import LISTED, count_of, listing
 from asyncshard.plan.files.rank_shards import (
     KNOWN_PATTERNS,
     RankShards,
@@ -34,6 +33,7 @@ from asyncshard.plan.files.rank_shards import (
     missing_ranks,
     two_patterns,
 )
+from asyncshard.plan.text import LISTED, count_of, listing
 
 Kind = Literal["ranks", "index", "single", "shards"]
 

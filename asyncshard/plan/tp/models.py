@@ -14,9 +14,9 @@ from reprlib import repr as short_repr
 from typing import Any, NoReturn
 
 from asyncshard.errors import CheckpointError
-from asyncshard.plan.listing import listing
-from asyncshard.plan.division.placements import Placement, Shard
 from asyncshard.plan.division.chunks import whole_number
+from asyncshard.plan.division.placements import Placement, Shard
+from asyncshard.plan.text import listing
 from asyncshard.plan.tp.plan import TpPlan
 
 _GEMMA = frozenset({"gemma", "gemma2", "gemma3_text"})

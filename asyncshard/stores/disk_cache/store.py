@@ -12,8 +12,8 @@ from asyncshard.stores.disk_cache.directory import DiskCache, key_of
 from asyncshard.stores.disk_cache.entry import BLOCK_BYTES, CorruptEntryError, Layout
 from asyncshard.stores.disk_cache.locks import BlockLocks
 from asyncshard.stores.disk_cache.read import CachedRead
-from asyncshard.tasks.threads import DaemonThreads, finish
 from asyncshard.stores.wrapper import WrapperStore
+from asyncshard.tasks.threads import DaemonThreads, wait_to_end
 
 READ_THREADS = 2
 _WRITE_THREADS = 1
@@ -37,17 +37,17 @@ class CachedStore(WrapperStore):
         Used for this load and others.
     closes_store : bool
         Whether `aclose` closes the other store.
-    staged_bytes : int, optional
+    write_buffer_bytes : int, optional
         Of the blocks on their way to the disk, about: between `MIN_STAGED_BLOCKS` and `MAX_STAGED_BLOCKS` of them.
     """
 
     def __init__(
-        self, store: Store, cache: DiskCache, *, closes_store: bool = True, staged_bytes: int | None = None
+        self, store: Store, cache: DiskCache, *, closes_store: bool = True, write_buffer_bytes: int | None = None
     ) -> None:
         super().__init__(store)
         self.cache = cache
         self.threads = DaemonThreads(READ_THREADS, "asyncshard-cache-read")
-        staged = MAX_STAGED_BLOCKS if staged_bytes is None else staged_bytes // BLOCK_BYTES
+        staged = MAX_STAGED_BLOCKS if write_buffer_bytes is None else write_buffer_bytes // BLOCK_BYTES
         self._staged_blocks = min(max(staged, MIN_STAGED_BLOCKS), MAX_STAGED_BLOCKS)
         self.buffers = BlockBuffers(self._staged_blocks)
         self.locks = BlockLocks(cache.locks, self.threads)
@@ -84,7 +84,7 @@ class CachedStore(WrapperStore):
         """Wait until what was read is kept, then close."""
         if not self._is_closed:
             self._is_closed = True
-            await finish(asyncio.ensure_future(self._close()))
+            await wait_to_end(asyncio.ensure_future(self._close()))
 
     async def _close(self) -> None:
         try:

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import h11
 
 from asyncshard.errors import StoreError, StoreTimeoutError, TruncatedError
-from asyncshard.stores.http.response import MAX_ERROR_BYTES, Head
 from asyncshard.stores.http.failures import Action, Failed, Failure
+from asyncshard.stores.http.response import MAX_ERROR_BYTES, Head
 from asyncshard.stores.scatter import Scatter
 
 _HEAD_BYTES = 8 << 10
@@ -42,7 +42,7 @@ class Limits(NamedTuple):
     """...in this time."""
 
 
-class Answer(NamedTuple):
+class Response(NamedTuple):
     """What came of an exchange."""
 
     head: Head
@@ -105,7 +105,7 @@ class HttpConnection(asyncio.BufferedProtocol):
         if self._transport is not None:
             self._transport.abort()
 
-    async def exchange(self, target: str, headers: Headers, receive: Receive) -> Answer:
+    async def exchange(self, target: str, headers: Headers, receive: Receive) -> Response:
         """Send a GET and receive its answer. When it raises, cancelled or not, nothing is written any more.
 
         Raises
@@ -138,7 +138,7 @@ class HttpConnection(asyncio.BufferedProtocol):
             if not result.done() or result.cancelled() or result.exception() is not None:
                 self.abort()
         assert self._head is not None
-        return Answer(self._head, bytes(self._error_body))
+        return Response(self._head, bytes(self._error_body))
 
     # For the transport
 

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from asyncshard.errors import StoreTimeoutError
+from asyncshard.stores.http.connection import Headers, HttpConnection, Limits, Receive, Response
 from asyncshard.stores.http.failures import Action, Failed, Failure
-from asyncshard.stores.http.connection import Answer, Headers, HttpConnection, Limits, Receive
 
 _STAGING_BYTES = 256 << 10
 
@@ -46,7 +46,7 @@ class HttpPool:
         self._open: set[HttpConnection] = set()
         self._staging = memoryview(bytearray(_STAGING_BYTES))
 
-    async def exchange(self, origin: Origin, target: str, headers: Headers, receive: Receive) -> Answer:
+    async def exchange(self, origin: Origin, target: str, headers: Headers, receive: Receive) -> Response:
         """Send a GET on an idle or a new connection; see `HttpConnection.exchange`."""
         connection = self._take_idle(origin) or await self._connect(origin)
         answer = await connection.exchange(target, headers, receive)

@@ -50,7 +50,7 @@ class Pin(NamedTuple):
     size: int
 
 
-class Asked(NamedTuple):
+class RangeRequest(NamedTuple):
     """The half-open byte range that was asked for."""
 
     start: int
@@ -73,7 +73,7 @@ def is_error(head: Head) -> bool:
     return head.status // 100 != 2
 
 
-def accept(head: Head, asked: Asked) -> tuple[Pin, int]:
+def require_range(head: Head, asked: RangeRequest) -> tuple[Pin, int]:
     """Return the pin and the length of the body, if the body is the bytes that were asked for.
 
     Raises

@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 
 from asyncshard._core import StopFlag, read_ranges, read_vectors
 from asyncshard.errors import TruncatedError
-from asyncshard.stores.local import files
 from asyncshard.stores.base import Listing, ObjectMeta, Store, require_small
+from asyncshard.stores.local import files
 from asyncshard.stores.ranges import Scratch
-from asyncshard.tasks.threads import DaemonThreads, finish
+from asyncshard.tasks.threads import DaemonThreads, wait_to_end
 
 DEFAULT_MAX_WORKERS = 2
 DEFAULT_MAX_GAP_BYTES = 8 << 10
@@ -86,7 +86,7 @@ class LocalStore(Store):
             return
         self._is_closed = True
         try:
-            await finish(asyncio.wrap_future(self._threads.submit(self._files.close)))
+            await wait_to_end(asyncio.wrap_future(self._threads.submit(self._files.close)))
         finally:
             await self._threads.aclose()
 
@@ -189,7 +189,7 @@ class LocalStore(Store):
 
     async def read(self, name: str, *, max_bytes: int | None = None) -> bytes:
         # Finished even when cancelled: a file that opens after its caller has gone would stay open.
-        return await finish(asyncio.ensure_future(self._read_small(name, max_bytes)))
+        return await wait_to_end(asyncio.ensure_future(self._read_small(name, max_bytes)))
 
     async def _read_small(self, name: str, max_bytes: int | None) -> bytes:
         path = await self._threads.run(self._resolve, name)

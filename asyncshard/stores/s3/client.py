@@ -28,8 +28,8 @@ from botocore.loaders import create_loader
 from botocore.utils import get_environ_proxies
 
 from asyncshard.errors import AccessDeniedError, ChecksumError, ObjectNotFoundError, StoreTimeoutError, TruncatedError
-from asyncshard.stores.http.response import ErrorBody, Head, Pin, explain_error
 from asyncshard.stores.http.failures import Action, Failed, Failure
+from asyncshard.stores.http.response import ErrorBody, Head, Pin, explain_error
 from asyncshard.stores.s3.options import S3Options
 
 _URL_LIFETIME_S = 900

@@ -8,9 +8,9 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from asyncshard.errors import ChecksumError, StoreError, StoreTimeoutError
-from asyncshard.stores.http.response import Asked, Head, Pin, accept, explain, is_error
-from asyncshard.stores.http.failures import REMEDIES, Action, Failed, Failure
 from asyncshard.stores.http.connection import Receive
+from asyncshard.stores.http.failures import REMEDIES, Action, Failed, Failure
+from asyncshard.stores.http.response import Head, Pin, RangeRequest, explain, is_error, require_range
 from asyncshard.stores.http.retries import Retries, RetryPolicy
 from asyncshard.stores.s3.client import S3Client
 from asyncshard.stores.s3.transports import Transport
@@ -131,7 +131,7 @@ class S3Reader:
 
     async def open(self, key: str, nbytes: int) -> tuple[Pin, bytes]:
         """Pin an object and read its first bytes, fewer where it has fewer."""
-        asked = Asked(0, max(nbytes, 1), None)
+        asked = RangeRequest(0, max(nbytes, 1), None)
         target = Target(self._bucket, key, 0, asked.stop)
         memory = memoryview(bytearray(asked.stop))
         async with self._turns:
@@ -144,14 +144,14 @@ class S3Reader:
             self._integrity.begin(target.path, pin, headers, first)
         return pin, first
 
-    async def _open(self, key: str, asked: Asked, memory: memoryview) -> tuple[Pin, int]:
+    async def _open(self, key: str, asked: RangeRequest, memory: memoryview) -> tuple[Pin, int]:
         pin, length = Pin("", 0), 0
 
         def receive(head: Head) -> Scatter | None:
             nonlocal pin, length
             if is_error(head):
                 return None
-            pin, length = accept(head, asked)
+            pin, length = require_range(head, asked)
             return Scatter([memory[:length]])
 
         try:
@@ -173,12 +173,12 @@ class S3Reader:
                 await self._read_again(self._integrity, target, pin, scatter)
 
     async def _read(self, key: str, pin: Pin, start: int, scatter: Scatter) -> None:
-        asked = Asked(start + scatter.filled, start + scatter.nbytes, pin)
+        asked = RangeRequest(start + scatter.filled, start + scatter.nbytes, pin)
 
         def receive(head: Head) -> Scatter | None:
             if is_error(head):
                 return None
-            accept(head, asked)
+            require_range(head, asked)
             return scatter
 
         await self._get(key, asked, receive)
@@ -199,7 +199,7 @@ class S3Reader:
                 raise part.error(_CORRUPTED, 2)
         raise target.error(_MISMATCH, 2)
 
-    async def _get(self, key: str, asked: Asked, receive: Receive) -> None:
+    async def _get(self, key: str, asked: RangeRequest, receive: Receive) -> None:
         headers = {"Range": f"bytes={asked.start}-{asked.stop - 1}"}
         if asked.pin is not None:
             headers["If-Match"] = asked.pin.etag

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from asyncshard.errors import ObjectNotFoundError, TruncatedError
 from asyncshard.extras import require
-from asyncshard.stores.http.response import Pin
 from asyncshard.stores.base import ETAG, Listing, ObjectMeta, Store
-from asyncshard.tasks.loop_thread import LoopThread
+from asyncshard.stores.http.response import Pin
 from asyncshard.stores.s3.options import S3Options
 from asyncshard.stores.scatter import Scatter
-from asyncshard.tasks.threads import finish
+from asyncshard.tasks.loop_thread import LoopThread
+from asyncshard.tasks.threads import wait_to_end
 
 if TYPE_CHECKING:
     from asyncshard.stores.s3.reader import S3Reader
@@ -107,7 +107,7 @@ class S3Store(Store):
     async def aclose(self) -> None:
         if not self._is_closed:
             self._is_closed = True
-            await finish(asyncio.ensure_future(self._close()))  # to its end, even when cancelled
+            await wait_to_end(asyncio.ensure_future(self._close()))  # to its end, even when cancelled
 
     async def _close(self) -> None:
         try:

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from urllib.parse import SplitResult, parse_qsl, urlencode, urljoin, urlsplit
 
 from asyncshard.errors import StoreTimeoutError, TruncatedError
-from asyncshard.stores.http.response import MAX_ERROR_BYTES, Head
+from asyncshard.stores.http.connection import Limits, Receive, Response
 from asyncshard.stores.http.failures import Action, Failed, Failure
-from asyncshard.stores.http.connection import Answer, Limits, Receive
 from asyncshard.stores.http.pool import HttpPool, Origin
+from asyncshard.stores.http.response import MAX_ERROR_BYTES, Head
 from asyncshard.stores.s3.client import S3Client
 
 _MAX_REDIRECTS = 3
@@ -25,7 +25,7 @@ class Transport(ABC):
     """Gets objects of one bucket."""
 
     @abstractmethod
-    async def get(self, key: str, headers: Mapping[str, str], receive: Receive) -> Answer:
+    async def get(self, key: str, headers: Mapping[str, str], receive: Receive) -> Response:
         """Send one request; `receive` decides from the answer's head where its body goes.
 
         Raises
@@ -46,7 +46,7 @@ class SocketTransport(Transport):
         self._client = client
         self._pool = pool
 
-    async def get(self, key: str, headers: Mapping[str, str], receive: Receive) -> Answer:
+    async def get(self, key: str, headers: Mapping[str, str], receive: Receive) -> Response:
         signed = await self._client.url_for(key)
         url = signed.url
         for _ in range(_MAX_REDIRECTS + 1):
@@ -119,12 +119,12 @@ class BotoTransport(Transport):
         self._client = client
         self._limits = limits
 
-    async def get(self, key: str, headers: Mapping[str, str], receive: Receive) -> Answer:
+    async def get(self, key: str, headers: Mapping[str, str], receive: Receive) -> Response:
         clock = asyncio.get_running_loop().time
         async with self._client.get(key, headers) as (head, body):
             scatter = receive(head)
             if scatter is None:  # an error inside a success: botocore raises all others
-                return Answer(head, await body.read(MAX_ERROR_BYTES))
+                return Response(head, await body.read(MAX_ERROR_BYTES))
             began, window = clock(), 0
             while piece := await body.read(_PIECE):
                 if len(piece) > scatter.nbytes - scatter.filled:
@@ -138,7 +138,7 @@ class BotoTransport(Transport):
                     began, window = clock(), 0
             if scatter.filled < scatter.nbytes:
                 raise Failed(Failure("the body ended early", action=Action.RETRY, kind=TruncatedError))
-            return Answer(head, b"")
+            return Response(head, b"")
 
     async def aclose(self) -> None:
         pass  # the client closes its own

@@ -73,7 +73,7 @@ async def test_headers_count_and_more_than_the_budget_of_them_is_an_error():
     await turns()
     assert not waiting.done()
     account.charge_headers(-PAGE, "one")
-    budget.settle()
+    budget.collect()
     await waiting
     with pytest.raises(BudgetError, match=r"part-0: .*headers") as caught:
         account.charge_headers(3 * PAGE, "part-0")
@@ -142,7 +142,7 @@ async def test_a_request_within_the_floor_does_not_queue():
     await turns()
     assert not beyond.done()
     del first
-    budget.settle()
+    budget.collect()
     again = await at_once(mine.allocate(PAGE))
     assert not blocked.done()
     assert budget.bytes_used <= budget.nbytes
@@ -200,7 +200,7 @@ async def test_a_grant_that_meets_a_cancel_is_passed_on():
     first, second = asking(account, 2), asking(account, 2)
     await turns()
     del held
-    budget.settle()  # grants the first, whose task has not run since
+    budget.collect()  # grants the first, whose task has not run since
     first.cancel()
     await turns()
     assert (first.cancelled(), second.done()) == (True, True)

@@ -6,7 +6,7 @@ import pytest
 
 from asyncshard import MemoryBudget
 from asyncshard.errors import BudgetError
-from asyncshard.pipeline.memory.budget import Yields
+from asyncshard.pipeline.memory.budget import Reclaimable
 
 MIB = 1 << 20
 
@@ -24,10 +24,10 @@ class Cache:
 
     def reclaim(self, what):
         self.calls.append(what)
-        if what is Yields.CACHED and self.leases:
+        if what is Reclaimable.CACHED and self.leases:
             self.leases.pop(0)
             return True
-        if what is Yields.IN_USE and self.can_hand_over:
+        if what is Reclaimable.IN_USE and self.can_hand_over:
             self.can_hand_over = False
             self.account.close()
             return True
@@ -42,7 +42,7 @@ class Ahead:
         budget.add_reclaimer(self)
 
     def reclaim(self, what):
-        if what is not Yields.READ_AHEAD or not self.leases:
+        if what is not Reclaimable.READ_AHEAD or not self.leases:
             return False
         self.leases.pop()
         return True
@@ -108,10 +108,10 @@ async def test_what_is_in_use_is_handed_over_last_and_only_for_who_cannot_wait()
     for _ in range(3):
         await asyncio.sleep(0)
     assert not patient.done()
-    assert set(cache.calls) == {Yields.CACHED}
+    assert set(cache.calls) == {Reclaimable.CACHED}
     patient.cancel()
     lease = (await account.allocate_all([MIB], lambda: None))[0]
-    assert cache.calls[-1] is Yields.IN_USE
+    assert cache.calls[-1] is Reclaimable.IN_USE
     assert (budget.bytes_used, budget.bytes_held, in_use.nbytes) == (MIB, MIB, MIB)
     del lease, in_use
     account.close()

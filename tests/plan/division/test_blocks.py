@@ -10,14 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asyncshard.errors import CheckpointError
-from asyncshard.plan import blocks
-from asyncshard.plan.division.blocks import Side, cut_blocks
+from asyncshard.plan.division import blocks
+from asyncshard.plan.division.blocks import TensorMap, cut_blocks
 from asyncshard.plan.division.divisions import divide, fitted, whole_shape
 from asyncshard.plan.division.placements import PackedShard, Replicate, Shard
 
 
 @st.composite
-def sides(draw: st.DrawFn) -> tuple[Side, np.ndarray[Any, np.dtype[np.int64]]]:
+def sides(draw: st.DrawFn) -> tuple[TensorMap, np.ndarray[Any, np.dtype[np.int64]]]:
     """Tensors of a few divisions, each rank's in one file one after the other, with gaps."""
     world_size = draw(st.sampled_from([1, 2, 4]))
     placements = [Replicate(), Shard(0), Shard(1), Shard(1, pieces=2 if world_size > 1 else 1), PackedShard(1, (3, 5))]
@@ -35,7 +35,7 @@ def sides(draw: st.DrawFn) -> tuple[Side, np.ndarray[Any, np.dtype[np.int64]]]:
             starts[rank, tensor] = place
             place += divisions[number].slices[rank].nbytes
     files = np.repeat(np.arange(world_size)[:, None], len(which), axis=1)
-    return Side(divisions, which, files, starts), np.array(whole, np.int64)[which]
+    return TensorMap(divisions, which, files, starts), np.array(whole, np.int64)[which]
 
 
 @given(given=sides(), limit=st.integers(1, 5000), is_read=st.booleans())
@@ -81,7 +81,7 @@ def test_moves_bring_each_byte_of_a_rank_to_its_place(given: Any, limit: int, is
 def test_tensors_of_many_runs_are_cut_so_that_a_block_has_few() -> None:
     division = divide("t", (1 << 20, 4), 16, Shard(1), 4)
     sizes = np.array([8 << 20], np.int64)
-    side = Side([division], np.zeros(1, np.int32), np.zeros((4, 1), np.int64), np.zeros((4, 1), np.int64))
+    side = TensorMap([division], np.zeros(1, np.int32), np.zeros((4, 1), np.int64), np.zeros((4, 1), np.int64))
     cut = list(cut_blocks(sizes, side.most_runs(), 8 << 20))
     assert sum(block.nbytes for block in cut) == 8 << 20
     for block in cut:
@@ -92,7 +92,7 @@ def test_long_runs_are_moved_one_by_one_and_short_ones_together() -> None:
     for columns, is_direct in ((1 << 18, True), (64, False)):
         division = divide("t", (4, columns), 8, Shard(1), 2)
         sizes = np.array([4 * columns], np.int64)
-        side = Side([division], np.zeros(1, np.int32), np.zeros((2, 1), np.int64), np.zeros((2, 1), np.int64))
+        side = TensorMap([division], np.zeros(1, np.int32), np.zeros((2, 1), np.int64), np.zeros((2, 1), np.int64))
         (block,) = cut_blocks(sizes, side.most_runs(), 1 << 30)
         moves = side.moves(block, sizes, 1, is_read=True)
         assert moves.is_direct == is_direct

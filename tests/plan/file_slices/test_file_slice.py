@@ -11,9 +11,9 @@ from asyncshard import parse_header
 from asyncshard.errors import CheckpointError
 from asyncshard.format.digests import DIGESTS_KEY
 from asyncshard.format.header import format_header
-from asyncshard.plan.file_slices.planner import make_rank_part
-from asyncshard.plan.division.placements import PackedShard, Replicate, Shard
 from asyncshard.plan.division.chunks import chunk_bounds
+from asyncshard.plan.division.placements import PackedShard, Replicate, Shard
+from asyncshard.plan.file_slices.planner import make_file_slice
 from asyncshard.plan.tensor_filter import TensorFilter
 from asyncshard.plan.tp.plan import TpPlan
 
@@ -53,7 +53,7 @@ def placed_arrays(draw):
 def part_of(data, placements, rank=0, wanted=None, world_size=WORLD, **options):
     header = parse_header(data)
     plan = None if placements is None else TpPlan(placements)
-    return make_rank_part(header, plan, wanted, rank=rank, world_size=world_size, path="x", **options)
+    return make_file_slice(header, plan, wanted, rank=rank, world_size=world_size, path="x", **options)
 
 
 def read(data, part, start, stop):
@@ -161,7 +161,7 @@ def test_a_large_header_is_planned_with_few_objects_and_lets_others_run(checkpoi
         seen.append(len(numbers))
         return iter(numbers)
 
-    part = make_rank_part(
+    part = make_file_slice(
         header, TpPlan({name: Shard(0) for name in header}), None, rank=3, world_size=64, path="x", paced=paced
     )
     assert seen == [count, count]

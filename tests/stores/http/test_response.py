@@ -13,8 +13,8 @@ from asyncshard.errors import (
     ThrottledError,
     TruncatedError,
 )
-from asyncshard.stores.http.response import Asked, Head, Pin, accept, explain, is_error
 from asyncshard.stores.http.failures import Action, Failed
+from asyncshard.stores.http.response import Head, Pin, RangeRequest, explain, is_error, require_range
 
 PIN = Pin('"tag"', 100)
 
@@ -26,20 +26,20 @@ def head(status=206, **headers):
     return Head(status, {name: value for name, value in (right | given).items() if value is not None})
 
 
-ASKED = Asked(10, 20, PIN)
+ASKED = RangeRequest(10, 20, PIN)
 
 
 def test_the_right_answer_is_data():
-    assert accept(head(), ASKED) == (PIN, 10)
-    assert accept(head(content_length=None), ASKED) == (PIN, 10)
-    assert accept(head(content_encoding="identity"), ASKED) == (PIN, 10)
+    assert require_range(head(), ASKED) == (PIN, 10)
+    assert require_range(head(content_length=None), ASKED) == (PIN, 10)
+    assert require_range(head(content_encoding="identity"), ASKED) == (PIN, 10)
 
 
 def test_the_first_answer_pins_and_may_be_shorter():
     first = head(content_range="bytes 0-99/100", content_length="100")
-    assert accept(first, Asked(0, 65536, None)) == (PIN, 100)
+    assert require_range(first, RangeRequest(0, 65536, None)) == (PIN, 100)
     with pytest.raises(Failed):
-        accept(first, Asked(0, 65536, PIN))
+        require_range(first, RangeRequest(0, 65536, PIN))
 
 
 @pytest.mark.parametrize(
@@ -63,14 +63,14 @@ def test_the_first_answer_pins_and_may_be_shorter():
 )
 def test_anything_else_is_never_data(headers, kind):
     with pytest.raises(Failed) as caught:
-        accept(head(**headers), ASKED)
+        require_range(head(**headers), ASKED)
     assert (caught.value.failure.kind, caught.value.failure.action) == (kind, Action.GIVE_UP)
 
 
 @pytest.mark.parametrize("status", [200, 203, 204])
 def test_another_success_is_not_data(status):
     with pytest.raises(Failed, match="ranges"):
-        accept(head(status), ASKED)
+        require_range(head(status), ASKED)
 
 
 def xml(code, **fields):

@@ -4,9 +4,9 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from asyncshard.stores.http.response import Head
 from asyncshard.stores.http.failures import Failed
 from asyncshard.stores.http.pool import Origin
+from asyncshard.stores.http.response import Head
 from asyncshard.stores.s3.transports import host_of, redirected
 
 SIGNED = urlsplit(

@@ -11,12 +11,12 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from asyncshard._core import StopFlag, copy_runs
-from asyncshard.tasks.bounded import run_all
-from asyncshard.pipeline.writing.reshard.block_reader import BlockReader, Room, local_offsets, views_of
-from asyncshard.pipeline.writing.reshard.source import Source
 from asyncshard.pipeline.writing.directory import Target
-from asyncshard.plan.division.blocks import Block, Moves, Side, cut_blocks
+from asyncshard.pipeline.writing.reshard.block_reader import BlockBuffers, BlockReader, local_offsets, views_of
+from asyncshard.pipeline.writing.reshard.source import Source
+from asyncshard.plan.division.blocks import Block, RankRuns, TensorMap, cut_blocks
 from asyncshard.plan.files.target_files import TargetFiles
+from asyncshard.tasks.bounded import run_all
 from asyncshard.tasks.threads import DaemonThreads
 
 
@@ -25,7 +25,7 @@ class Copy:
 
     Parameters
     ----------
-    side : Side
+    side : TensorMap
         Where the tensors go, in `files`.
     threads : DaemonThreads
         For gathering and writing.
@@ -36,7 +36,7 @@ class Copy:
         reader: BlockReader,
         source: Source,
         target: Target,
-        side: Side,
+        side: TensorMap,
         files: TargetFiles,
         threads: DaemonThreads,
     ) -> None:
@@ -50,7 +50,7 @@ class Copy:
         self.bytes_read = 0
         self.bytes_written = 0
 
-    async def run(self, rooms: Sequence[Room]) -> None:
+    async def run(self, rooms: Sequence[BlockBuffers]) -> None:
         """Copy everything, a block in each room at a time."""
         most_runs = await self._threads.run(lambda: np.maximum(self._source.most_runs(), self._side.most_runs()))
         blocks = cut_blocks(self._sizes, most_runs, len(rooms[0].memory))
@@ -60,7 +60,7 @@ class Copy:
         finally:
             await planning.aclose()
 
-    async def _work(self, blocks: Iterator[Block], room: Room, planning: DaemonThreads) -> None:
+    async def _work(self, blocks: Iterator[Block], room: BlockBuffers, planning: DaemonThreads) -> None:
         stop = StopFlag()
         while (block := await planning.run(next, blocks, None)) is not None:
             await self._reader.read(await planning.run(self._reads, block), room.memory, room.staging)
@@ -68,12 +68,12 @@ class Copy:
             written = await self._threads.run(self._write, block, room, stop, on_cancel=stop.set)
             self.bytes_written += written
 
-    def _reads(self, block: Block) -> list[Moves]:
+    def _reads(self, block: Block) -> list[RankRuns]:
         side = self._source
         ranks = (side.moves(block, self._sizes, rank, is_read=True) for rank in range(side.world_size))
         return [moves for moves in ranks if moves.nbytes]
 
-    def _write(self, block: Block, room: Room, stop: StopFlag) -> int:
+    def _write(self, block: Block, room: BlockBuffers, stop: StopFlag) -> int:
         written = 0
         for rank in range(self._side.world_size):
             moves = self._side.moves(block, self._sizes, rank, is_read=False)

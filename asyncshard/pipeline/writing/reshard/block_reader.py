@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 
 from asyncshard._core import Lease, copy_runs
 from asyncshard.errors import BudgetError
+from asyncshard.pipeline.checkpoint.opened_file import OpenedFile
 from asyncshard.pipeline.memory.budget import Account
-from asyncshard.tasks.bounded import run_all
-from asyncshard.pipeline.checkpoint.opened_file import Shard
-from asyncshard.plan.division.blocks import Extent, Moves
+from asyncshard.plan.division.blocks import Extent, RankRuns
 from asyncshard.stores.base import Store
+from asyncshard.tasks.bounded import run_all
 from asyncshard.tasks.threads import DaemonThreads
 
 Bytes = NDArray[np.uint8]
@@ -29,7 +29,7 @@ _MAX_GAP = 64 << 10
 """Bytes between two pieces that are rather read than left out: a read costs as much as so many."""
 
 
-class Room(NamedTuple):
+class BlockBuffers(NamedTuple):
     """Memory for one block in flight."""
 
     memory: Bytes
@@ -38,7 +38,7 @@ class Room(NamedTuple):
     """For as much that is gathered from it, or to be scattered into it."""
 
 
-async def take_rooms(account: Account, chunk_size: int) -> list[Room]:
+async def take_block_buffers(account: Account, chunk_size: int) -> list[BlockBuffers]:
     """Take memory for all blocks in flight, as far as the budget goes; blocks are as large as it is.
 
     Raises
@@ -58,7 +58,7 @@ async def take_rooms(account: Account, chunk_size: int) -> list[Room]:
         )
     await account.set_floor(2 * count * limit)
     leases = [(await account.allocate(limit), await account.allocate(limit)) for _ in range(count)]
-    return [Room(_array(first), _array(second)) for first, second in leases]
+    return [BlockBuffers(_array(first), _array(second)) for first, second in leases]
 
 
 def _array(lease: Lease) -> Bytes:
@@ -78,17 +78,17 @@ class _Read:
 class BlockReader:
     """Reads what ranks have of a block."""
 
-    def __init__(self, store: Store, shards: Sequence[Shard], threads: DaemonThreads) -> None:
+    def __init__(self, store: Store, shards: Sequence[OpenedFile], threads: DaemonThreads) -> None:
         self._store = store
         self._shards = shards
         self._threads = threads
         self._gap = memoryview(bytearray(_MAX_GAP))
         """Where bytes go that nobody wants, of all reads."""
 
-    async def read(self, ranks: Sequence[Moves], memory: Bytes, staging: Bytes | None) -> None:
+    async def read(self, ranks: Sequence[RankRuns], memory: Bytes, staging: Bytes | None) -> None:
         """Fill the memory of a block; without `staging`, each run is read into its place."""
         reads: list[_Read] = []
-        scattered: list[tuple[Moves, Bytes]] = []
+        scattered: list[tuple[RankRuns, Bytes]] = []
         used = 0
         for moves in ranks:
             own: Bytes | None = None
@@ -103,7 +103,7 @@ class BlockReader:
         if scattered:
             await self._threads.run(_scatter, scattered, memory)
 
-    def _add_reads(self, reads: list[_Read], moves: Moves, memory: Bytes, gathered: Bytes | None) -> None:
+    def _add_reads(self, reads: list[_Read], moves: RankRuns, memory: Bytes, gathered: Bytes | None) -> None:
         for extent, views in views_of(moves, memory, gathered):
             nbytes = sum(map(len, views))
             last = reads[-1] if reads else None
@@ -116,7 +116,7 @@ class BlockReader:
             last.stop = extent.start + nbytes
 
 
-def views_of(moves: Moves, memory: Bytes, gathered: Bytes | None) -> list[tuple[Extent, list[memoryview]]]:
+def views_of(moves: RankRuns, memory: Bytes, gathered: Bytes | None) -> list[tuple[Extent, list[memoryview]]]:
     """Return the memory of each extent: its runs in the block's memory, or one range where they are gathered."""
     if gathered is None:
         ends = (moves.offsets + moves.lengths).tolist()
@@ -126,11 +126,11 @@ def views_of(moves: Moves, memory: Bytes, gathered: Bytes | None) -> list[tuple[
     return [(extent, [gathered[local[extent.first] : local[extent.last]].data]) for extent in moves.extents]
 
 
-def local_offsets(moves: Moves) -> NDArray[np.int64]:
+def local_offsets(moves: RankRuns) -> NDArray[np.int64]:
     """Return where the runs begin when they lie one after the other."""
     return np.cumsum(moves.lengths) - moves.lengths
 
 
-def _scatter(scattered: Sequence[tuple[Moves, Bytes]], memory: Bytes) -> None:
+def _scatter(scattered: Sequence[tuple[RankRuns, Bytes]], memory: Bytes) -> None:
     for moves, staging in scattered:
         copy_runs(staging.data, memory.data, local_offsets(moves), moves.offsets, moves.lengths)

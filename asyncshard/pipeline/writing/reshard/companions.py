@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from asyncshard._core import StopFlag
 from asyncshard.errors import NotRegularFileError
-from asyncshard.pipeline.writing.reshard.block_reader import Bytes
 from asyncshard.pipeline.writing.directory import Target
+from asyncshard.pipeline.writing.reshard.block_reader import Bytes
 from asyncshard.stores.base import Store
 from asyncshard.tasks.threads import DaemonThreads
 
@@ -15,7 +15,7 @@ _SUFFIXES = (".json", ".txt", ".model", ".jinja")
 _FIRST_READ = 64 << 10
 
 
-def beside(names: Sequence[str]) -> list[str]:
+def companion_files(names: Sequence[str]) -> list[str]:
     """Return the files that go with the weights: those that configure a model or a tokenizer, and no index."""
     return [
         name
@@ -24,7 +24,7 @@ def beside(names: Sequence[str]) -> list[str]:
     ]
 
 
-async def copy_beside(
+async def copy_companions(
     store: Store, names: Sequence[str], target: Target, memory: Bytes, threads: DaemonThreads
 ) -> list[str]:
     """Copy files through `memory`; return those that are files."""

@@ -9,13 +9,11 @@ from numpy.typing import NDArray
 
 from asyncshard.errors import CheckpointError
 from asyncshard.format.dtypes import DTYPES
-from asyncshard.pipeline.checkpoint.opened_file import Shard
-from asyncshard.plan.division.divisions import Division, Shape, divide, fitted, whole_shape
-from asyncshard.plan.faults import Faults
-from asyncshard.plan.listing import LISTED
-from asyncshard.plan.division.placements import PackedShard, Placement, Replicate
-from asyncshard.plan.division.placements import Shard as ShardPlacement
+from asyncshard.pipeline.checkpoint.opened_file import OpenedFile
 from asyncshard.plan.division.chunks import validate_shard_shapes
+from asyncshard.plan.division.divisions import Division, Shape, divide, fitted, whole_shape
+from asyncshard.plan.division.placements import PackedShard, Placement, Replicate, Shard
+from asyncshard.plan.text import LISTED, Problems
 
 Numbers = NDArray[np.int64]
 PlaceTensor = Callable[[str, Shape], Placement]
@@ -27,12 +25,12 @@ class Divider:
 
     def __init__(
         self,
-        shards: Sequence[Shard],
+        shards: Sequence[OpenedFile],
         files: Numbers,
         rows: Numbers,
         written: dict[str, Placement] | None,
         place: PlaceTensor | None,
-        faults: Faults,
+        faults: Problems,
     ) -> None:
         self._tables = [shard.header.table for shard in shards]
         self._files = files
@@ -74,7 +72,7 @@ class Divider:
         placement = self._place(name, locals_[0])
         if isinstance(placement, PackedShard):
             # Of a word: its sizes are those of the shape, which is known only now that it is to be joined here.
-            joined = whole_shape(name, locals_, ShardPlacement(placement.dim))
+            joined = whole_shape(name, locals_, Shard(placement.dim))
             placement = self._place(name, joined)
         return placement
 
@@ -102,7 +100,7 @@ def _complaint(
     name: str, shape: Shape, locals_: tuple[Shape, ...], placement: Placement, rank: int, division: Division
 ) -> str:
     """Say what is wrong with a rank's shape."""
-    if isinstance(placement, Replicate) or (isinstance(placement, ShardPlacement) and placement.pieces is None):
+    if isinstance(placement, Replicate) or (isinstance(placement, Shard) and placement.pieces is None):
         dim, pieces = (0, 1) if isinstance(placement, Replicate) else (placement.dim, len(locals_))
         spec = {"name": name, "shape": shape, "shard_dim": dim, "num_shards": pieces, "local_shape": locals_[rank]}
         sentences = validate_shard_shapes([spec], rank, len(locals_))

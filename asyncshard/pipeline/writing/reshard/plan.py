@@ -12,15 +12,15 @@ from asyncshard.errors import CheckpointError
 from asyncshard.format.dtypes import DTYPES
 from asyncshard.format.header import format_header
 from asyncshard.format.pattern import ShardPattern
-from asyncshard.tasks.pace import without_hold
 from asyncshard.pipeline.writing.reshard.divider import PlaceTensor
 from asyncshard.pipeline.writing.reshard.source import Source
-from asyncshard.plan.division.blocks import Side
+from asyncshard.plan.division.blocks import TensorMap
 from asyncshard.plan.division.divisions import Division, divide, fitted
-from asyncshard.plan.faults import Faults
 from asyncshard.plan.division.placement_text import PLACEMENT_KEY, WORLD_SIZE_KEY, format_placements
 from asyncshard.plan.division.placements import Placement, Replicate
 from asyncshard.plan.files.target_files import TargetFiles, lay_out
+from asyncshard.plan.text import Problems
+from asyncshard.tasks.pace import yielding_gil
 
 _ELEMENT_BYTES = np.array([max(dtype.bits // 8, 1) for dtype in DTYPES], np.int64)
 
@@ -50,7 +50,7 @@ class TargetPlan(NamedTuple):
         file = self.files.files[number]
         metadata = {"format": "pt"} | self.source.metadata
         if self.is_ranks:
-            tensors = without_hold(file.tensors.tolist())
+            tensors = yielding_gil(file.tensors.tolist())
             metadata[PLACEMENT_KEY] = format_placements(
                 (self.source.tensors.name(tensor), self.placements[self.which[tensor]]) for tensor in tensors
             )
@@ -58,7 +58,7 @@ class TargetPlan(NamedTuple):
         return format_header(self._entries(file.rank, file.tensors), metadata)
 
     def _entries(self, rank: int, tensors: NDArray[np.int64]) -> Iterator[tuple[str, str, tuple[int, ...], int]]:
-        for tensor in without_hold(tensors.tolist()):
+        for tensor in yielding_gil(tensors.tolist()):
             which = self.which[tensor]
             piece = self.divisions[which].slices[rank]
             yield self.source.tensors.name(tensor), DTYPES[self.codes[which]].name, piece.shape, piece.nbytes
@@ -68,10 +68,10 @@ class TargetPlan(NamedTuple):
         for tensor, place in enumerate(self.files.places[0].tolist()):
             yield self.source.tensors.name(tensor), self.files.files[place].name
 
-    def side(self, header_sizes: NDArray[np.int64]) -> Side:
+    def side(self, header_sizes: NDArray[np.int64]) -> TensorMap:
         """Return where the tensors go, when the size of each file's header is known."""
         starts = self.files.offsets + header_sizes[self.files.places]
-        return Side(self.divisions, self.which, self.files.places, starts)
+        return TensorMap(self.divisions, self.which, self.files.places, starts)
 
 
 def plan_target(
@@ -97,13 +97,13 @@ def plan_target(
     CheckpointError
         Tensors cannot be divided so: all of them, in one error.
     """
-    faults = Faults(path)
+    faults = Problems(path)
     known: dict[tuple[int, Placement], int] = {}
     divisions: list[Division] = []
     placements: list[Placement] = []
     codes: list[int] = []
     which = np.empty(len(source.side.which), np.int32)
-    for tensor, old in enumerate(without_hold(source.side.which.tolist())):
+    for tensor, old in enumerate(yielding_gil(source.side.which.tolist())):
         name = source.tensors.name(tensor)
         try:
             if pattern is None:

@@ -12,13 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from asyncshard.format.digests import digests_of
-from asyncshard.tasks.bounded import run_all
-from asyncshard.pipeline.writing.reshard.block_reader import BlockReader, Bytes, Room
+from asyncshard.pipeline.writing.reshard.block_reader import BlockBuffers, BlockReader, Bytes
 from asyncshard.pipeline.writing.reshard.source import Source
-from asyncshard.plan.division.blocks import Block, Side, cut_blocks
+from asyncshard.plan.division.blocks import Block, TensorMap, cut_blocks
 from asyncshard.plan.division.divisions import Division
-from asyncshard.plan.faults import Faults
 from asyncshard.plan.division.slices import Slice
+from asyncshard.plan.text import Problems
+from asyncshard.tasks.bounded import run_all
 from asyncshard.tasks.threads import DaemonThreads
 
 Numbers = NDArray[np.int64]
@@ -56,19 +56,19 @@ class Copies:
         name = self.source.tensors.name(int(self.tensors[index]))
         return f"rank {self.first_ranks[index]} and rank {self.rank} hold other bytes of tensor {name!r}"
 
-    def both(self) -> Side:
+    def both(self) -> TensorMap:
         """Return where they are: on two ranks, that of the first copy and that of the second."""
         side = self.source.side
         distinct, which = np.unique(self.sizes, return_inverse=True)
         slices = [Slice((size,), 1, size, ((0, size),)) for size in distinct.tolist()]
         divisions = [Division((piece, piece), frozenset((0,))) for piece in slices]
         ranks = np.stack([self.first_ranks, np.full(len(self.tensors), self.rank)])
-        return Side(
+        return TensorMap(
             divisions, which.astype(np.int32), side.files[ranks, self.tensors], side.starts[ranks, self.tensors]
         )
 
 
-def compare_digests(source: Source, faults: Faults) -> list[Copies]:
+def compare_digests(source: Source, faults: Problems) -> list[Copies]:
     """Compare all copies whose files have digests, and return the others. Slow: not for the event loop.
 
     Raises
@@ -101,13 +101,13 @@ def _digest(source: Source, digests: Sequence[NDArray[np.uint8] | None], rank: i
 class Comparison:
     """Reads copies block by block, and notes those that differ."""
 
-    def __init__(self, reader: BlockReader, threads: DaemonThreads, faults: Faults) -> None:
+    def __init__(self, reader: BlockReader, threads: DaemonThreads, faults: Problems) -> None:
         self._reader = reader
         self._threads = threads
         self._faults = faults
         self.bytes_compared = 0
 
-    async def run(self, copies: Copies, rooms: Sequence[Room]) -> None:
+    async def run(self, copies: Copies, rooms: Sequence[BlockBuffers]) -> None:
         """Compare the copies of one rank."""
         side = await self._threads.run(copies.both)
         runs = np.ones(len(copies.sizes), np.int64)
@@ -124,9 +124,9 @@ class Comparison:
     async def _work(
         self,
         copies: Copies,
-        side: Side,
+        side: TensorMap,
         blocks: Iterator[Block],
-        room: Room,
+        room: BlockBuffers,
         planning: DaemonThreads,
         differing: set[int],
     ) -> None:
@@ -140,7 +140,7 @@ class Comparison:
             differing |= await self._threads.run(_differing, copies.sizes, block, room)
 
 
-def _differing(sizes: Numbers, block: Block, room: Room) -> set[int]:
+def _differing(sizes: Numbers, block: Block, room: BlockBuffers) -> set[int]:
     """Return the tensors of a block whose copies differ."""
     one, other = room.memory[: block.nbytes], room.staging[: block.nbytes]
     if _is_same(one, other):

@@ -12,28 +12,28 @@ import numpy as np
 from asyncshard._core import HeaderTable, StopFlag
 from asyncshard.errors import CheckpointError
 from asyncshard.format.pattern import ShardPattern
-from asyncshard.pipeline.memory.budget import Account
 from asyncshard.pipeline.checkpoint.checkpoint import Checkpoint, Selection
-from asyncshard.tasks.pace import without_hold
-from asyncshard.pipeline.writing.reshard.companions import beside, copy_beside
-from asyncshard.pipeline.writing.reshard.replicas import Comparison, compare_digests
-from asyncshard.pipeline.writing.reshard.block_copy import Copy
-from asyncshard.pipeline.writing.reshard.divider import PlaceTensor
-from asyncshard.tasks.bounded import run_all
-from asyncshard.pipeline.writing.reshard.written_placements import has_placements
-from asyncshard.pipeline.writing.reshard.plan import TargetPlan, plan_target
-from asyncshard.pipeline.writing.reshard.block_reader import BlockReader, Room, take_rooms
-from asyncshard.pipeline.writing.reshard.source import Source, join_source, open_source
-from asyncshard.pipeline.writing.directory import Target, index_text
-from asyncshard.pipeline.checkpoint.opened_file import Shard
+from asyncshard.pipeline.checkpoint.opened_file import OpenedFile
 from asyncshard.pipeline.checkpoint.slicing import find_plan
 from asyncshard.pipeline.checkpoint.ties import place_ties, ties_with_rules
-from asyncshard.plan.faults import Faults
+from asyncshard.pipeline.memory.budget import Account
+from asyncshard.pipeline.writing.directory import Target, index_text
+from asyncshard.pipeline.writing.reshard.block_copy import Copy
+from asyncshard.pipeline.writing.reshard.block_reader import BlockBuffers, BlockReader, take_block_buffers
+from asyncshard.pipeline.writing.reshard.companions import companion_files, copy_companions
+from asyncshard.pipeline.writing.reshard.divider import PlaceTensor
+from asyncshard.pipeline.writing.reshard.plan import TargetPlan, plan_target
+from asyncshard.pipeline.writing.reshard.replicas import Comparison, compare_digests
+from asyncshard.pipeline.writing.reshard.source import Source, join_source, open_source
+from asyncshard.pipeline.writing.reshard.written_placements import has_placements
 from asyncshard.plan.files.layout import INDEX_NAME, SINGLE_NAME
 from asyncshard.plan.files.survey import Survey, survey_names
+from asyncshard.plan.text import Problems
 from asyncshard.plan.tp.models import require_known
 from asyncshard.plan.tp.plan import TpPlan
 from asyncshard.stores import Store
+from asyncshard.tasks.bounded import run_all
+from asyncshard.tasks.pace import yielding_gil
 from asyncshard.tasks.threads import DaemonThreads
 
 WRITERS = 1
@@ -58,7 +58,7 @@ class ReshardReport:
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class ReshardRequest:
     """What was asked for."""
 
     world_size: int
@@ -69,10 +69,12 @@ class Wanted:
     chunk_size: int | None
 
 
-class Run:
+class Reshard:
     """The steps of one reshard: look, check, copy, put in place."""
 
-    def __init__(self, store: Store, target: Target, wanted: Wanted, threads: DaemonThreads, account: Account) -> None:
+    def __init__(
+        self, store: Store, target: Target, wanted: ReshardRequest, threads: DaemonThreads, account: Account
+    ) -> None:
         self._store = store
         self._target = target
         self._wanted = wanted
@@ -83,14 +85,16 @@ class Run:
         names, source = await self._open()
         plan = await self._plan(source)
         self._account.charge_headers(source.side.nbytes + plan.nbytes, self._store.url)
-        rooms = await take_rooms(self._account, self._wanted.chunk_size or min(self._store.chunk_size, _BLOCK_BYTES))
+        rooms = await take_block_buffers(
+            self._account, self._wanted.chunk_size or min(self._store.chunk_size, _BLOCK_BYTES)
+        )
         reader = BlockReader(self._store, source.shards, self._threads)
         bytes_compared = await self._compare(source, reader, rooms)
-        others = beside(names)
+        others = companion_files(names)
         files = [file.name for file in plan.files.files]
         await self._threads.run(self._target.begin, [*others, *files])
         # Before the weights, which may take an hour: one that cannot be read ends the run now.
-        others = await copy_beside(self._store, others, self._target, rooms[0].memory, self._threads)
+        others = await copy_companions(self._store, others, self._target, rooms[0].memory, self._threads)
         copy = await self._copy(source, plan, reader, rooms)
         if not plan.is_ranks and files != [SINGLE_NAME]:
             await self._threads.run(self._write_index, source, plan)
@@ -134,7 +138,7 @@ class Run:
         """Check a plan against the names of the first rank: tied tensors stay one, so they must be divided alike."""
         url, tables = self._store.url, _tables(first.shards)
         ties = await ties_with_rules(self._store, first, tables, plan, self._threads)
-        await self._threads.run(lambda: plan.check(tables, ties, path=url, paced=without_hold))
+        await self._threads.run(lambda: plan.check(tables, ties, path=url, paced=yielding_gil))
         if ties and not is_ranks:
             selection = Selection(world_size=self._wanted.world_size)
             tied = await self._threads.run(next, place_ties(first, ties, selection, plan), None)
@@ -166,26 +170,26 @@ class Run:
             )
         )
 
-    async def _find_plan(self, world_size: int, first: Sequence[Shard]) -> PlaceTensor | None:
+    async def _find_plan(self, world_size: int, first: Sequence[OpenedFile]) -> PlaceTensor | None:
         """Return how the tensors, which the first rank's shards name, are divided among as many ranks."""
         selection = Selection(tp_plan=self._wanted.tp_plan, world_size=world_size)
         plan = await find_plan(self._store, selection, self._threads)
         if plan is not None and self._wanted.tp_plan == "auto":
             await self._threads.run(
-                lambda: require_known(plan, plan.samples(_tables(first), without_hold), path=self._store.url)
+                lambda: require_known(plan, plan.samples(_tables(first), yielding_gil), path=self._store.url)
             )
         return None if plan is None else plan.placement_of
 
-    async def _compare(self, source: Source, reader: BlockReader, rooms: Sequence[Room]) -> int:
+    async def _compare(self, source: Source, reader: BlockReader, rooms: Sequence[BlockBuffers]) -> int:
         """Check that what several ranks hold alike is alike; return the bytes that were read for it."""
-        faults = Faults(self._store.url)
+        faults = Problems(self._store.url)
         comparison = Comparison(reader, self._threads, faults)
         for copies in await self._threads.run(compare_digests, source, faults):
             await comparison.run(copies, rooms)
         faults.require_none()
         return comparison.bytes_compared
 
-    async def _copy(self, source: Source, plan: TargetPlan, reader: BlockReader, rooms: Sequence[Room]) -> Copy:
+    async def _copy(self, source: Source, plan: TargetPlan, reader: BlockReader, rooms: Sequence[BlockBuffers]) -> Copy:
         stop = StopFlag()
         sizes = await self._threads.run(self._write_headers, plan, stop, on_cancel=stop.set)
         side = await self._threads.run(plan.side, sizes)
@@ -207,5 +211,5 @@ class Run:
         self._target.write_text(INDEX_NAME, index_text(int(source.sizes.sum()), plan.weight_map()))
 
 
-def _tables(shards: Sequence[Shard]) -> list[HeaderTable]:
+def _tables(shards: Sequence[OpenedFile]) -> list[HeaderTable]:
     return [shard.header.table for shard in shards]

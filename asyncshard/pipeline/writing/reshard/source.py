@@ -14,20 +14,20 @@ from numpy.typing import NDArray
 from asyncshard.errors import CheckpointError, FormatError
 from asyncshard.format.digests import DIGESTS_KEY
 from asyncshard.format.pattern import ShardPattern
-from asyncshard.pipeline.memory.budget import Account
 from asyncshard.pipeline.checkpoint.checkpoint import Checkpoint, Selection, open_checkpoint
-from asyncshard.tasks.pace import without_hold
+from asyncshard.pipeline.checkpoint.opened_file import OpenedFile
+from asyncshard.pipeline.memory.budget import Account
 from asyncshard.pipeline.writing.reshard.divider import Divider, PlaceTensor
-from asyncshard.tasks.bounded import run_all
-from asyncshard.pipeline.writing.reshard.written_placements import require_whole, written_placements
-from asyncshard.pipeline.checkpoint.opened_file import Shard
-from asyncshard.plan.division.blocks import Side
+from asyncshard.pipeline.writing.reshard.written_placements import refuse_single_rank_file, written_placements
+from asyncshard.plan.division.blocks import TensorMap
 from asyncshard.plan.division.divisions import Shape
-from asyncshard.plan.faults import Faults
 from asyncshard.plan.division.placement_text import PLACEMENT_KEY, WORLD_SIZE_KEY
 from asyncshard.plan.division.placements import Placement
 from asyncshard.plan.files.survey import Survey
+from asyncshard.plan.text import Problems
 from asyncshard.stores.base import Store
+from asyncshard.tasks.bounded import run_all
+from asyncshard.tasks.pace import yielding_gil
 from asyncshard.tasks.threads import DaemonThreads
 
 Numbers = NDArray[np.int64]
@@ -40,7 +40,7 @@ _OUR_KEYS = (DIGESTS_KEY, PLACEMENT_KEY, WORLD_SIZE_KEY)
 class Tensors(NamedTuple):
     """All tensors, in the order of the first rank's files."""
 
-    shards: tuple[Shard, ...]
+    shards: tuple[OpenedFile, ...]
     """The first rank's."""
     files: Numbers
     """The index of each tensor's shard."""
@@ -55,10 +55,10 @@ class Tensors(NamedTuple):
 class Source(NamedTuple):
     """An opened checkpoint that makes up a whole."""
 
-    shards: tuple[Shard, ...]
+    shards: tuple[OpenedFile, ...]
     """Of all ranks; `side` counts them."""
     tensors: Tensors
-    side: Side
+    side: TensorMap
     placements: tuple[Placement, ...]
     """Of each division of `side`."""
     shapes: tuple[Shape, ...]
@@ -94,7 +94,7 @@ async def open_source(
     """
     if survey.kind != "ranks":
         return [await open_checkpoint(store, Selection(), threads, account)]
-    faults = Faults(store.url)
+    faults = Problems(store.url)
     for text in survey.faults:
         faults.add(text)
     if len({group.pp_rank for group in survey.groups}) > 1:
@@ -128,14 +128,14 @@ def join_source(checkpoints: Sequence[Checkpoint], place: PlaceTensor | None, *,
     CheckpointError
         All that is wrong, in one error.
     """
-    faults = Faults(path)
+    faults = Problems(path)
     shards = tuple(shard for checkpoint in checkpoints for shard in checkpoint.shards)
     tensors = _list_tensors(checkpoints[0])
     written: dict[str, Placement] | None = None
     if is_ranks:
         written = written_placements(checkpoints, faults)
     else:
-        require_whole(shards, faults)
+        refuse_single_rank_file(shards, faults)
     files, rows = _match(checkpoints, tensors, faults)
     faults.require_none()
     if is_ranks and written is None and place is None:
@@ -146,14 +146,14 @@ def join_source(checkpoints: Sequence[Checkpoint], place: PlaceTensor | None, *,
         )
     divider = Divider(shards, files, rows, written, place, faults)
     count = len(tensors.rows)
-    which = np.fromiter((divider.find(each, tensors.name(each)) for each in without_hold(range(count))), np.int32)
+    which = np.fromiter((divider.find(each, tensors.name(each)) for each in yielding_gil(range(count))), np.int32)
     faults.require_none()
     tables = [shard.header.table for shard in shards]
     starts = np.empty(files.shape, np.int64)
     for number, table in enumerate(tables):
         chosen = files == number
         starts[chosen] = table.starts[rows[chosen]]
-    side = Side(divider.divisions, which, files, starts)
+    side = TensorMap(divider.divisions, which, files, starts)
     return Source(
         shards,
         tensors,
@@ -174,7 +174,7 @@ def _list_tensors(checkpoint: Checkpoint) -> Tensors:
     return Tensors(checkpoint.shards, files, rows)
 
 
-def _match(checkpoints: Sequence[Checkpoint], tensors: Tensors, faults: Faults) -> tuple[Numbers, Numbers]:
+def _match(checkpoints: Sequence[Checkpoint], tensors: Tensors, faults: Problems) -> tuple[Numbers, Numbers]:
     """Find every tensor with every rank; return the files, counted over all ranks, and the rows in them."""
     count = len(tensors.rows)
     files = np.zeros((len(checkpoints), count), np.int64)
@@ -185,7 +185,7 @@ def _match(checkpoints: Sequence[Checkpoint], tensors: Tensors, faults: Faults) 
         tables = [shard.header.table for shard in checkpoint.shards]
         number = 0
         missing = 0
-        for tensor in without_hold(range(count)):
+        for tensor in yielding_gil(range(count)):
             name = tensors.name(tensor)
             row = tables[number].find(name)  # most are in the file that the one before them was in
             if row < 0:
@@ -211,7 +211,7 @@ def _names(checkpoint: Checkpoint) -> Iterator[str]:
         yield from shard.header
 
 
-def _merged_metadata(shards: Iterable[Shard]) -> dict[str, str]:
+def _merged_metadata(shards: Iterable[OpenedFile]) -> dict[str, str]:
     """Return what the files say; where they contradict each other, what the first does."""
     merged: dict[str, str] = {}
     for shard in shards:

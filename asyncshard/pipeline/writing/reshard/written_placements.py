@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from asyncshard.errors import FormatError
 from asyncshard.pipeline.checkpoint.checkpoint import Checkpoint
-from asyncshard.tasks.pace import without_hold
-from asyncshard.pipeline.checkpoint.opened_file import Shard
-from asyncshard.plan.faults import Faults
+from asyncshard.pipeline.checkpoint.opened_file import OpenedFile
 from asyncshard.plan.division.placement_text import PLACEMENT_KEY, parse_placements, parse_world_size
 from asyncshard.plan.division.placements import Placement, Replicate
+from asyncshard.plan.text import Problems
+from asyncshard.tasks.pace import yielding_gil
 
 
 def has_placements(checkpoint: Checkpoint) -> bool:
@@ -18,7 +18,7 @@ def has_placements(checkpoint: Checkpoint) -> bool:
     return any(PLACEMENT_KEY in shard.header.metadata for shard in checkpoint.shards)
 
 
-def written_placements(checkpoints: Sequence[Checkpoint], faults: Faults) -> dict[str, Placement] | None:
+def written_placements(checkpoints: Sequence[Checkpoint], faults: Problems) -> dict[str, Placement] | None:
     """Return what the files say, or None where they say nothing."""
     shards = [shard for checkpoint in checkpoints for shard in checkpoint.shards]
     silent = [shard.path for shard in shards if PLACEMENT_KEY not in shard.header.metadata]
@@ -35,7 +35,7 @@ def written_placements(checkpoints: Sequence[Checkpoint], faults: Faults) -> dic
             metadata = shard.header.metadata
             try:
                 text = metadata.get(PLACEMENT_KEY, "{}")
-                own.update(without_hold(parse_placements(text, path=shard.path, known=known)))
+                own.update(yielding_gil(parse_placements(text, path=shard.path, known=known)))
                 world_size = parse_world_size(metadata, path=shard.path)
             except FormatError as error:
                 faults.add(str(error))
@@ -46,8 +46,8 @@ def written_placements(checkpoints: Sequence[Checkpoint], faults: Faults) -> dic
             first = own
             continue
         # One by one: the comparison of two dicts would hold the GIL to its end.
-        wrong = [name for name, placement in without_hold(own.items()) if first.get(name) != placement]
-        wrong += [name for name in without_hold(first) if name not in own]
+        wrong = [name for name, placement in yielding_gil(own.items()) if first.get(name) != placement]
+        wrong += [name for name in yielding_gil(first) if name not in own]
         for name in sorted(wrong):
             faults.add(
                 f"tensor {name!r} is placed by {first.get(name, Replicate())} on rank 0 and by "
@@ -60,7 +60,7 @@ def written_placements(checkpoints: Sequence[Checkpoint], faults: Faults) -> dic
     return first
 
 
-def require_whole(shards: Sequence[Shard], faults: Faults) -> None:
+def refuse_single_rank_file(shards: Sequence[OpenedFile], faults: Problems) -> None:
     """Add a fault for a file that is a rank's, though it is not named like one."""
     for shard in shards:
         world_size = parse_world_size(shard.header.metadata, path=shard.path)

@@ -1,0 +1,103 @@
+"""The memory behind arrays and tensors of any library, and destinations that have none: sinks."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Hashable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@runtime_checkable
+class Sink(Protocol):
+    """Takes a tensor chunk by chunk: one larger than the budget, or one bound for a device."""
+
+    async def write(self, offset: int, buffer: memoryview) -> None:
+        """Take the tensor's bytes from `offset` on. They ascend without gaps; `buffer` is valid until this returns."""
+
+
+def is_sink(target: Any) -> bool:
+    """Return whether a destination is a `Sink`, rather than an array."""
+    return not hasattr(target, "shape") and callable(getattr(target, "write", None))
+
+
+def span(memory: NDArray[Any]) -> tuple[int, int]:
+    """Return the addresses of the first byte of an array and of the byte after its last."""
+    low: int = memory.__array_interface__["data"][0]
+    if memory.flags.c_contiguous:
+        return low, low + memory.nbytes
+    high = low + memory.itemsize
+    for stride, size in zip(memory.strides, memory.shape, strict=True):
+        reach = stride * (size - 1)
+        low, high = low + min(reach, 0), high + max(reach, 0)
+    return low, high
+
+
+class MemoryBounds(NamedTuple):
+    """The memory that a tensor's elements span."""
+
+    space: Hashable
+    """Addresses compare only within one: all NumPy memory, or one torch storage of one device."""
+    start: int
+    """Address of the lowest byte of an element."""
+    stop: int
+    """Address after the highest one."""
+    is_contiguous: bool
+    """Whether the elements fill it, in C order."""
+
+
+def memory_bounds(tensor: Any) -> MemoryBounds | None:
+    """Return the memory that a NumPy array or torch tensor spans, whatever its strides.
+
+    Returns
+    -------
+    MemoryBounds or None
+        None for a torch tensor without strided memory of its own: meta, fake, sparse, nested, or freed.
+
+    Raises
+    ------
+    TypeError
+        It is neither.
+    """
+    if isinstance(tensor, np.ndarray):
+        start: int = tensor.__array_interface__["data"][0]
+        if tensor.flags.c_contiguous:
+            return MemoryBounds("numpy", start, start + tensor.nbytes, True)
+        return MemoryBounds("numpy", *_strided_bounds(start, tensor.shape, tensor.strides, tensor.itemsize), False)
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"neither a numpy array nor a torch tensor: {type(tensor).__name__}")
+    if tensor.layout is not torch.strided:
+        return None
+    try:
+        storage = tensor.untyped_storage()
+        # Not tensor.is_meta: a fake tensor claims a device, only its storage owns up.
+        if storage.device.type == "meta":
+            return None
+        address = storage.data_ptr()
+        start = tensor.data_ptr()
+    except RuntimeError:  # a wrapper around other tensors has no address to give
+        return None
+    if not address and tensor.numel():
+        return None
+    space = (tensor.device, address)
+    itemsize = tensor.element_size()
+    if tensor.is_contiguous():
+        return MemoryBounds(space, start, start + tensor.numel() * itemsize, True)
+    strides = [stride * itemsize for stride in tensor.stride()]
+    return MemoryBounds(space, *_strided_bounds(start, tensor.shape, strides, itemsize), False)
+
+
+def _strided_bounds(start: int, shape: Any, strides: Any, itemsize: int) -> tuple[int, int]:
+    """Bounds of elements at ``start`` with strides in bytes, which may be negative or 0."""
+    stop = start + itemsize
+    for size, stride in zip(shape, strides, strict=True):
+        if size == 0:
+            return start, start
+        if stride < 0:
+            start += (size - 1) * stride
+        else:
+            stop += (size - 1) * stride
+    return start, stop
