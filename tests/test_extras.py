@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -36,6 +37,11 @@ def packages_of(extra: str) -> set[str]:
 def lack(monkeypatch: pytest.MonkeyPatch, *packages: str) -> None:
     for name in packages:
         monkeypatch.setitem(sys.modules, name, None)
+
+
+def test_the_table_of_what_extras_promise_has_them_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "tests" / "extras")
+    assert importlib.import_module("promises").PROMISES.keys() == EXTRAS.keys() - {"test"}
 
 
 @pytest.mark.parametrize("extra", PACKAGES)
