@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from asyncshard._core import Lease
 from asyncshard.pipeline.checkpoint.checkpoint import Checkpoint, ties_of
 from asyncshard.pipeline.checkpoint.version import CheckpointVersion
 from asyncshard.plan.items import ReadItem
 from asyncshard.stores.base import Store
-from asyncshard.tasks.threads import all_of
+from asyncshard.tasks.bounded import run_bounded
+from asyncshard.tasks.threads import DaemonThreads
 
 
 class Pacing(NamedTuple):
@@ -23,7 +23,26 @@ class Pacing(NamedTuple):
     prefetch_count: int
     """Read items ahead of the consumer."""
     max_gap_bytes: int
-    """Unwanted bytes between two wanted tensors that are rather read than left out."""
+    """Gaps of up to this many unwanted bytes between wanted tensors are read too, to save a request."""
+
+    @classmethod
+    def of(cls, store: Store, chunk_size: int | None, prefetch_count: int | None) -> Self:
+        """Return the pacing that was asked for, and what suits the store where nothing was."""
+        return cls(chunk_size or store.chunk_size, prefetch_count or store.prefetch_count, store.max_gap_bytes)
+
+
+class Reading(NamedTuple):
+    """What a transfer reads, and how."""
+
+    checkpoint: Checkpoint
+    store: Store
+    """From which the tensors are read: whole ones, or slices of them."""
+    pacing: Pacing
+    threads: DaemonThreads
+
+    def with_tied(self) -> Reading:
+        """Return the same reading, of the tied tensors too (`Checkpoint.with_tied`)."""
+        return self._replace(checkpoint=self.checkpoint.with_tied())
 
 
 class Transfer(ABC):
@@ -32,17 +51,16 @@ class Transfer(ABC):
     is_in_place: bool
     """Whether reads write into the caller's own memory: cancelled ones must end before the caller goes on."""
 
-    def __init__(self, checkpoint: Checkpoint, store: Store, pacing: Pacing) -> None:
+    def __init__(self, reading: Reading) -> None:
+        checkpoint, self._store, self.pacing, self._threads = reading
         self.checkpoint = checkpoint
-        self._store = store
-        self.pacing = pacing
         self.items: Sequence[ReadItem] = ()
         self.bytes_total = 0
         self.tensors_total = 0
         self.missing: tuple[str, ...] = ()
         self.unexpected: tuple[str, ...] = ()
         self.narrowed: tuple[str, ...] = ()
-        self.version = CheckpointVersion.of(checkpoint, store)
+        self.version = CheckpointVersion.of(checkpoint, self._store)
         self.ties = ties_of(checkpoint)
 
     @property
@@ -93,10 +111,8 @@ class Transfer(ABC):
             if item.nbytes:
                 await self._store.read_into(meta, item.start, [buffer[: item.nbytes]])
             return
-        reads = [
-            asyncio.ensure_future(
-                self._store.read_into(meta, item.start + at, [buffer[at : min(at + chunk, item.nbytes)]])
-            )
-            for at in range(0, item.nbytes, chunk)
-        ]
-        await all_of(reads)
+        starts = range(0, item.nbytes, chunk)
+        reads = (
+            self._store.read_into(meta, item.start + at, [buffer[at : min(at + chunk, item.nbytes)]]) for at in starts
+        )
+        await run_bounded(len(starts), reads, on_failure="cancel")

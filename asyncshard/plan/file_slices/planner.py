@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from numpy.typing import NDArray
 
+from asyncshard._typing import Int64Array
 from asyncshard.errors import CheckpointError
 from asyncshard.format.digests import DIGESTS_KEY, DIGITS
 from asyncshard.format.dtypes import DTYPES
 from asyncshard.format.header import Header, format_header, parse_header
 from asyncshard.plan.division.placements import Placement
 from asyncshard.plan.division.slices import Slice, slice_tensor, whole_tensor
-from asyncshard.plan.file_slices.file_slice import FileSlice, Offsets, Patterns
+from asyncshard.plan.file_slices.file_slice import FileSlice, Patterns
 from asyncshard.plan.tp.plan import Paced, TpPlan
 
 
@@ -132,7 +133,7 @@ def _numbered(values: NDArray[np.int32]) -> tuple[NDArray[np.intp], NDArray[np.i
 
 
 def _finish(
-    virtual: Header, text: bytearray, starts: Offsets, kinds: NDArray[np.int32], patterns: Patterns
+    virtual: Header, text: bytearray, starts: Int64Array, kinds: NDArray[np.int32], patterns: Patterns
 ) -> FileSlice:
     counts = (patterns.outer * patterns.runs_in_row)[kinds] if len(kinds) else np.empty(0, np.int64)
     digest = hashlib.blake2b(text, digest_size=16)
@@ -142,7 +143,7 @@ def _finish(
     return FileSlice(virtual, starts, kinds, patterns, runs_before, digest.hexdigest())
 
 
-def _metadata(header: Header, rows: Offsets, *, are_whole: bool) -> dict[str, str]:
+def _metadata(header: Header, rows: Int64Array, *, are_whole: bool) -> dict[str, str]:
     metadata = header.metadata
     digests = metadata.pop(DIGESTS_KEY, None)
     if digests is None or not are_whole:
