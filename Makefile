@@ -15,7 +15,7 @@ WEIGHTS := examples/weights.txt
 DEMO := build/demo
 
 SANITIZED := build/sanitize
-CORE_TESTS := tests/format tests/plan $(wildcard tests/pipeline/test_*_core.py)
+CORE_TESTS := tests/format tests/plan $(shell find tests/pipeline -name 'test_*_core.py')
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -41,7 +41,7 @@ test: $(VENV)/.test
 	$(BIN)/mypy
 	$(BIN)/python -m mypy.stubtest asyncshard._core --allowlist tests/stubtest-allowlist.txt --ignore-unused-allowlist \
 	    --mypy-config-file pyproject.toml
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses=auto --maxprocesses=4 --dist=worksteal
 	$(BIN)/python tests/extras/run.py
 
 test-extras: $(VENV)/.test

@@ -49,6 +49,11 @@ def test_an_extra_brings_the_packages_that_the_library_imports_of_it(extra: str)
     assert set(PACKAGES[extra]) == packages_of(extra)
 
 
+@pytest.mark.parametrize("extra", PACKAGES)
+def test_the_readme_names_the_extra(extra: str) -> None:
+    assert f"| `'asyncshard[{extra}]'` |" in (ROOT / "README.md").read_text()
+
+
 def test_what_is_installed_needs_no_sentence() -> None:
     require("this test", "aiobotocore", "h11")
 
