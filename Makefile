@@ -44,7 +44,7 @@ test: $(VENV)/.test
 	$(BIN)/pytest --numprocesses=auto --maxprocesses=4 --dist=worksteal
 	$(BIN)/python tests/extras/run.py
 
-test-extras: $(VENV)/.test
+test-extras: $(VENV)/$(NEW)
 	$(BIN)/python tests/extras/run.py
 
 bench: $(VENV)/.bench
