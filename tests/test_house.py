@@ -32,7 +32,7 @@ FLOORS: tuple[set[str], ...] = (
     {"pipeline.transfer", "pipeline.writing"},
     {"pipeline.writing.reshard", "pipeline.shard_cache", "pipeline.refresh"},
     {"loaders"},
-    {"integrations", "cli", "testing"},
+    {"types", "integrations", "cli", "testing"},
 )
 """The places of the house from the ground up; one that names a folder stands for all in it that is not named itself."""
 FLOOR_OF = {place: floor for floor, places in enumerate(FLOORS) for place in places}

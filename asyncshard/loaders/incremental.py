@@ -19,6 +19,7 @@ from asyncshard.loaders.sources import OpenedFolder, ShardFile, Sources, key_of
 from asyncshard.pipeline.checkpoint.checkpoint import Checkpoint, refuse_second_cut
 from asyncshard.pipeline.checkpoint.opened_file import FileReader, OpenedFile, read_header_of
 from asyncshard.pipeline.checkpoint.slicing import find_plan, slice_shard, with_slice_reader
+from asyncshard.pipeline.memory.budget import trim_in_thread
 from asyncshard.pipeline.shard_cache.cache import CachedFile, CacheStatistics, ShardCache
 from asyncshard.pipeline.shard_cache.reads import read_one, read_whole, unknown
 from asyncshard.pipeline.shard_cache.tensors import ShardTensors
@@ -120,7 +121,7 @@ class IncrementalShardLoader(Loader):
 
     async def _close_idle(self) -> None:
         await self._sources.aclose()
-        await self.budget.trim_in_thread()
+        await trim_in_thread(self.budget)
 
     async def load_shard(self, shard_file: ShardFile) -> ShardTensors:
         """Return the tensors of one file: a read-only mapping of name to tensor.

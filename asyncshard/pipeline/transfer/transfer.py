@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from asyncshard._core import Lease
 from asyncshard.pipeline.checkpoint.checkpoint import Checkpoint, ties_of
-from asyncshard.pipeline.checkpoint.version import CheckpointVersion
+from asyncshard.pipeline.checkpoint.version import version_of
 from asyncshard.plan.items import ReadItem
 from asyncshard.stores.base import Pacing
 from asyncshard.tasks.bounded import run_bounded
@@ -42,7 +42,7 @@ class Transfer(ABC):
         self.missing: tuple[str, ...] = ()
         self.unexpected: tuple[str, ...] = ()
         self.narrowed: tuple[str, ...] = ()
-        self.version = CheckpointVersion.of(self.checkpoint)
+        self.version = version_of(self.checkpoint)
         self.ties = ties_of(self.checkpoint)
 
     @abstractmethod
