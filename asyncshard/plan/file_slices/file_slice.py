@@ -7,6 +7,7 @@ share a pattern of runs (:mod:`asyncshard.plan.division.slices`).
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 
 from asyncshard.format.header import Header
 from asyncshard.plan.division.slices import Slice
+from asyncshard.plan.ranges import merge_ranges
 
 Offsets = NDArray[np.int64]
 
@@ -194,5 +196,6 @@ def _joined(offsets: Offsets, lengths: Offsets) -> Ranges:
     """Make one range of those that touch."""
     if len(offsets) < 2:
         return Ranges(offsets, lengths)
-    begins = np.flatnonzero(np.concatenate([[True], offsets[1:] != offsets[:-1] + lengths[:-1]]))
+    bounds = merge_ranges(offsets, lengths, max_gap=0, max_bytes=sys.maxsize, max_count=sys.maxsize)
+    begins = bounds[:-1]
     return Ranges(offsets[begins], np.add.reduceat(lengths, begins))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import sys
 from typing import NamedTuple
 
 import numpy as np
@@ -9,6 +11,7 @@ from numpy.typing import NDArray
 
 from asyncshard.format.pattern import ShardPattern
 from asyncshard.plan.files.layout import SINGLE_NAME
+from asyncshard.plan.ranges import merge_ranges
 
 Numbers = NDArray[np.int64]
 
@@ -68,15 +71,8 @@ def lay_out(
 
 def _parts(sizes: Numbers, limit: int) -> list[tuple[int, int]]:
     """Cut into runs of tensors of at most `limit` bytes, or of one."""
-    before = np.concatenate(([0], np.cumsum(sizes)))
-    bounds: list[tuple[int, int]] = []
-    first = 0
-    while first < len(sizes) or not bounds:
-        last = int(np.searchsorted(before, before[first] + limit, side="right")) - 1
-        last = min(max(last, first + 1), len(sizes))
-        bounds.append((first, last))
-        first = last
-    return bounds
+    bounds = merge_ranges(np.cumsum(sizes) - sizes, sizes, max_gap=0, max_bytes=limit, max_count=sys.maxsize)
+    return list(itertools.pairwise(bounds.tolist())) or [(0, 0)]
 
 
 def _hugging_face_name(part: int, count: int) -> str:
