@@ -14,7 +14,7 @@ import asyncshard
 
 PACKAGE = Path(asyncshard.__file__).parent
 FLOORS: tuple[set[str], ...] = (
-    {"errors", "_core", "_version"},
+    {"errors", "_core", "_typing", "_version"},
     {"tasks", "format"},
     {"plan.text", "plan.ranges"},
     {"plan.division", "plan.items", "plan.tensor_filter"},
@@ -25,6 +25,7 @@ FLOORS: tuple[set[str], ...] = (
     {"stores.wrapper", "stores.local", "stores.http"},
     {"stores.s3", "stores.disk_cache"},
     {"stores"},
+    {"stores.opening"},
     {"arrays"},
     {"pipeline.memory"},
     {"pipeline.checkpoint"},

@@ -1,9 +1,9 @@
 """The header of a safetensors file: its length, its tensors, its metadata.
 
 Layout: 8 bytes, little-endian unsigned 64-bit ``n``; ``n`` bytes of UTF-8 JSON; the tensors' data, to the end of the
-file. Nothing here reads a file: `header_size` takes the first 8 bytes and says how many to get, `parse_header` takes
-those. The JSON and the rules on the tensors (types, shapes, sizes, offsets without a hole or an overlap) are checked
-by the compiled core, without the GIL.
+file. ``docs/format.md`` states the rules, by number. Nothing here reads a file: `header_size` takes the first 8 bytes
+and says how many to get, `parse_header` takes those. The JSON and the rules on the tensors (types, shapes, sizes,
+offsets without a hole or an overlap) are checked by the compiled core, without the GIL.
 """
 
 from __future__ import annotations
@@ -135,13 +135,20 @@ class Header(Mapping[str, TensorInfo]):
         return f"<Header of {len(self)} tensors in {self.file_size} bytes>"
 
 
-def header_size(
-    prefix: Buffer, file_size: int, *, max_header_bytes: int = MAX_HEADER_BYTES, path: str | None = None
-) -> int:
+class HeaderLimits(NamedTuple):
+    """How large a header may be, below the format's own limits."""
+
+    max_header_bytes: int | None = None
+    """Bytes of its JSON text; None for the format's limit alone."""
+    max_tensors: int | None = None
+    """Tensors that it lists; None for any number."""
+
+
+def header_size(prefix: Buffer, file_size: int, *, max_header_bytes: int | None = None, path: str | None = None) -> int:
     """Return how many bytes of the file come before the tensors' data (8 + n), from its first 8.
 
-    Rules 1 to 3 of the format: everything that must hold before memory is asked for. `max_header_bytes` refuses a
-    smaller ``n`` than the format's limit does; it cannot raise that.
+    It checks rules 1 to 3 of ``docs/format.md``: everything that must hold before memory is asked for.
+    `max_header_bytes` refuses a smaller ``n`` than the format's limit does; it cannot raise that.
 
     Raises
     ------
@@ -162,7 +169,7 @@ def header_size(
             path,
             offset=0,
         )
-    if length > max_header_bytes:
+    if max_header_bytes is not None and length > max_header_bytes:
         raise _error(
             f"the header is {length} bytes long, over max_header_bytes={max_header_bytes}; raise that to read the file",
             path,
@@ -209,8 +216,7 @@ def parse_header(
     """
     with memoryview(data).cast("B") as octets:
         whole = len(octets) if file_size is None else file_size
-        limit = MAX_HEADER_BYTES if max_header_bytes is None else max_header_bytes
-        size = header_size(octets, whole, max_header_bytes=limit, path=path)
+        size = header_size(octets, whole, max_header_bytes=max_header_bytes, path=path)
         if len(octets) < size:
             raise ValueError(f"the header takes the first {size} bytes of the file, and data has {len(octets)}")
         with octets[PREFIX_BYTES:size] as text:

@@ -8,28 +8,29 @@ import os
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from types import TracebackType
-from typing import Any, NamedTuple, Self, TypeVar, Unpack
+from typing import Any, Self, TypeVar, Unpack
 
-from asyncshard._core import WeightMap
 from asyncshard.errors import ObjectChangedError
 from asyncshard.format.header import Header
-from asyncshard.loaders.files import ModelPath, open_store
-from asyncshard.loaders.loader import Loader, Request, inherited
+from asyncshard.loaders.loader import Loader, inherited
+from asyncshard.loaders.locations import Locations
 from asyncshard.loaders.options import ReadTuning, require_int
-from asyncshard.loaders.sources import Opened, ShardFile, Sources, key_of
-from asyncshard.pipeline.checkpoint.checkpoint import Checkpoint, choose_files, refuse_second_cut
+from asyncshard.loaders.sources import OpenedFolder, ShardFile, Sources, key_of
+from asyncshard.pipeline.checkpoint.checkpoint import Checkpoint, refuse_second_cut
 from asyncshard.pipeline.checkpoint.opened_file import FileReader, OpenedFile, read_header_of
 from asyncshard.pipeline.checkpoint.slicing import find_plan, slice_shard, with_slice_reader
-from asyncshard.pipeline.memory.budget import Account
 from asyncshard.pipeline.shard_cache.cache import CachedFile, CacheStatistics, ShardCache
 from asyncshard.pipeline.shard_cache.reads import read_one, read_whole, unknown
 from asyncshard.pipeline.shard_cache.tensors import ShardTensors
-from asyncshard.pipeline.shard_cache.transfer import CachedTransfer
+from asyncshard.pipeline.shard_cache.transfer import ThroughCache
 from asyncshard.pipeline.transfer.buffered import BufferedTransfer
+from asyncshard.pipeline.transfer.stream import Stream
+from asyncshard.pipeline.transfer.transfer import Pacing, Reading
 from asyncshard.plan.files.layout import is_rank_shard
 from asyncshard.stores import Store
+from asyncshard.stores.opening import ModelPath
 from asyncshard.tasks.single_flight import SingleFlight
-from asyncshard.tasks.threads import DaemonThreads, wait_to_end
+from asyncshard.tasks.threads import wait_to_end
 
 T = TypeVar("T")
 Callback = Callable[[str, Any], object]
@@ -84,8 +85,8 @@ class IncrementalShardLoader(Loader):
         self._cache = ShardCache(self.budget, self._cache_size, is_strict=self.options.strict_budget)
         self._headers = SingleFlight()
         self._reads = SingleFlight()
-        self._located: dict[str, _Located] = {}
-        self._sources = Sources(self.options, self.caching, self.budget)
+        self._locations = Locations(self.access, self.selection, self._cache)
+        self._sources = Sources(self.access, self.options.framework, self.budget)
 
     def __getstate__(self) -> Any:
         return self._cache_size, super().__getstate__()
@@ -178,7 +179,7 @@ class IncrementalShardLoader(Loader):
             return tensors[name]
         self._cache.misses += 1
 
-        async def read_it(opened: Opened, file: CachedFile) -> ShardTensors:
+        async def read_it(opened: OpenedFolder, file: CachedFile) -> ShardTensors:
             async with self._transfer(opened, file) as transfer:
                 return await read_one(transfer, file, self._cache, name)
 
@@ -198,7 +199,7 @@ class IncrementalShardLoader(Loader):
             Whatever the callback raises, with a note that names the tensor. The load has stopped then.
         NamesError, CheckpointError, FormatError, BudgetError, StoreError
         """
-        async with self._stream(Request(path)) as weights:
+        async with Stream(self._load(path), ThroughCache(self._cache)) as weights:
             async for name, tensor in weights:
                 try:
                     result = callback(name, tensor)
@@ -221,17 +222,13 @@ class IncrementalShardLoader(Loader):
         The next call reads it again. Tensors in use stay as they are.
         """
         key = key_of(path)
-        is_known = self._forget_location(key)
+        is_known = self._locations.forget(key)
         return self._cache.evict(key) or is_known
 
     def clear(self) -> None:
         """Forget everything. Tensors in use stay as they are."""
-        for key in list(self._located):
-            self._forget_location(key)
+        self._locations.clear()
         self._cache.clear()
-
-    def _staged_transfer(self, *args: Any) -> BufferedTransfer:
-        return CachedTransfer(*args, cache=self._cache)
 
     # Reading, each in a task that the waiters share
 
@@ -239,7 +236,7 @@ class IncrementalShardLoader(Loader):
         self,
         key: str,
         path: ShardFile,
-        read: Callable[[Opened, CachedFile], Coroutine[Any, Any, T]],
+        read: Callable[[OpenedFolder, CachedFile], Coroutine[Any, Any, T]],
     ) -> T:
         async with self._sources.opened(path) as opened:
             while True:
@@ -253,18 +250,13 @@ class IncrementalShardLoader(Loader):
                         raise
                     self._cache.evict(key)  # its header was that of the file before
 
-    async def _read_header(self, opened: Opened) -> OpenedFile:
+    async def _read_header(self, opened: OpenedFolder) -> OpenedFile:
         if is_rank_shard(opened.name, self._selection.pattern):
             refuse_second_cut(self._selection, opened.store.path_of(opened.name))
         account = self._cache.open_account()  # while it is parsed
         try:
             shard = await read_header_of(
-                opened.store,
-                opened.name,
-                opened.threads,
-                max_header_bytes=self._options.max_header_bytes,
-                max_tensors=self._options.max_tensors,
-                account=account,
+                opened.store, opened.name, opened.threads, self._options.header_limits, account
             )
             if self._selection.is_sliced:
                 plan = await find_plan(opened.store, self._selection, opened.threads)
@@ -273,77 +265,38 @@ class IncrementalShardLoader(Loader):
         finally:
             self._cache.discard(account)
 
-    async def _read_whole(self, opened: Opened, file: CachedFile) -> ShardTensors:
+    async def _read_whole(self, opened: OpenedFolder, file: CachedFile) -> ShardTensors:
         async with self._transfer(opened, file) as transfer:
             return await read_whole(transfer, file, self._cache, opened.threads)
 
     @asynccontextmanager
-    async def _transfer(self, opened: Opened, file: CachedFile) -> AsyncIterator[BufferedTransfer]:
-        checkpoint, pacing = Checkpoint((file.shard,), FileReader(opened.store)), self._pacing(opened.store)
+    async def _transfer(self, opened: OpenedFolder, file: CachedFile) -> AsyncIterator[BufferedTransfer]:
+        checkpoint = Checkpoint((file.shard,), FileReader(opened.store))
+        pacing = Pacing.of(opened.store, self.options.chunk_size, self.options.prefetch_count)
         account = self._cache.open_account()  # of the scratch for slices
         try:
             if file.shard.slice is not None:
                 checkpoint = await with_slice_reader(checkpoint, opened.threads, account, chunk_size=pacing.chunk_size)
-            yield BufferedTransfer(checkpoint, pacing, opened.library, opened.threads)
+            yield BufferedTransfer(Reading(checkpoint, pacing, opened.threads), opened.library)
         finally:
             self._cache.discard(account)
-
-    # Where files are
 
     async def _file_of(self, path: ShardFile, name: str) -> str:
         """Return the path of the file of a checkpoint that holds a tensor."""
         key = key_of(path)
-        located = self._located.get(key)
-        if located is None:
-            located = await self._headers.run(("located", key), lambda: self._locate(key, path))
-        if located.weight_map is not None:
-            place = located.weight_map.find(name)
-            if place >= 0 and (file := located.weight_map.files[place]) in located.paths:
-                return located.paths[file]
+        location = self._locations.find(key)
+        if location is None:
+            location = await self._headers.run(("located", key), lambda: self._locations.locate(key, path))
+        if location.weight_map is not None:
+            file = location.file_of(name)
+            if file is not None:
+                return file
         else:
-            for file_path in located.paths.values():
-                if name in await self._read(key_of(file_path), file_path, _header_of):
-                    return file_path
+            for file in location.paths.values():
+                if name in await self._read(key_of(file), file, _header_of):
+                    return file
         raise unknown(key, name)
 
-    async def _locate(self, key: str, path: ShardFile) -> _Located:
-        store = open_store(path, self._options)
-        threads = DaemonThreads(1, "asyncshard-work")
-        account = self._cache.open_account()
-        try:
-            found = await choose_files(store, self._selection, threads)
-            account.charge_headers(_INDEX_FACTOR * found.index_bytes, store.url)
-        except BaseException:
-            self._cache.discard(account)
-            raise
-        finally:
-            await threads.aclose()
-            await wait_to_end(asyncio.ensure_future(store.aclose()))
-        paths = {name: store.path_of(name) for name in found.files}
-        self._forget_location(key)
-        self._located[key] = located = _Located(paths, found.weight_map, account)
-        self.budget.reclaim_for_waiters()
-        return located
 
-    def _forget_location(self, key: str) -> bool:
-        located = self._located.pop(key, None)
-        if located is not None:
-            self._cache.discard(located.account)
-        return located is not None
-
-
-class _Located(NamedTuple):
-    """Where a checkpoint's files are."""
-
-    paths: dict[str, str]
-    """By name, in plan order."""
-    weight_map: WeightMap | None
-    account: Account
-
-
-_INDEX_FACTOR = 2
-"""Bytes that a weight map takes for each of its index, about."""
-
-
-async def _header_of(opened: Opened, file: CachedFile) -> Header:
+async def _header_of(opened: OpenedFolder, file: CachedFile) -> Header:
     return file.shard.header

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from asyncshard._typing import Int64Array
 from asyncshard.plan.ranges import merge_ranges
 
 GRAIN = 64
@@ -39,7 +40,7 @@ class ReadItem(NamedTuple):
 
 
 def whole_tensors(
-    shard: int, starts: NDArray[np.int64], stops: NDArray[np.int64], *, limit: int, max_tensors: int
+    shard: int, starts: Int64Array, stops: Int64Array, *, limit: int, max_tensors: int
 ) -> Iterator[ReadItem]:
     """Yield items of at most `limit` bytes that hold whole tensors; a tensor above it is alone in its item.
 
@@ -59,8 +60,8 @@ def whole_tensors(
 
 def placed_tensors(
     shard: int,
-    starts: NDArray[np.int64],
-    stops: NDArray[np.int64],
+    starts: Int64Array,
+    stops: Int64Array,
     *,
     is_wanted: NDArray[np.bool_],
     is_alone: NDArray[np.bool_],
@@ -113,8 +114,8 @@ def placed_tensors(
 
 
 def _gaps(
-    starts: NDArray[np.int64],
-    stops: NDArray[np.int64],
+    starts: Int64Array,
+    stops: Int64Array,
     is_wanted: NDArray[np.bool_],
     is_joined: NDArray[np.bool_],
     max_gap: int,

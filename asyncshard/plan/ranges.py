@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
-from numpy.typing import NDArray
+
+from asyncshard._typing import Int64Array
 
 _MOST = np.iinfo(np.int64).max
 
 
 def merge_ranges(
-    offsets: NDArray[np.int64], lengths: NDArray[np.int64], *, max_gap: int, max_bytes: int, max_count: int
-) -> NDArray[np.int64]:
+    offsets: Int64Array, lengths: Int64Array, *, max_gap: int, max_bytes: int, max_count: int
+) -> Int64Array:
     """Return the bounds of groups: group `i` is of the ranges from ``bounds[i]`` up to ``bounds[i + 1]``.
 
     Each group takes as many ranges as the limits allow; a range above `max_bytes` is a group by itself. Of no ranges
@@ -49,7 +50,7 @@ def merge_ranges(
 
 
 def _cuts(
-    offsets: NDArray[np.int64], ends: NDArray[np.int64], first: int, last: int, max_bytes: int, max_count: int
+    offsets: Int64Array, ends: Int64Array, first: int, last: int, max_bytes: int, max_count: int
 ) -> Iterator[int]:
     """Yield where new groups begin in the ranges from `first` up to `last`, no two of which are too far apart."""
     while True:

@@ -13,14 +13,12 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Itera
 from contextlib import asynccontextmanager
 from typing import NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-
 from asyncshard._core import gather_runs
+from asyncshard._typing import Int64Array
 from asyncshard.plan.ranges import merge_ranges
-from asyncshard.tasks.threads import DaemonThreads, all_of
+from asyncshard.tasks.bounded import run_bounded
+from asyncshard.tasks.threads import DaemonThreads
 
-Offsets = NDArray[np.int64]
 ReadInto = Callable[[int, Sequence[memoryview]], Awaitable[None]]
 """Fills buffers from an offset of the object on."""
 
@@ -61,7 +59,7 @@ class Scratch:
                 self._free.append(slab)
 
     async def gather(
-        self, source: memoryview, offsets: Offsets, lengths: Offsets, buffers: Sequence[memoryview]
+        self, source: memoryview, offsets: Int64Array, lengths: Int64Array, buffers: Sequence[memoryview]
     ) -> None:
         """Fill buffers with pieces of a slab."""
         if source.nbytes < _LARGE_COPY:
@@ -80,8 +78,8 @@ class _Group(NamedTuple):
 
 async def read_ranges(
     read_into: ReadInto,
-    offsets: Offsets,
-    lengths: Offsets,
+    offsets: Int64Array,
+    lengths: Int64Array,
     buffers: Sequence[memoryview],
     *,
     max_gap: int,
@@ -93,16 +91,13 @@ async def read_ranges(
     """
     bounds = merge_ranges(offsets, lengths, max_gap=max_gap, max_bytes=scratch.slab_bytes, max_count=sys.maxsize)
     groups = _groups(bounds, lengths, buffers)
-
-    async def work() -> None:
-        for group in groups:
-            await _read_group(read_into, offsets[group.first : group.last], lengths, group, scratch)
-
-    count = min(_GROUPS_AT_ONCE, len(offsets))
-    await all_of([asyncio.ensure_future(work()) for _ in range(count)])
+    reads = (_read_group(read_into, offsets[group.first : group.last], lengths, group, scratch) for group in groups)
+    await run_bounded(min(_GROUPS_AT_ONCE, len(bounds) - 1), reads, on_failure="cancel")
 
 
-async def _read_group(read_into: ReadInto, offsets: Offsets, lengths: Offsets, group: _Group, scratch: Scratch) -> None:
+async def _read_group(
+    read_into: ReadInto, offsets: Int64Array, lengths: Int64Array, group: _Group, scratch: Scratch
+) -> None:
     start = int(offsets[0])
     if len(offsets) == 1:
         await read_into(start, group.buffers)
@@ -114,7 +109,7 @@ async def _read_group(read_into: ReadInto, offsets: Offsets, lengths: Offsets, g
         await scratch.gather(cover, offsets - start, lengths[group.first : group.last], group.buffers)
 
 
-def _groups(bounds: Offsets, lengths: Offsets, buffers: Sequence[memoryview]) -> Iterator[_Group]:
+def _groups(bounds: Int64Array, lengths: Int64Array, buffers: Sequence[memoryview]) -> Iterator[_Group]:
     """Yield the groups between `bounds`, with their share of the buffers."""
     cut = cutter(buffers)
     next(cut)

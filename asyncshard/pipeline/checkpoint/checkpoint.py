@@ -5,14 +5,13 @@ No tensor data is read here. All that can be known to be wrong without it is rai
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Literal, NamedTuple
 
 from asyncshard._core import WeightMap, duplicate_names
 from asyncshard.errors import CheckpointError, NamesError
-from asyncshard.format.header import TensorInfo
+from asyncshard.format.header import HeaderLimits, TensorInfo
 from asyncshard.format.index import MAX_INDEX_BYTES, parse_index
 from asyncshard.format.pattern import ShardPattern
 from asyncshard.pipeline.checkpoint.opened_file import FileReader, OpenedFile, read_header_of
@@ -21,13 +20,14 @@ from asyncshard.plan.check.file_facts import EMBEDDING, output_names
 from asyncshard.plan.check.judgement import index_disagreement
 from asyncshard.plan.files.layout import choose_layout, index_files, is_rank_shard
 from asyncshard.plan.tensor_filter import TensorFilter
+from asyncshard.plan.text import LISTED, enumerate_names
 from asyncshard.plan.tp.plan import TpPlan
 from asyncshard.stores.base import Store
+from asyncshard.tasks.bounded import run_bounded
 from asyncshard.tasks.pace import yielding_gil
 from asyncshard.tasks.threads import DaemonThreads
 
 _HEADERS_AT_ONCE = 8
-_LISTED = 20
 
 
 class Selection(NamedTuple):
@@ -38,10 +38,8 @@ class Selection(NamedTuple):
     rank: int = 0
     world_size: int = 1
     pp_rank: int = 0
-    max_header_bytes: int | None = None
-    """For each shard; None for the format's own limit."""
-    max_tensors: int | None = None
-    """For each shard."""
+    limits: HeaderLimits = HeaderLimits()
+    """Of each file's header."""
     tp_plan: TpPlan | Literal["auto"] | None = None
     """How tensors are divided among the ranks; None where the files are the rank's already."""
     tensor_filter: TensorFilter | None = None
@@ -204,7 +202,7 @@ async def open_files(
 
 def _check_names(shards: Sequence[OpenedFile], found: ShardNames, path: str) -> None:
     """Raise CheckpointError where a tensor stands in two shards, or where the index is wrong. Slow for many tensors."""
-    twice = duplicate_names([shard.header.table for shard in shards], _LISTED)
+    twice = duplicate_names([shard.header.table for shard in shards], limit=LISTED)
     if twice:
         files = found.files
         listed = "; ".join(f"{name!r} in {files[one]} and {files[other]}" for name, one, other in twice)
@@ -212,7 +210,7 @@ def _check_names(shards: Sequence[OpenedFile], found: ShardNames, path: str) -> 
     if found.weight_map is not None:
         numbers = {name: number for number, name in enumerate(found.weight_map.files)}
         for shard in shards:
-            names = found.weight_map.compare(numbers[shard.meta.name], shard.header.table, _LISTED)
+            names = found.weight_map.compare(numbers[shard.meta.name], shard.header.table, limit=LISTED)
             disagreement = index_disagreement(shard.path, *names)
             if disagreement is not None:
                 raise disagreement
@@ -248,7 +246,7 @@ def require_wanted(count: int, missing: Sequence[str], path: str) -> None:
     if missing:
         names = tuple(sorted(missing))
         raise NamesError(
-            f"{path}: the tensor_filter names tensors that are not there: {', '.join(map(repr, names[:_LISTED]))}",
+            f"{path}: the tensor_filter names tensors that are not there: {enumerate_names(names, is_quoted=True)}",
             path=path,
             missing=names,
         )
@@ -259,30 +257,6 @@ def require_wanted(count: int, missing: Sequence[str], path: str) -> None:
 async def _open_shards(
     store: Store, files: Sequence[str], selection: Selection, threads: DaemonThreads, account: Account
 ) -> list[OpenedFile]:
-    """Open a few at a time; of several failures raise that of the first shard."""
-    results: list[OpenedFile | Exception | None] = [None] * len(files)
-    pending = iter(enumerate(files))
-
-    async def work() -> None:
-        for number, name in pending:
-            try:
-                results[number] = await read_header_of(
-                    store,
-                    name,
-                    threads,
-                    max_header_bytes=selection.max_header_bytes,
-                    max_tensors=selection.max_tensors,
-                    account=account,
-                )
-            except Exception as error:
-                results[number] = error
-                for _ in pending:  # the others finish what they began and stop too
-                    pass
-
-    async with asyncio.TaskGroup() as group:
-        for _ in range(min(_HEADERS_AT_ONCE, len(files))):
-            group.create_task(work())
-    for result in results:
-        if isinstance(result, Exception):
-            raise result
-    return [result for result in results if isinstance(result, OpenedFile)]
+    """Open files, a few at a time; of several failures raise that of the first file."""
+    jobs = (read_header_of(store, name, threads, selection.limits, account) for name in files)
+    return await run_bounded(min(_HEADERS_AT_ONCE, len(files)), jobs, on_failure="finish")

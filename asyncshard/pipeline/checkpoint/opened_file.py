@@ -7,7 +7,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from asyncshard.format.header import Header, header_size, parse_header
+from asyncshard.format.header import Header, HeaderLimits, header_size, parse_header
 from asyncshard.pipeline.memory.budget import Account
 from asyncshard.plan.file_slices.file_slice import FileSlice
 from asyncshard.stores.base import ObjectMeta, Store
@@ -81,12 +81,12 @@ class OpenedHeader(NamedTuple):
         return int(self.size * _PARSE_FACTOR)
 
 
-async def open_header(store: Store, name: str, *, max_header_bytes: int | None = None) -> OpenedHeader:
+async def open_header(store: Store, name: str, limits: HeaderLimits) -> OpenedHeader:
     """Open a file and read the length of its header."""
     path = store.path_of(name)
     meta, head = await store.open(name, _FIRST_READ)
-    limit = {} if max_header_bytes is None else {"max_header_bytes": max_header_bytes}
-    return OpenedHeader(meta, path, head, header_size(head, meta.size, path=path, **limit))
+    size = header_size(head, meta.size, max_header_bytes=limits.max_header_bytes, path=path)
+    return OpenedHeader(meta, path, head, size)
 
 
 async def parse_opened(
@@ -94,9 +94,7 @@ async def parse_opened(
     opened: OpenedHeader,
     threads: DaemonThreads,
     then: Callable[[Header], T],
-    *,
-    max_header_bytes: int | None = None,
-    max_tensors: int | None = None,
+    limits: HeaderLimits,
 ) -> T:
     """Read and validate the rest of a header, and return what `then` makes of it, in the same thread."""
     meta, path, head, size = opened
@@ -112,7 +110,11 @@ async def parse_opened(
 
     def parse() -> T:
         header = parse_header(
-            holder.pop().data, meta.size, max_tensors=max_tensors, max_header_bytes=max_header_bytes, path=path
+            holder.pop().data,
+            meta.size,
+            max_tensors=limits.max_tensors,
+            max_header_bytes=limits.max_header_bytes,
+            path=path,
         )
         return then(header)
 
@@ -120,21 +122,13 @@ async def parse_opened(
 
 
 async def read_header_of(
-    store: Store,
-    name: str,
-    threads: DaemonThreads,
-    *,
-    max_header_bytes: int | None = None,
-    max_tensors: int | None = None,
-    account: Account | None = None,
+    store: Store, name: str, threads: DaemonThreads, limits: HeaderLimits, account: Account | None
 ) -> OpenedFile:
-    """Read and validate the header of one file."""
-    opened = await open_header(store, name, max_header_bytes=max_header_bytes)
+    """Read and validate the header of one file; its memory is charged to `account`, if there is one."""
+    opened = await open_header(store, name, limits)
     if account is not None:
         account.charge_headers(opened.parse_bytes, opened.path)
-    header: Header = await parse_opened(
-        store, opened, threads, lambda parsed: parsed, max_header_bytes=max_header_bytes, max_tensors=max_tensors
-    )
+    header: Header = await parse_opened(store, opened, threads, lambda parsed: parsed, limits)
     if account is not None:
         account.charge_headers(header.nbytes - opened.parse_bytes, opened.path)
     return OpenedFile(opened.meta, opened.path, header)

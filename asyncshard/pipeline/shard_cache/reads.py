@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 
 from asyncshard.errors import BudgetError, NamesError
@@ -11,7 +10,8 @@ from asyncshard.pipeline.shard_cache.cache import CachedFile, ShardCache
 from asyncshard.pipeline.shard_cache.tensors import ShardTensors
 from asyncshard.pipeline.transfer.buffered import BufferedTransfer
 from asyncshard.plan.items import ReadItem
-from asyncshard.tasks.threads import DaemonThreads, all_of
+from asyncshard.tasks.bounded import run_bounded
+from asyncshard.tasks.threads import DaemonThreads
 
 
 async def read_whole(
@@ -65,14 +65,8 @@ async def _read_items(
         )
     )
     placed = [(item, next(leases) if size else None) for item, size in zip(items, sizes, strict=True)]
-    pending = iter(placed)
-
-    async def work() -> None:
-        for item, lease in pending:
-            await transfer.read(item, lease)
-
-    count = min(transfer.pacing.prefetch_count, len(placed))
-    await all_of([asyncio.ensure_future(work()) for _ in range(count)])
+    reads = (transfer.read(item, lease) for item, lease in placed)
+    await run_bounded(min(transfer.pacing.prefetch_count, len(placed)), reads, on_failure="cancel")
     return ShardTensors(transfer, items, [lease for _, lease in placed])
 
 

@@ -8,13 +8,14 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from asyncshard._typing import Int64Array
 from asyncshard.errors import CheckpointError
 from asyncshard.format.digests import DIGESTS_KEY, DIGITS
 from asyncshard.format.dtypes import DTYPES
 from asyncshard.format.header import Header
 from asyncshard.plan.division.placements import Placement
 from asyncshard.plan.division.slices import Slice, slice_tensor, whole_tensor
-from asyncshard.plan.file_slices.file_slice import FileSlice, Offsets, Patterns
+from asyncshard.plan.file_slices.file_slice import FileSlice, Patterns
 from asyncshard.plan.tp.plan import Paced, TpPlan
 
 
@@ -125,7 +126,7 @@ def _numbered(values: NDArray[np.int32]) -> tuple[NDArray[np.intp], NDArray[np.i
     return firsts[order], np.argsort(order)[numbers]
 
 
-def _digest_of(shapes: Sequence[tuple[int, ...]], named: Offsets | str) -> hashlib.blake2b:
+def _digest_of(shapes: Sequence[tuple[int, ...]], named: Int64Array | str) -> hashlib.blake2b:
     """Begin a slice's digest with its distinct shapes, and its rows in the file or the one name that it has instead."""
     digest = hashlib.blake2b(digest_size=16)
     for shape in shapes:
@@ -135,7 +136,7 @@ def _digest_of(shapes: Sequence[tuple[int, ...]], named: Offsets | str) -> hashl
 
 
 def _finish(
-    virtual: Header, digest: hashlib.blake2b, starts: Offsets, kinds: NDArray[np.int32], patterns: Patterns
+    virtual: Header, digest: hashlib.blake2b, starts: Int64Array, kinds: NDArray[np.int32], patterns: Patterns
 ) -> FileSlice:
     counts = (patterns.outer * patterns.runs_in_row)[kinds] if len(kinds) else np.empty(0, np.int64)
     for column in (virtual.table.dtype_codes, starts, kinds, *patterns):
@@ -144,7 +145,7 @@ def _finish(
     return FileSlice(virtual, starts, kinds, patterns, runs_before, digest.hexdigest())
 
 
-def _metadata(header: Header, rows: Offsets, *, are_whole: bool) -> dict[str, str]:
+def _metadata(header: Header, rows: Int64Array, *, are_whole: bool) -> dict[str, str]:
     metadata = header.metadata
     digests = metadata.pop(DIGESTS_KEY, None)
     if digests is None or not are_whole:
