@@ -16,7 +16,7 @@ PACKAGE = Path(asyncshard.__file__).parent
 FLOORS: tuple[set[str], ...] = (
     {"errors", "events", "extras", "_core", "_typing", "_version"},
     {"tasks", "format"},
-    {"plan.text"},
+    {"plan.text", "plan.ranges"},
     {"plan.division", "plan.items", "plan.tensor_filter"},
     {"plan.tp", "plan.files", "plan.assignment"},
     {"plan.file_slices", "plan.check"},
