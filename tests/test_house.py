@@ -17,7 +17,7 @@ FLOORS: tuple[set[str], ...] = (
     {"errors", "_core", "_version"},
     {"tasks", "format"},
     {"plan.text"},
-    {"plan.division", "plan.items", "plan.tensor_filter"},
+    {"plan.division", "plan.items", "plan.tensor_filter", "plan.ties"},
     {"plan.tp", "plan.files", "plan.assignment"},
     {"plan.file_slices", "plan.check"},
     {"stores.ranges", "stores.scatter"},

@@ -15,7 +15,7 @@ from asyncshard.loaders.options import Options
 from asyncshard.pipeline.checkpoint.checkpoint import Checkpoint, Selection, open_checkpoint
 from asyncshard.pipeline.checkpoint.load_plan import LoadPlan
 from asyncshard.pipeline.checkpoint.slicing import open_sliced
-from asyncshard.pipeline.checkpoint.ties import add_ties
+from asyncshard.pipeline.checkpoint.ties import add_ties, find_ties
 from asyncshard.pipeline.checkpoint.version import CheckpointVersion
 from asyncshard.pipeline.memory.budget import Account, MemoryBudget
 from asyncshard.pipeline.memory.free_memory import default_budget_mb
@@ -260,6 +260,8 @@ class Loader:
     async def _plan(self, request: Request, store: Store, checkpoint: Checkpoint, threads: DaemonThreads) -> Transfer:
         pacing = self._pacing(store)
         library = await threads.run(self._options.library, request.into)
+        if request.into is None:
+            checkpoint = await find_ties(store, checkpoint, threads)
         if request.into is None and not request.is_new:
 
             def stage() -> Transfer:

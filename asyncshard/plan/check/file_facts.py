@@ -19,9 +19,7 @@ from asyncshard._core import WeightMap
 from asyncshard.format.dtypes import DTYPES
 from asyncshard.format.header import Header
 from asyncshard.plan.text import LISTED
-
-EMBEDDING, OUTPUT = "embed_tokens.weight", "lm_head.weight"
-"""How the names end of the two tensors that a model may share."""
+from asyncshard.plan.ties import EMBEDDING, OUTPUT, told_ties
 
 MOST = 4096
 """How many names are kept of those that disagree with the index, or are tied, in one file."""
@@ -56,7 +54,7 @@ class FileFacts:
     nbytes: int
     """Bytes of all tensors."""
     ties: tuple[tuple[str, str], ...] = ()
-    """Names that the metadata ties to a tensor of the file, each with the tensor's."""
+    """Ties that the metadata tells, at most `MOST`: each the missing name, and that of a tensor of the file."""
     embeddings: tuple[str, ...] = ()
     """Names that end like `EMBEDDING` or `OUTPUT`."""
     absent: tuple[str, ...] = ()
@@ -85,11 +83,12 @@ def facts_of(
         The place of the file in its ``files``. A file that it does not name is not compared.
     """
     packed, embeddings = _pack(iter(names), len(header))
-    ties = dict(_ties(header))
     absent: Sequence[str] = ()
     unexpected: Sequence[str] = ()
     if weight_map is not None and number is not None:
         absent, unexpected = weight_map.compare(number, header.table, MOST)
+    asked = frozenset(absent)
+    ties = dict(islice(told_ties(header.metadata, header.__contains__, asked.__contains__), MOST))
     codes = np.array(header.table.dtype_codes)  # a copy: the header is let go of
     sizes = header.table.stops - header.table.starts
     return FileFacts(
@@ -121,12 +120,6 @@ def _pack(names: Iterator[str], count: int) -> tuple[PackedNames, tuple[str, ...
         start = stop
     pieces.append(packer.flush())
     return PackedNames(hashes, lengths, b"".join(pieces)), tuple(embeddings[:MOST])
-
-
-def _ties(header: Header) -> Iterator[tuple[str, str]]:
-    """Yield the names that safetensors left out because another tensor is the same: ``{"absent": "present"}``."""
-    found = ((name, kept) for name, kept in header.metadata.items() if kept in header and name not in header)
-    return islice(found, MOST)
 
 
 class Duplicate(NamedTuple):
@@ -204,9 +197,3 @@ def _is_in(values: NDArray[np.int64], others: NDArray[np.int64]) -> NDArray[np.b
     places = np.minimum(np.searchsorted(others, values), len(others) - 1)
     found: NDArray[np.bool_] = others[places] == values
     return found
-
-
-def output_names(embedding: str) -> tuple[str, ...]:
-    """Return the names that the output layer may have beside an embedding: it stands in one of the modules above."""
-    above = embedding.removesuffix(EMBEDDING).split(".")[:-1]
-    return tuple(".".join([*above[:depth], OUTPUT]) for depth in range(len(above) + 1))

@@ -125,7 +125,7 @@ async def test_tied_tensors_are_written_once_and_come_back_as_one(tmp_path, tens
     await asyncshard.save_sharded_state({**made, HEAD: made[EMBED]}, tmp_path, rank=0, metadata={"step": "3"})
     (header,) = [await asyncshard.read_header(path) for path in tmp_path.iterdir()]
     assert set(header) == set(tensors) - {EMBED} | {HEAD}  # the smaller name stays
-    assert header.metadata == {"step": "3", EMBED: HEAD}
+    assert header.metadata == {"step": "3", EMBED: HEAD, f"asyncshard.tie.{EMBED}": HEAD}
     weights = await asyncshard.load(tmp_path, framework=library)
     assert weights[HEAD] is weights[EMBED]
     assert np.array_equal(np.asarray(weights[EMBED]), tensors[EMBED])
