@@ -12,7 +12,6 @@ from typing import Any, NamedTuple, Self, TypeVar, Unpack
 
 from asyncshard._core import WeightMap
 from asyncshard.errors import ObjectChangedError
-from asyncshard.format.header import Header
 from asyncshard.loaders.files import ModelPath, open_store
 from asyncshard.loaders.loader import Loader, Request, inherited
 from asyncshard.loaders.options import ReadTuning, require_int
@@ -20,13 +19,14 @@ from asyncshard.loaders.sources import Opened, ShardFile, Sources, key_of
 from asyncshard.pipeline.checkpoint.checkpoint import Checkpoint, choose_files, refuse_second_cut
 from asyncshard.pipeline.checkpoint.opened_file import OpenedFile, read_header_of
 from asyncshard.pipeline.checkpoint.slicing import find_plan, slice_shard, with_slice_reader
+from asyncshard.pipeline.checkpoint.ties import embedding_beside, find_tied, possible_tie
 from asyncshard.pipeline.memory.budget import Account
 from asyncshard.pipeline.shard_cache.cache import CachedFile, CacheStatistics, ShardCache
-from asyncshard.pipeline.shard_cache.reads import read_one, read_whole, unknown
+from asyncshard.pipeline.shard_cache.reads import read_one, read_tied, read_whole, unknown
 from asyncshard.pipeline.shard_cache.tensors import ShardTensors
 from asyncshard.pipeline.shard_cache.transfer import CachedTransfer
 from asyncshard.pipeline.transfer.buffered import BufferedTransfer
-from asyncshard.plan.files.layout import is_rank_shard
+from asyncshard.plan.files.layout import is_one_of_several, is_rank_shard
 from asyncshard.stores import Store
 from asyncshard.tasks.single_flight import SingleFlight
 from asyncshard.tasks.threads import DaemonThreads, wait_to_end
@@ -124,7 +124,9 @@ class IncrementalShardLoader(Loader):
     async def load_shard(self, shard_file: ShardFile) -> ShardTensors:
         """Return the tensors of one file: a read-only mapping of name to tensor.
 
-        With a `tp_plan` they are this rank's slices, and with a `tensor_filter` the wanted ones.
+        With a `tp_plan` they are this rank's slices, and with a `tensor_filter` the wanted ones. What the file's
+        metadata ties to one of them is among them, in the same memory, unless the plan has a rule for its name.
+        `get_tensor` knows it too, and what ``config.json`` ties.
 
         Tasks that ask for the same file meanwhile share one read. Cancelling one of them disturbs no other; cancelling
         all stops the read.
@@ -150,13 +152,15 @@ class IncrementalShardLoader(Loader):
         return await self._reads.run(key, lambda: self._read(key, shard_file, self._read_whole))
 
     async def get_tensor(self, path: ShardFile, name: str) -> Any:
-        """Return one tensor, reading no other's bytes.
+        """Return one tensor, reading no other's bytes. A tied one is the tensor that it is tied to, in the same memory.
 
         Parameters
         ----------
         path : str or path
             A local path or URL of a ``.safetensors`` file, or of a directory or prefix that holds a checkpoint.
         name : str
+            Of a tensor that is stored, or tied to one by a file's metadata or by ``config.json``; the latter tells
+            nothing of one file of several.
 
         Raises
         ------
@@ -166,23 +170,25 @@ class IncrementalShardLoader(Loader):
             The tensor exceeds the budget.
         FormatError, CheckpointError, StoreError
         """
-        if not os.fspath(path).endswith(".safetensors"):
+        is_directory = not os.fspath(path).endswith(".safetensors")
+        if is_directory:
             path = await self._file_of(path, name)
         key = key_of(path)
         file = self._cache.find(key)
         tensors = None if file is None else file.tensors or file.lone.get(name)
-        if tensors is not None:
-            if name not in tensors:
-                raise unknown(key, name)
+        if tensors is not None and name in tensors:
             self._cache.hits += 1
             return tensors[name]
         self._cache.misses += 1
 
         async def read_it(opened: Opened, file: CachedFile) -> ShardTensors:
-            async with self._transfer(opened, file) as transfer:
+            if name not in file.shard.header:
+                is_whole_model = is_directory or not is_one_of_several(opened.name)
+                return await self._read_tied(opened, file, name, is_whole_model=is_whole_model)
+            async with self._transfer(opened, file.shard) as transfer:
                 return await read_one(transfer, file, self._cache, name)
 
-        tensors = await self._reads.run((key, name), lambda: self._read(key, path, read_it))
+        tensors = await self._reads.run((key, name, is_directory), lambda: self._read(key, path, read_it))
         return tensors[name]
 
     async def load_weights_incremental(self, path: ModelPath, callback: Callback) -> None:
@@ -253,7 +259,7 @@ class IncrementalShardLoader(Loader):
                         raise
                     self._cache.evict(key)  # its header was that of the file before
 
-    async def _read_header(self, opened: Opened) -> OpenedFile:
+    async def _read_header(self, opened: Opened, *, is_sliced: bool = True) -> OpenedFile:
         if is_rank_shard(opened.name, self._selection.pattern):
             refuse_second_cut(self._selection, opened.store.path_of(opened.name))
         account = self._cache.open_account()  # while it is parsed
@@ -266,7 +272,7 @@ class IncrementalShardLoader(Loader):
                 max_tensors=self._options.max_tensors,
                 account=account,
             )
-            if self._selection.is_sliced:
+            if is_sliced and self._selection.is_sliced:
                 plan = await find_plan(opened.store, self._selection, opened.threads)
                 shard = await opened.threads.run(slice_shard, shard, self._selection, plan)
             return shard
@@ -274,15 +280,31 @@ class IncrementalShardLoader(Loader):
             self._cache.discard(account)
 
     async def _read_whole(self, opened: Opened, file: CachedFile) -> ShardTensors:
-        async with self._transfer(opened, file) as transfer:
-            return await read_whole(transfer, file, self._cache, opened.threads)
+        async with self._transfer(opened, file.shard) as transfer:
+            return await read_whole(transfer, file, self._cache, opened.threads, self._selection)
+
+    async def _read_tied(self, opened: Opened, file: CachedFile, name: str, *, is_whole_model: bool) -> ShardTensors:
+        """Read a tensor that the file does not hold under this name."""
+        whole = file.shard
+        if self._selection.is_sliced:  # the plan may divide it otherwise, or the filter want just it
+            whole = await self._read_header(opened, is_sliced=False)
+            if whole.meta != (file.shard.meta if file.shard.part is None else file.shard.meta.version.whole):
+                path = file.shard.path
+                raise ObjectChangedError(f"{path}: the file was replaced since its header was read", path=path)
+        tied = await find_tied(
+            opened.store, whole, name, self._selection, opened.threads, is_whole_model=is_whole_model
+        )
+        if tied is None:
+            raise unknown(file.shard.path, name)
+        async with self._transfer(opened, tied.alone or file.shard) as transfer:
+            return await read_tied(transfer, file, self._cache, name, tied)
 
     @asynccontextmanager
-    async def _transfer(self, opened: Opened, file: CachedFile) -> AsyncIterator[BufferedTransfer]:
-        store, checkpoint, pacing = opened.store, Checkpoint((file.shard,)), self._pacing(opened.store)
+    async def _transfer(self, opened: Opened, shard: OpenedFile) -> AsyncIterator[BufferedTransfer]:
+        store, checkpoint, pacing = opened.store, Checkpoint((shard,)), self._pacing(opened.store)
         account = self._cache.open_account()  # of the scratch for slices
         try:
-            if file.shard.part is not None:
+            if shard.part is not None:
                 store, checkpoint = await with_slice_reader(
                     store, checkpoint, opened.threads, account, chunk_size=pacing.chunk_size
                 )
@@ -299,14 +321,40 @@ class IncrementalShardLoader(Loader):
         if located is None:
             located = await self._headers.run(("located", key), lambda: self._locate(key, path))
         if located.weight_map is not None:
-            place = located.weight_map.find(name)
-            if place >= 0 and (file := located.weight_map.files[place]) in located.paths:
-                return located.paths[file]
+            file = located.file_of(name)
+            if file is not None:
+                return file
         else:
             for file_path in located.paths.values():
-                if name in await self._read(key_of(file_path), file_path, _header_of):
+                if name in (await self._shard_at(file_path)).header:
                     return file_path
+        return await self._file_of_tied(key, located, name)
+
+    async def _file_of_tied(self, key: str, located: _Located, name: str) -> str:
+        """Return the path of the file with the tensor to which a name that no file holds may be tied."""
+        if name not in located.tied:
+            threads = DaemonThreads(1, "asyncshard-work")
+            try:
+                located.tied[name] = await self._find_file_of_tied(key, located, name, threads)
+            finally:
+                await threads.aclose()
+        return located.tied[name]
+
+    async def _find_file_of_tied(self, key: str, located: _Located, name: str, threads: DaemonThreads) -> str:
+        if located.weight_map is not None:
+            embedding = await threads.run(embedding_beside, located.weight_map, name)
+            file = None if embedding is None else located.file_of(embedding)
+            if file is not None:
+                return file
+        shards = [await self._shard_at(file_path) for file_path in located.paths.values()]
+        tie = await threads.run(possible_tie, Checkpoint(tuple(shards)), name)
+        for file_path, shard in zip(located.paths.values(), shards, strict=True):
+            if tie is not None and tie.stored_name in shard.header:
+                return file_path
         raise unknown(key, name)
+
+    async def _shard_at(self, file_path: str) -> OpenedFile:
+        return await self._read(key_of(file_path), file_path, _shard_of)
 
     async def _locate(self, key: str, path: ShardFile) -> _Located:
         store = open_store(path, self._options)
@@ -323,7 +371,7 @@ class IncrementalShardLoader(Loader):
             await wait_to_end(asyncio.ensure_future(store.aclose()))
         paths = {name: store.path_of(name) for name in found.files}
         self._forget_location(key)
-        self._located[key] = located = _Located(paths, found.weight_map, account)
+        self._located[key] = located = _Located(paths, found.weight_map, account, {})
         self.budget.reclaim_for_waiters()
         return located
 
@@ -341,11 +389,18 @@ class _Located(NamedTuple):
     """By name, in plan order."""
     weight_map: WeightMap | None
     account: Account
+    tied: dict[str, str]
+    """Paths of the files with what names may be tied to that no file holds."""
+
+    def file_of(self, name: str) -> str | None:
+        """Return the path of the file in which the index places a tensor."""
+        place = -1 if self.weight_map is None else self.weight_map.find(name)
+        return None if self.weight_map is None or place < 0 else self.paths.get(self.weight_map.files[place])
 
 
 _INDEX_FACTOR = 2
 """Bytes that a weight map takes for each of its index, about."""
 
 
-async def _header_of(opened: Opened, file: CachedFile) -> Header:
-    return file.shard.header
+async def _shard_of(opened: Opened, file: CachedFile) -> OpenedFile:
+    return file.shard

@@ -197,6 +197,12 @@ def possible_tie(checkpoint: Checkpoint, name: str) -> PossibleTie | None:
     return None if missing_output is None else PossibleTie(missing_output[1], is_told=False)
 
 
+def embedding_beside(table: HeaderTable | WeightMap, output: str) -> str | None:
+    """Return the one embedding of a table beside which the output layer of this name would be. Slow for many."""
+    embedding = only_embedding(_names_in([table])) if output.endswith(OUTPUT) else None
+    return embedding if embedding is not None and output in output_names(embedding) else None
+
+
 def ties_of_file(shard: OpenedFile, selection: Selection) -> dict[str, str]:
     """Return the ties that the metadata of one file tells whose tensors are one on this rank, too. Slow for many.
 

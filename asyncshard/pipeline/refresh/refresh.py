@@ -17,8 +17,9 @@ from asyncshard.pipeline.checkpoint.version import CheckpointVersion
 from asyncshard.pipeline.memory.budget import Account, MemoryBudget, charge_of
 from asyncshard.pipeline.refresh.changes import ChangedTensors
 from asyncshard.pipeline.refresh.update import Update
-from asyncshard.pipeline.transfer.destinations import MatchedDestinations, ShardDestinations
+from asyncshard.pipeline.transfer.destinations import MatchedDestinations, ShardDestinations, are_equal
 from asyncshard.pipeline.transfer.placed import PlacedTransfer
+from asyncshard.pipeline.transfer.second_copies import copies_differ
 from asyncshard.pipeline.transfer.transfer import Pacing
 from asyncshard.plan.items import ReadItem
 from asyncshard.stores.base import Store
@@ -102,8 +103,7 @@ class Refresh:
         self, checkpoint: Checkpoint, placement: MatchedDestinations, current: CheckpointVersion
     ) -> None:
         if self._since is not None:
-            for shard, changed in zip(placement.shards, self._since.changes(checkpoint, current), strict=True):
-                shard.keep(changed)
+            placement.keep(list(self._since.changes(checkpoint, current)))
 
     async def _allocate(self, nbytes: int, checkpoint: Checkpoint, store: Store) -> Lease | None:
         if not nbytes:
@@ -154,6 +154,7 @@ def _stage(
         destinations = ShardDestinations.empty()
         destinations.given = [None if given is None else owner for given in shard.given]
         destinations.addresses.frombytes((places + base).astype(np.uint64).tobytes())
+        destinations.firsts = shard.firsts
         staged.shards.append(destinations)
     return staged
 
@@ -184,6 +185,8 @@ class RefreshTransfer(PlacedTransfer):
 
     async def read(self, item: ReadItem, lease: Lease | None) -> None:
         await super().read(item, lease)
+        if self.is_staged and self._destinations[item.shard].firsts:
+            await self._compare_copies(item)
         if self._digests[item.shard] is None or self._staged(item) is not None:
             return
         if item.last - item.first == 1:
@@ -195,6 +198,21 @@ class RefreshTransfer(PlacedTransfer):
         except ChecksumError:
             self._done.discard(item)
             raise
+
+    async def _compare_copies(self, item: ReadItem) -> None:
+        """Compare the second copies in an item with the first ones; both are staged."""
+        shard, destinations = self.checkpoint.shards[item.shard], self._destinations[item.shard]
+        for index in range(item.first, item.last):
+            first = destinations.firsts.get(index)
+            if first is None:
+                continue
+            await self._first_copies.wait_for(first)
+            name, _, _, start, stop = shard.header.table.row(index)
+            offset, nbytes = max(item.start - start, 0), min(item.stop, stop) - max(item.start, start)
+            copies = [self._destinations[first[0]].memory(first[1], offset, nbytes)]
+            copies.append(destinations.memory(index, offset, nbytes))
+            if not await self._threads.run(are_equal, *copies):
+                raise copies_differ(shard.path, self.checkpoint.shards[first[0]].header.at(first[1]).name, name)
 
     def _verify(self, item: ReadItem) -> None:
         """Compare the tensors that are whole with this item."""

@@ -15,7 +15,8 @@ from asyncshard._core import Lease
 from asyncshard.arrays.memory import Sink
 from asyncshard.pipeline.checkpoint.checkpoint import Checkpoint
 from asyncshard.pipeline.memory.budget import MemoryBudget
-from asyncshard.pipeline.transfer.destinations import MatchedDestinations, StridedTarget
+from asyncshard.pipeline.transfer.destinations import MatchedDestinations, SecondCopy, StridedTarget, TensorKey
+from asyncshard.pipeline.transfer.second_copies import FirstCopies, copies_differ
 from asyncshard.pipeline.transfer.transfer import Pacing, Transfer
 from asyncshard.plan.items import GRAIN, ReadItem, placed_tensors
 from asyncshard.stores.base import Store
@@ -25,9 +26,6 @@ _MAX_TENSORS = 4096
 """In one item: what reading into separate buffers handles in one call without holding the GIL for long."""
 _MANY_TENSORS = 256
 """From as many in an item on, their memory is looked up in a thread: it takes a microsecond for each."""
-
-_Key = tuple[int, int]
-"""Shard and index of a tensor."""
 
 
 class PlacedTransfer(Transfer):
@@ -51,11 +49,12 @@ class PlacedTransfer(Transfer):
         self.narrowed = placement.narrowed
         self._begun: set[ReadItem] = set()
         self._done: set[ReadItem] = set()
-        self._parts_left: Counter[_Key] = Counter()
+        self._parts_left: Counter[TensorKey] = Counter()
         """Items still to be delivered of the tensors that are split."""
-        self._written: Counter[_Key] = Counter()
+        self._written: Counter[TensorKey] = Counter()
         """Bytes that each sink has taken."""
         self._sink_advanced = asyncio.Condition()
+        self._first_copies = FirstCopies()
         self._unwanted = memoryview(b"")
         """Takes what lies between wanted tensors, of all reads at once: nobody looks at it."""
 
@@ -85,12 +84,13 @@ class PlacedTransfer(Transfer):
         if self.pacing.max_gap_bytes and not all(shard.is_wanted().all() for shard in self._destinations):
             self._unwanted = memoryview(bytearray(self.pacing.max_gap_bytes))
         self.items = items
+        self._first_copies.expect({key for shard in self._destinations for key in shard.firsts.values()}, items)
         self._parts_left.update((item.shard, item.first) for item in items if item.last - item.first == 1)
 
     def buffer_bytes(self, item: ReadItem) -> int:
         return item.nbytes if self._staged(item) is not None else 0
 
-    def _staged(self, item: ReadItem) -> StridedTarget | Sink | None:
+    def _staged(self, item: ReadItem) -> StridedTarget | Sink | SecondCopy | None:
         """Return the destination of an item that goes through a buffer; such a tensor is alone in its items."""
         return self._destinations[item.shard].staged.get(item.first)
 
@@ -108,6 +108,7 @@ class PlacedTransfer(Transfer):
             await self._read_range(item, data)
             await self._pass_on(item, staged, data)
         self._done.add(item)
+        await self._first_copies.note(item)
 
     def _memory(self, item: ReadItem) -> list[memoryview]:
         """Return the destinations' memory that an item fills, in the file's order."""
@@ -127,8 +128,14 @@ class PlacedTransfer(Transfer):
         """Return where in its tensor an item begins."""
         return item.start - int(self.checkpoint.shards[item.shard].header.table.starts[item.first])
 
-    async def _pass_on(self, item: ReadItem, staged: StridedTarget | Sink, data: memoryview) -> None:
+    async def _pass_on(self, item: ReadItem, staged: StridedTarget | Sink | SecondCopy, data: memoryview) -> None:
         offset = self._offset(item)
+        if isinstance(staged, SecondCopy):
+            await self._first_copies.wait_for(staged.first)
+            if not await self._threads.run(staged.holds, offset, data):
+                shard = self.checkpoint.shards[item.shard]
+                raise copies_differ(shard.path, staged.first_name, shard.header.at(item.first).name)
+            return
         if isinstance(staged, StridedTarget):
             await self._threads.run(staged.store, offset // staged.source.itemsize, data)
             return
@@ -154,8 +161,8 @@ class PlacedTransfer(Transfer):
                 yield name, given[index], stop - start
 
     def progress(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        parts: Counter[_Key] = Counter()
-        parts_done: Counter[_Key] = Counter()
+        parts: Counter[TensorKey] = Counter()
+        parts_done: Counter[TensorKey] = Counter()
         for item in self.items:
             if item in self._begun:
                 keys = self._keys(item)
@@ -169,6 +176,6 @@ class PlacedTransfer(Transfer):
         torn = tuple(name_of[key] for key, count in parts.items() if key in begun and parts_done[key] < count)
         return filled, torn
 
-    def _keys(self, item: ReadItem) -> list[_Key]:
+    def _keys(self, item: ReadItem) -> list[TensorKey]:
         given = self._destinations[item.shard].given
         return [(item.shard, index) for index in range(item.first, item.last) if given[index] is not None]

@@ -143,11 +143,16 @@ def is_rank_shard(name: str, pattern: ShardPattern | None = None) -> bool:
     return any(known.parse(name) is not None for known in (KNOWN_PATTERNS if pattern is None else (pattern,)))
 
 
+def is_one_of_several(name: str, pattern: ShardPattern | None = None) -> bool:
+    """Return whether a file is by its name one of those that make up a checkpoint."""
+    return NUMBERED.fullmatch(name) is not None or is_rank_shard(name, pattern)
+
+
 def is_whole_model(layout: Layout, *, is_file: bool, pattern: ShardPattern | None = None) -> bool:
     """Return whether files hold all that a model has on a rank: neither one file of several nor a pipeline stage."""
     name = layout.files[0]
     if is_file:
-        return NUMBERED.fullmatch(name) is None and not is_rank_shard(name, pattern)
+        return not is_one_of_several(name, pattern)
     patterns = KNOWN_PATTERNS if pattern is None else (pattern,)
     return layout.kind != "ranks" or not any(each.has_pp_rank and each.parse(name) is not None for each in patterns)
 
