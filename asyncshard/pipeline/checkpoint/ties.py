@@ -198,9 +198,8 @@ def possible_tie(checkpoint: Checkpoint, name: str) -> PossibleTie | None:
 
 
 def embedding_beside(table: HeaderTable | WeightMap, output: str) -> str | None:
-    """Return the one embedding of a table beside which the output layer of this name would be. Slow for many."""
-    embedding = only_embedding(_names_in([table])) if output.endswith(OUTPUT) else None
-    return embedding if embedding is not None and output in output_names(embedding) else None
+    """Return the one embedding of a table, if the name is that of an output layer. Slow for many tensors."""
+    return only_embedding(_names_in([table])) if output.endswith(OUTPUT) else None
 
 
 def ties_of_file(shard: OpenedFile, selection: Selection) -> dict[str, str]:
