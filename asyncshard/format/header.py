@@ -1,17 +1,20 @@
 """The header of a safetensors file: its length, its tensors, its metadata.
 
 Layout: 8 bytes, little-endian unsigned 64-bit ``n``; ``n`` bytes of UTF-8 JSON; the tensors' data, to the end of the
-file. Nothing here reads a file: `header_size` takes the first 8 bytes and says how many to get, `parse_header` takes
-those. The JSON and the rules on the tensors (types, shapes, sizes, offsets without a hole or an overlap) are checked
-by the compiled core, without the GIL.
+file. ``docs/format.md`` states the rules, by number. Nothing here reads a file: `header_size` takes the first 8 bytes
+and says how many to get, `parse_header` takes those. The JSON and the rules on the tensors (types, shapes, sizes,
+offsets without a hole or an overlap) are checked by the compiled core, without the GIL.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from json.encoder import encode_basestring_ascii
 from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from asyncshard._core import HeaderTable, parse_header_table
 from asyncshard.errors import FormatError
@@ -52,7 +55,7 @@ class TensorInfo(NamedTuple):
 
 
 class Header(Mapping[str, TensorInfo]):
-    """The tensors of one file by name, in the order of their bytes. Immutable; made by `parse_header`.
+    """The tensors of one file by name, in the order of their bytes. Immutable; made by `parse_header` or `take`.
 
     A tensor's `TensorInfo` is made when it is asked for: a header of a million tensors is a few arrays.
     """
@@ -96,17 +99,56 @@ class Header(Mapping[str, TensorInfo]):
         """Bytes of memory that the header holds."""
         return self.table.nbytes
 
+    def take(
+        self,
+        rows: NDArray[np.int64],
+        shapes: Sequence[tuple[int, ...]],
+        kinds: NDArray[np.int32],
+        *,
+        metadata: Mapping[str, str] | None = None,
+        names: Sequence[str] | None = None,
+    ) -> Header:
+        """Return the header of a file that would hold some of the tensors, in other shapes, after as large a header.
+
+        Parameters
+        ----------
+        rows : array of int64
+            The tensors, in the order of their data there; none twice.
+        shapes : sequence of tuple of int
+            The distinct shapes.
+        kinds : array of int32
+            The place in `shapes` of each tensor's.
+        names : sequence of str, optional
+            What the tensors are called there; by default as here.
+
+        Raises
+        ------
+        IndexError
+            There is no such tensor, or no such shape.
+        ValueError
+            Two tensors have one name, or one ends within a byte or beyond 2**63 - 1 bytes.
+        """
+        table = self.table.take(rows, shapes, kinds, data_start=self.size, metadata=metadata or {}, names=names)
+        return Header(table, size=self.size, file_size=int(table.stops[-1]) if len(table) else self.size)
+
     def __repr__(self) -> str:
         return f"<Header of {len(self)} tensors in {self.file_size} bytes>"
 
 
-def header_size(
-    prefix: Buffer, file_size: int, *, max_header_bytes: int = MAX_HEADER_BYTES, path: str | None = None
-) -> int:
+class HeaderLimits(NamedTuple):
+    """How large a header may be, below the format's own limits."""
+
+    max_header_bytes: int | None = None
+    """Bytes of its JSON text; None for the format's limit alone."""
+    max_tensors: int | None = None
+    """Tensors that it lists; None for any number."""
+
+
+def header_size(prefix: Buffer, file_size: int, *, max_header_bytes: int | None = None, path: str | None = None) -> int:
     """Return how many bytes of the file come before the tensors' data (8 + n), from its first 8.
 
-    Rules 1 to 3 of the format: everything that must hold before memory is asked for. `max_header_bytes` refuses a
-    smaller ``n`` than the format's limit does; it cannot raise that.
+    It checks rules 1 to 3 of ``docs/format.md``: everything that must hold before memory is asked for.
+    `max_header_bytes` refuses a smaller ``n`` than the format's limit does; it cannot raise that.
 
     Raises
     ------
@@ -127,7 +169,7 @@ def header_size(
             path,
             offset=0,
         )
-    if length > max_header_bytes:
+    if max_header_bytes is not None and length > max_header_bytes:
         raise _error(
             f"the header is {length} bytes long, over max_header_bytes={max_header_bytes}; raise that to read the file",
             path,
@@ -174,8 +216,7 @@ def parse_header(
     """
     with memoryview(data).cast("B") as octets:
         whole = len(octets) if file_size is None else file_size
-        limit = MAX_HEADER_BYTES if max_header_bytes is None else max_header_bytes
-        size = header_size(octets, whole, max_header_bytes=limit, path=path)
+        size = header_size(octets, whole, max_header_bytes=max_header_bytes, path=path)
         if len(octets) < size:
             raise ValueError(f"the header takes the first {size} bytes of the file, and data has {len(octets)}")
         with octets[PREFIX_BYTES:size] as text:

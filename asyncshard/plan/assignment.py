@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from asyncshard import _core
+from asyncshard._typing import Int64Array
 from asyncshard.plan.division.chunks import whole_number
 
 _INT64_MAX = 2**63 - 1
@@ -52,7 +53,7 @@ def compute_shard_assignment(
     return ranks.tolist()
 
 
-def _as_int64(sizes: Sequence[int] | NDArray[np.integer[Any]]) -> NDArray[np.int64]:
+def _as_int64(sizes: Sequence[int] | NDArray[np.integer[Any]]) -> Int64Array:
     if isinstance(sizes, np.ndarray):
         if sizes.ndim != 1 or sizes.dtype.kind not in "iu":
             raise ValueError(f"param_sizes must be one row of integers, got {sizes.dtype} of shape {sizes.shape}")

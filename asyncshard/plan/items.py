@@ -13,6 +13,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from asyncshard._typing import Int64Array
+
 GRAIN = 64
 """Parts of a split tensor are multiples of this many bytes, so that no element is cut."""
 
@@ -37,7 +39,7 @@ class ReadItem(NamedTuple):
 
 
 def whole_tensors(
-    shard: int, starts: NDArray[np.int64], stops: NDArray[np.int64], *, limit: int, max_tensors: int
+    shard: int, starts: Int64Array, stops: Int64Array, *, limit: int, max_tensors: int
 ) -> Iterator[ReadItem]:
     """Yield items of at most `limit` bytes that hold whole tensors; a tensor above it is alone in its item.
 
@@ -61,8 +63,8 @@ def whole_tensors(
 
 def placed_tensors(
     shard: int,
-    starts: NDArray[np.int64],
-    stops: NDArray[np.int64],
+    starts: Int64Array,
+    stops: Int64Array,
     *,
     is_wanted: NDArray[np.bool_],
     is_alone: NDArray[np.bool_],
@@ -115,8 +117,8 @@ def placed_tensors(
 
 
 def _gaps(
-    starts: NDArray[np.int64],
-    stops: NDArray[np.int64],
+    starts: Int64Array,
+    stops: Int64Array,
     is_wanted: NDArray[np.bool_],
     is_joined: NDArray[np.bool_],
     max_gap: int,

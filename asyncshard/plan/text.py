@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from asyncshard.errors import CheckpointError
 
 LISTED = 20
-"""How many faults a message names."""
+"""How many names or faults a message lists: 20."""
 
 
 def count_of(number: int, noun: str) -> str:
@@ -15,18 +15,33 @@ def count_of(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def listing(texts: Sequence[str], limit: int = LISTED, total: int | None = None) -> str:
-    """Join the first `limit` texts, and say how many more there are of `total` (by default of the texts)."""
-    shown = texts[:limit]
-    rest = (len(texts) if total is None else total) - len(shown)
-    return ", ".join(shown) + (f" and {rest} more" if rest else "")
+def enumerate_names(
+    names: Sequence[str],
+    limit: int = LISTED,
+    total: int | None = None,
+    *,
+    is_quoted: bool = False,
+    separator: str = ", ",
+) -> str:
+    """Return ``a, b and 3 more``: the first `limit` names, and how many more there are of `total`.
+
+    Parameters
+    ----------
+    total : int, optional
+        How many there are, where `names` are only the first of them.
+    is_quoted : bool
+        Whether each name is shown as its repr.
+    """
+    shown = names[:limit]
+    rest = (len(names) if total is None else total) - len(shown)
+    return separator.join(map(repr, shown) if is_quoted else shown) + (f" and {rest} more" if rest else "")
 
 
 def ranks_of(ranks: Sequence[int], total: int | None = None) -> str:
     """Return ``rank 0``, ``ranks 0, 2``."""
     is_one = (len(ranks) if total is None else total) == 1
-    return ("rank " if is_one else "ranks ") + listing(
-        [str(rank) for rank in ranks[:LISTED]], LISTED, total or len(ranks)
+    return ("rank " if is_one else "ranks ") + enumerate_names(
+        [str(rank) for rank in ranks[:LISTED]], total=total or len(ranks)
     )
 
 
@@ -46,9 +61,8 @@ class Problems:
     def require_none(self) -> None:
         """Raise CheckpointError if there are any."""
         if self._count:
-            more = f"\n  and {self._count - len(self._texts)} more" if self._count > len(self._texts) else ""
-            listed = "".join(f"\n  {text}" for text in self._texts)
+            listed = enumerate_names(self._texts, total=self._count, separator="\n  ")
             raise CheckpointError(
-                f"{self._path}: the checkpoint cannot be resharded, and nothing was written:{listed}{more}",
+                f"{self._path}: the checkpoint cannot be resharded, and nothing was written:\n  {listed}",
                 path=self._path,
             )

@@ -10,9 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Self
 
-import numpy as np
-from numpy.typing import NDArray
-
+from asyncshard._typing import Int64Array
 from asyncshard.errors import FormatError
 from asyncshard.stores.ranges import Scratch, read_ranges
 from asyncshard.tasks.threads import DaemonThreads
@@ -128,8 +126,8 @@ class Store(ABC):
     async def read_ranges(
         self,
         meta: ObjectMeta,
-        offsets: NDArray[np.int64],
-        lengths: NDArray[np.int64],
+        offsets: Int64Array,
+        lengths: Int64Array,
         buffers: Sequence[memoryview],
         *,
         max_gap: int | None = None,

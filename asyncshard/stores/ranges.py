@@ -12,12 +12,12 @@ from contextlib import asynccontextmanager
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from asyncshard._core import gather_runs
-from asyncshard.tasks.threads import DaemonThreads, all_of
+from asyncshard._typing import Int64Array
+from asyncshard.tasks.bounded import run_bounded
+from asyncshard.tasks.threads import DaemonThreads
 
-Offsets = NDArray[np.int64]
 ReadInto = Callable[[int, Sequence[memoryview]], Awaitable[None]]
 """Fills buffers from an offset of the object on."""
 
@@ -58,7 +58,7 @@ class Scratch:
                 self._free.append(slab)
 
     async def gather(
-        self, source: memoryview, offsets: Offsets, lengths: Offsets, buffers: Sequence[memoryview]
+        self, source: memoryview, offsets: Int64Array, lengths: Int64Array, buffers: Sequence[memoryview]
     ) -> None:
         """Fill buffers with pieces of a slab."""
         if source.nbytes < _LARGE_COPY:
@@ -77,8 +77,8 @@ class _Group(NamedTuple):
 
 async def read_ranges(
     read_into: ReadInto,
-    offsets: Offsets,
-    lengths: Offsets,
+    offsets: Int64Array,
+    lengths: Int64Array,
     buffers: Sequence[memoryview],
     *,
     max_gap: int,
@@ -89,16 +89,13 @@ async def read_ranges(
     All or an error; nothing writes into the buffers after this has returned or raised.
     """
     groups = _groups(offsets, lengths, buffers, max_gap=max_gap, max_bytes=scratch.slab_bytes)
-
-    async def work() -> None:
-        for group in groups:
-            await _read_group(read_into, offsets[group.first : group.last], lengths, group, scratch)
-
-    count = min(_GROUPS_AT_ONCE, len(offsets))
-    await all_of([asyncio.ensure_future(work()) for _ in range(count)])
+    reads = (_read_group(read_into, offsets[group.first : group.last], lengths, group, scratch) for group in groups)
+    await run_bounded(min(_GROUPS_AT_ONCE, len(offsets)), reads, on_failure="cancel")
 
 
-async def _read_group(read_into: ReadInto, offsets: Offsets, lengths: Offsets, group: _Group, scratch: Scratch) -> None:
+async def _read_group(
+    read_into: ReadInto, offsets: Int64Array, lengths: Int64Array, group: _Group, scratch: Scratch
+) -> None:
     start = int(offsets[0])
     if len(offsets) == 1:
         await read_into(start, group.buffers)
@@ -111,7 +108,7 @@ async def _read_group(read_into: ReadInto, offsets: Offsets, lengths: Offsets, g
 
 
 def _groups(
-    offsets: Offsets, lengths: Offsets, buffers: Sequence[memoryview], *, max_gap: int, max_bytes: int
+    offsets: Int64Array, lengths: Int64Array, buffers: Sequence[memoryview], *, max_gap: int, max_bytes: int
 ) -> Iterator[_Group]:
     cut = cutter(buffers)
     next(cut)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from typing import Any, TypeVar
 
@@ -125,14 +125,3 @@ async def wait_to_end(future: asyncio.Future[T], on_cancel: Callable[[], object]
         raise cancelled
     finally:
         del cancelled  # a cycle of exception and frame would keep the callers' buffers alive
-
-
-async def all_of(tasks: Sequence[asyncio.Task[None]]) -> None:
-    """Wait for all; at the first failure, or when cancelled, cancel the others, wait for them, and raise it."""
-    try:
-        await asyncio.gather(*tasks)
-    except BaseException:
-        for task in tasks:
-            task.cancel()
-        await wait_to_end(asyncio.gather(*tasks, return_exceptions=True))
-        raise

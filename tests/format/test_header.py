@@ -584,11 +584,11 @@ def test_names_in_two_headers_are_found_with_both_places():
     tables = [
         parsed("{" + ",".join(f'"{name}":{EMPTY}' for name in names) + "}").table for names in ("abc", "de", "eca")
     ]
-    assert sorted(duplicate_names(tables)) == [("a", 0, 2), ("c", 0, 2), ("e", 1, 2)]
+    assert sorted(duplicate_names(tables, limit=20)) == [("a", 0, 2), ("c", 0, 2), ("e", 1, 2)]
     assert len(duplicate_names(tables, limit=2)) == 2
     assert duplicate_names(tables, limit=0) == []
-    assert duplicate_names(tables[:2]) == []
-    assert duplicate_names([]) == []
+    assert duplicate_names(tables[:2], limit=20) == []
+    assert duplicate_names([], limit=20) == []
 
 
 def test_many_names_in_many_headers_are_told_apart():
@@ -596,11 +596,11 @@ def test_many_names_in_many_headers_are_told_apart():
     for t in range(30):
         names = [f"t{t}.{i}" for i in range(300)] + ["shared"] * (t in (3, 21))
         tables.append(parsed("{" + ",".join(f'"{name}":{EMPTY}' for name in names) + "}").table)
-    assert duplicate_names(tables) == [("shared", 3, 21)]
+    assert duplicate_names(tables, limit=20) == [("shared", 3, 21)]
 
 
 def test_only_headers_can_be_compared():
     with pytest.raises(TypeError):
-        duplicate_names([object()])
+        duplicate_names([object()], limit=20)
     with pytest.raises(ValueError):
         duplicate_names([], limit=-1)

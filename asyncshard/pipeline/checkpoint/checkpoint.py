@@ -5,28 +5,28 @@ No tensor data is read here. All that can be known to be wrong without it is rai
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from asyncshard._core import WeightMap, duplicate_names
 from asyncshard.errors import CheckpointError, NamesError
-from asyncshard.format.header import TensorInfo
+from asyncshard.format.header import HeaderLimits, TensorInfo
 from asyncshard.format.index import MAX_INDEX_BYTES, parse_index
 from asyncshard.format.pattern import ShardPattern
-from asyncshard.pipeline.checkpoint.opened_file import OpenedFile, read_header_of
+from asyncshard.pipeline.checkpoint.opened_file import FileReader, OpenedFile, read_header_of
 from asyncshard.pipeline.memory.budget import Account
 from asyncshard.plan.check.judgement import index_disagreement
 from asyncshard.plan.files.layout import choose_layout, index_files, is_rank_shard, is_whole_model
 from asyncshard.plan.tensor_filter import TensorFilter
+from asyncshard.plan.text import LISTED, enumerate_names
 from asyncshard.plan.ties import may_need
 from asyncshard.plan.tp.plan import TpPlan
 from asyncshard.stores.base import Store
+from asyncshard.tasks.bounded import run_bounded
 from asyncshard.tasks.pace import yielding_gil
 from asyncshard.tasks.threads import DaemonThreads
 
 _HEADERS_AT_ONCE = 8
-_LISTED = 20
 
 
 class Selection(NamedTuple):
@@ -37,10 +37,8 @@ class Selection(NamedTuple):
     rank: int = 0
     world_size: int = 1
     pp_rank: int = 0
-    max_header_bytes: int | None = None
-    """For each shard; None for the format's own limit."""
-    max_tensors: int | None = None
-    """For each shard."""
+    limits: HeaderLimits = HeaderLimits()
+    """Of each file's header."""
     tp_plan: TpPlan | Literal["auto"] | None = None
     """How tensors are divided among the ranks; None where the files are the rank's already."""
     tensor_filter: TensorFilter | None = None
@@ -68,6 +66,8 @@ class Checkpoint(NamedTuple):
     """The shards of one rank, in delivery order."""
 
     shards: tuple[OpenedFile, ...]
+    reader: FileReader
+    """By which the shards are read, those of tied tensors too."""
     tied: tuple[TiedShard, ...] = ()
     """What stands in no shard; whoever has a destination for it, or takes everything, reads it too."""
     ties: tuple[tuple[str, str], ...] = ()
@@ -90,7 +90,7 @@ class Checkpoint(NamedTuple):
     @property
     def bytes_total(self) -> int:
         """Bytes of tensor data."""
-        return sum(shard.meta.size - shard.header.size for shard in self.shards)
+        return sum(shard.data_bytes for shard in self.shards)
 
     def is_wanted(self, name: str) -> bool:
         """Return whether a tensor of this name is wanted, if there is one."""
@@ -190,12 +190,12 @@ async def open_files(
     """Do so for files that have been found; their tensors are whole."""
     shards = await _open_shards(store, found.files, selection, threads, account)
     await threads.run(_check_names, shards, found, store.url)
-    return Checkpoint(tuple(shards), is_whole=found.is_whole)
+    return Checkpoint(tuple(shards), FileReader(store), is_whole=found.is_whole)
 
 
 def _check_names(shards: Sequence[OpenedFile], found: ShardNames, path: str) -> None:
     """Raise CheckpointError where a tensor stands in two shards, or where the index is wrong. Slow for many tensors."""
-    twice = duplicate_names([shard.header.table for shard in shards], _LISTED)
+    twice = duplicate_names([shard.header.table for shard in shards], limit=LISTED)
     if twice:
         files = found.files
         listed = "; ".join(f"{name!r} in {files[one]} and {files[other]}" for name, one, other in twice)
@@ -203,7 +203,7 @@ def _check_names(shards: Sequence[OpenedFile], found: ShardNames, path: str) -> 
     if found.weight_map is not None:
         numbers = {name: number for number, name in enumerate(found.weight_map.files)}
         for shard in shards:
-            names = found.weight_map.compare(numbers[shard.meta.name], shard.header.table, _LISTED)
+            names = found.weight_map.compare(numbers[shard.meta.name], shard.header.table, limit=LISTED)
             disagreement = index_disagreement(shard.path, *names)
             if disagreement is not None:
                 raise disagreement
@@ -237,7 +237,7 @@ def require_wanted(count: int, missing: Sequence[str], path: str) -> None:
     if missing:
         names = tuple(sorted(missing))
         raise NamesError(
-            f"{path}: the tensor_filter names tensors that are not there: {', '.join(map(repr, names[:_LISTED]))}",
+            f"{path}: the tensor_filter names tensors that are not there: {enumerate_names(names, is_quoted=True)}",
             path=path,
             missing=names,
         )
@@ -248,30 +248,6 @@ def require_wanted(count: int, missing: Sequence[str], path: str) -> None:
 async def _open_shards(
     store: Store, files: Sequence[str], selection: Selection, threads: DaemonThreads, account: Account
 ) -> list[OpenedFile]:
-    """Open a few at a time; of several failures raise that of the first shard."""
-    results: list[OpenedFile | Exception | None] = [None] * len(files)
-    pending = iter(enumerate(files))
-
-    async def work() -> None:
-        for number, name in pending:
-            try:
-                results[number] = await read_header_of(
-                    store,
-                    name,
-                    threads,
-                    max_header_bytes=selection.max_header_bytes,
-                    max_tensors=selection.max_tensors,
-                    account=account,
-                )
-            except Exception as error:
-                results[number] = error
-                for _ in pending:  # the others finish what they began and stop too
-                    pass
-
-    async with asyncio.TaskGroup() as group:
-        for _ in range(min(_HEADERS_AT_ONCE, len(files))):
-            group.create_task(work())
-    for result in results:
-        if isinstance(result, Exception):
-            raise result
-    return [result for result in results if isinstance(result, OpenedFile)]
+    """Open files, a few at a time; of several failures raise that of the first file."""
+    jobs = (read_header_of(store, name, threads, selection.limits, account) for name in files)
+    return await run_bounded(min(_HEADERS_AT_ONCE, len(files)), jobs, on_failure="finish")

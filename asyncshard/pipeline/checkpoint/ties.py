@@ -17,13 +17,13 @@ from asyncshard.arrays.memory import Within, is_sink, within
 from asyncshard.errors import AccessDeniedError, CheckpointError, DestinationError, FormatError, ObjectNotFoundError
 from asyncshard.pipeline.checkpoint.checkpoint import Checkpoint, CheckpointInfo, Selection, TiedShard
 from asyncshard.pipeline.checkpoint.config import CONFIG_NAME, read_config
-from asyncshard.pipeline.checkpoint.opened_file import OpenedFile
+from asyncshard.pipeline.checkpoint.opened_file import FileReader, OpenedFile
+from asyncshard.pipeline.checkpoint.slice_reader import SliceReader
 from asyncshard.plan.file_slices.planner import alias_slice, alias_slice_by_plan
 from asyncshard.plan.ties import EMBEDDING, OUTPUT, config_tie, only_embedding, output_names, ties_embeddings, told_ties
 from asyncshard.plan.tp.plan import TpPlan
 from asyncshard.stores.base import Store
 from asyncshard.stores.ranges import Scratch
-from asyncshard.stores.sliced import SlicedStore, part_meta
 from asyncshard.tasks.pace import yielding_gil
 from asyncshard.tasks.threads import DaemonThreads
 
@@ -42,7 +42,7 @@ def ties_of(checkpoint: Checkpoint, is_asked: Callable[[str], bool] | None = Non
     return {name: stored_name for name, stored_name in chain(*told, found) if checkpoint.is_wanted(name)}
 
 
-async def find_ties(store: Store, checkpoint: Checkpoint, threads: DaemonThreads) -> Checkpoint:
+async def find_ties(checkpoint: Checkpoint, threads: DaemonThreads) -> Checkpoint:
     """Return a checkpoint that is taken as a whole, and in it the tie that its ``config.json`` tells.
 
     That is only read where there is an embedding and no output layer, in files that hold a whole model; one that cannot
@@ -57,6 +57,7 @@ async def find_ties(store: Store, checkpoint: Checkpoint, threads: DaemonThreads
     names = await threads.run(_names_at_ends, checkpoint)
     if config_tie({"tie_word_embeddings": True}, names) is None:
         return checkpoint
+    store = checkpoint.reader.store
     try:
         tie = config_tie(await read_config(store, threads), names, path=store.path_of(CONFIG_NAME))
     except (ObjectNotFoundError, AccessDeniedError, FormatError, CheckpointError):
@@ -65,13 +66,12 @@ async def find_ties(store: Store, checkpoint: Checkpoint, threads: DaemonThreads
 
 
 async def add_ties(
-    store: Store,
     checkpoint: Checkpoint,
     destinations: Mapping[str, Any],
     library: ArrayLibrary,
     threads: DaemonThreads,
-) -> tuple[Store, Checkpoint]:
-    """Add the missing tensors that have a destination of their own; return the store to read them from, too.
+) -> Checkpoint:
+    """Add the missing tensors that have a destination of their own.
 
     A destination that shares the memory of the stored tensor's needs nothing. ``config.json`` is only read where the
     output layer is missing; one that cannot be read ties nothing.
@@ -80,9 +80,10 @@ async def add_ties(
     ------
     StoreError
     """
+    reader = checkpoint.reader
     ties = await threads.run(ties_of, checkpoint, destinations.__contains__)
     missing_output = await threads.run(_missing_output, checkpoint, destinations)
-    if missing_output is not None and missing_output[0] not in ties and await _ties_embeddings(store, threads):
+    if missing_output is not None and missing_output[0] not in ties and await _ties_embeddings(reader.store, threads):
         ties.update([missing_output])
         checkpoint = checkpoint._replace(ties=(*checkpoint.ties, missing_output))
     ties.update({tied.name: tied.stored_name for tied in checkpoint.tied})
@@ -96,12 +97,12 @@ async def add_ties(
     asked = {name: stored_name for name, stored_name in ties.items() if name in destinations}
     to_read = {name: stored_name for name, stored_name in asked.items() if not is_there(name, stored_name)}
     if not to_read:
-        return store, checkpoint
+        return checkpoint
     shards = tuple(tied[name].shard for name in tied if to_read.pop(name, None) is not None)
     shards += await threads.run(lambda: tuple(_tied_shards(checkpoint, to_read)))
-    if not isinstance(store, SlicedStore):
-        store = SlicedStore(store, threads, Scratch(threads, store.chunk_size, 1))
-    return store, checkpoint._replace(shards=checkpoint.shards + shards, tied=())
+    if not isinstance(reader, SliceReader):
+        reader = SliceReader(reader.store, threads, Scratch(threads, reader.store.chunk_size, 1))
+    return checkpoint._replace(shards=checkpoint.shards + shards, reader=reader, tied=())
 
 
 async def ties_with_rules(
@@ -169,7 +170,7 @@ async def find_tied(
         It cannot be divided as the rule of the plan says.
     StoreError
     """
-    checkpoint = Checkpoint((whole,), tensor_filter=selection.tensor_filter)
+    checkpoint = Checkpoint((whole,), FileReader(store), tensor_filter=selection.tensor_filter)
     tie = await threads.run(possible_tie, checkpoint, name)
     if tie is None or not (tie.is_told or (is_whole_model and await _ties_embeddings(store, threads))):
         return None
@@ -202,12 +203,9 @@ def embedding_beside(table: HeaderTable | WeightMap, output: str) -> str | None:
     return only_embedding(_names_in([table])) if output.endswith(OUTPUT) else None
 
 
-def ties_of_file(shard: OpenedFile, selection: Selection) -> dict[str, str]:
-    """Return the ties that the metadata of one file tells whose tensors are one on this rank, too. Slow for many.
-
-    A name that the plan has a rule for is not among them: it is divided by itself.
-    """
-    ties = ties_of(Checkpoint((shard,), tensor_filter=selection.tensor_filter))
+def ties_of_file(checkpoint: Checkpoint, selection: Selection) -> dict[str, str]:
+    """Return the ties that a file's metadata tells, but for names that the plan divides by themselves. For a thread."""
+    ties = ties_of(checkpoint._replace(tensor_filter=selection.tensor_filter))
     plan = selection.tp_plan
     if isinstance(plan, TpPlan):
         return {name: stored_name for name, stored_name in ties.items() if not plan.has_rule(name)}
@@ -225,7 +223,7 @@ def _place_tie(
     part, is_alike = alias_slice_by_plan(
         shard.header, stored_name, name, plan, rank=rank, world_size=world_size, path=shard.path
     )
-    return OpenedFile(part_meta(shard.meta, part), shard.path, part.header, part), is_alike
+    return shard._replace(header=part.header, slice=part), is_alike
 
 
 def _output_with_rule(tables: Tables, plan: TpPlan) -> tuple[str, str] | None:
@@ -283,7 +281,7 @@ def _is_right(inner: Within, tied: TiedShard, info: CheckpointInfo) -> bool:
     """Return whether memory of the tensor that is there has what a rank needs: all of it, or just the rank's bytes."""
     if tied.stored_name not in info or not info[tied.stored_name].nbytes == tied.stored_nbytes == inner.nbytes:
         return False
-    part = tied.shard.part
+    part = tied.shard.slice
     assert part is not None
     offsets, lengths = part.ranges(part.header.size, part.header.file_size)
     ranges = [(0, inner.nbytes), *zip(offsets - part.starts[0], offsets - part.starts[0] + lengths, strict=True)]
@@ -296,8 +294,7 @@ def _tied_shards(checkpoint: Checkpoint, ties: Mapping[str, str]) -> Iterator[Op
     Each stands alone: two names may be tied to one tensor, and what is read of a file at once must not overlap.
     """
     for shard in checkpoint.shards:
-        whole = shard.meta.version.whole if shard.part is not None else shard.meta
         for name, stored_name in ties.items():
             if stored_name in shard.header:
-                part = alias_slice(shard.header, shard.part, stored_name, name)
-                yield OpenedFile(part_meta(whole, part), shard.path, part.header, part)
+                part = alias_slice(shard.header, shard.slice, stored_name, name)
+                yield shard._replace(header=part.header, slice=part)

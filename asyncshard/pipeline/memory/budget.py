@@ -204,19 +204,28 @@ class MemoryBudget:
         self._wake()  # whoever waits may be granted what it had set aside
 
     def trim(self) -> None:
-        """Give unused pages back to the system if no stream is open. Slow: not for the event loop."""
+        """Give unused pages back to the system if no account is open. Slow: not for the event loop."""
+        self._discard(self._take_idle())
+
+    async def trim_in_thread(self, threads: DaemonThreads | None = None) -> None:
+        """Give unused pages back to the system in a thread, if no account is open; to the end, even when cancelled.
+
+        No thread is started where there is nothing to give back. By default it has a thread of its own.
+        """
+        idle = self._take_idle()
+        if not idle:
+            return
+        worker = threads or DaemonThreads(1, "asyncshard-work")
+        try:
+            await wait_to_end(asyncio.wrap_future(worker.submit(self._discard, idle)))
+        finally:
+            if worker is not threads:
+                await worker.aclose()
+
+    def _take_idle(self) -> list[Extent]:
         with self._lock:
             self._settle()
-            idle = [] if self._accounts else self._arena.take_idle(0)
-        self._discard(idle)
-
-    async def trim_in_thread(self) -> None:
-        """Do so off the event loop; to the end, even when cancelled."""
-        threads = DaemonThreads(1, "asyncshard-work")
-        try:
-            await wait_to_end(asyncio.wrap_future(threads.submit(self.trim)))
-        finally:
-            await threads.aclose()
+            return [] if self._accounts else self._arena.take_idle(0)
 
     def _wake(self) -> None:
         """Something came back while somebody waits: called from a deallocator, so it takes no lock."""
@@ -485,10 +494,10 @@ class Account:
             self.budget._close(self)
             self.budget._grant()
 
-    async def aclose(self) -> None:
+    async def aclose(self, threads: DaemonThreads | None = None) -> None:
         """End the count, and give unused pages back to the system; to the end, even when cancelled."""
         self.close()
-        await self.budget.trim_in_thread()
+        await self.budget.trim_in_thread(threads)
 
 
 def charge_of(nbytes: int) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 
 from asyncshard.errors import BudgetError, NamesError
@@ -13,7 +12,8 @@ from asyncshard.pipeline.shard_cache.cache import CachedFile, ShardCache
 from asyncshard.pipeline.shard_cache.tensors import ShardTensors
 from asyncshard.pipeline.transfer.buffered import BufferedTransfer
 from asyncshard.plan.items import ReadItem
-from asyncshard.tasks.threads import DaemonThreads, all_of
+from asyncshard.tasks.bounded import run_bounded
+from asyncshard.tasks.threads import DaemonThreads
 
 
 async def read_whole(
@@ -32,7 +32,7 @@ async def read_whole(
     if file.tensors is None:
         await threads.run(lambda: transfer.plan(cache.budget, is_strict=False))
         tensors = await _read_items(transfer, file, cache, transfer.items)
-        file.tensors = tensors.with_ties(await threads.run(ties_of_file, file.shard, selection))
+        file.tensors = tensors.with_ties(await threads.run(ties_of_file, transfer.checkpoint, selection))
         file.lone.clear()
     return file.tensors
 
@@ -71,8 +71,8 @@ async def read_tied(
     """
     if tied.alone is not None:
         return await read_one(transfer, file, cache, name)
-    tensors = file.tensors or file.lone.get(tied.stored_name) or await read_one(transfer, file, cache, tied.stored_name)
-    file.lone[name] = tensors = tensors.with_ties({name: tied.stored_name})
+    stored = file.with_name(tied.stored_name) or await read_one(transfer, file, cache, tied.stored_name)
+    file.lone[name] = tensors = stored.with_ties({name: tied.stored_name})
     return tensors
 
 
@@ -90,14 +90,8 @@ async def _read_items(
         )
     )
     placed = [(item, next(leases) if size else None) for item, size in zip(items, sizes, strict=True)]
-    pending = iter(placed)
-
-    async def work() -> None:
-        for item, lease in pending:
-            await transfer.read(item, lease)
-
-    count = min(transfer.pacing.prefetch_count, len(placed))
-    await all_of([asyncio.ensure_future(work()) for _ in range(count)])
+    reads = (transfer.read(item, lease) for item, lease in placed)
+    await run_bounded(min(transfer.pacing.prefetch_count, len(placed)), reads, on_failure="cancel")
     return ShardTensors(transfer, items, [lease for _, lease in placed])
 
 

@@ -18,7 +18,7 @@ from asyncshard.arrays.memory import Sink
 from asyncshard.format.dtypes import DTYPES
 from asyncshard.pipeline.checkpoint.checkpoint import Checkpoint
 from asyncshard.pipeline.checkpoint.opened_file import OpenedFile
-from asyncshard.tasks.pace import LoopYield
+from asyncshard.tasks.pace import yielding_gil
 
 _CAST_ELEMENTS = 1 << 17
 """Elements converted at once: NumPy converts the types of `ml_dtypes` with the GIL held."""
@@ -129,11 +129,11 @@ def boxes(shape: tuple[int, ...], first: int, last: int) -> Iterator[tuple[tuple
 class ShardDestinations:
     """Where the tensors of one shard go, in columns: an object for each would set off the garbage collector."""
 
-    given: list[Any]
+    targets: list[Any]
     """What the caller gave and gets back when it is filled; None for a tensor that nobody wants."""
     addresses: array[int]
     """Of the memory that takes the file's bytes as they are; 0 for all others."""
-    staged: dict[int, StridedTarget | Sink | SecondCopy]
+    indirect: dict[int, StridedTarget | Sink | SecondCopy]
     """The others, by the tensor's index."""
     firsts: dict[int, TensorKey] = field(default_factory=dict)
     """Of a second copy, by its index, the tensor that is to be the same."""
@@ -142,19 +142,19 @@ class ShardDestinations:
     def empty(cls) -> ShardDestinations:
         return cls([], array("Q"), {})
 
-    def add(self, given: Any, address: int = 0, staged: StridedTarget | Sink | None = None) -> None:
+    def add(self, target: Any, address: int = 0, indirect: StridedTarget | Sink | None = None) -> None:
         """Append the next tensor's destination."""
-        if staged is not None:
-            self.staged[len(self.given)] = staged
-        self.given.append(given)
+        if indirect is not None:
+            self.indirect[len(self.targets)] = indirect
+        self.targets.append(target)
         self.addresses.append(address)
 
     def is_wanted(self) -> NDArray[np.bool_]:
-        return np.fromiter((given is not None for given in self.given), np.bool_, len(self.given))
+        return np.fromiter((target is not None for target in self.targets), np.bool_, len(self.targets))
 
-    def is_staged(self) -> NDArray[np.bool_]:
-        mask = np.zeros(len(self.given), np.bool_)
-        mask[list(self.staged)] = True
+    def is_indirect(self) -> NDArray[np.bool_]:
+        mask = np.zeros(len(self.targets), np.bool_)
+        mask[list(self.indirect)] = True
         return mask
 
     def keep(self, mask: NDArray[np.bool_]) -> None:
@@ -162,22 +162,22 @@ class ShardDestinations:
         for index in np.flatnonzero(~mask).tolist():
             self.drop(index)
 
+    def drop(self, index: int) -> None:
+        """Let go of one destination, as if nobody wanted the tensor."""
+        self.targets[index] = None
+        self.addresses[index] = 0
+        self.indirect.pop(index, None)
+        self.firsts.pop(index, None)
+
     def compare_with_first(self, index: int, second: SecondCopy) -> None:
         """Have a tensor compared with another one, which fills its destination, rather than stored there too."""
         self.addresses[index] = 0
-        self.staged[index] = second
+        self.indirect[index] = second
         self.firsts[index] = second.first
-
-    def drop(self, index: int) -> None:
-        """Let go of one destination, as if nobody wanted the tensor."""
-        self.given[index] = None
-        self.addresses[index] = 0
-        self.staged.pop(index, None)
-        self.firsts.pop(index, None)
 
     def memory(self, index: int, start: int, nbytes: int) -> memoryview:
         """Return the bytes [start, start + nbytes) of a contiguous destination."""
-        return memoryview(Span(self.addresses[index] + start, nbytes, self.given[index]))
+        return memoryview(Span(self.addresses[index] + start, nbytes, self.targets[index]))
 
 
 @dataclass(slots=True)
@@ -199,10 +199,9 @@ class MatchedDestinations:
             shard.keep(mask)
 
 
-async def new_destinations(checkpoint: Checkpoint, library: ArrayLibrary) -> MatchedDestinations:
-    """Make an array for every tensor, in fresh memory that each gives back when it dies."""
-    pace = LoopYield()
-    placement = MatchedDestinations()
+def new_destinations(checkpoint: Checkpoint, library: ArrayLibrary) -> MatchedDestinations:
+    """Make an array for every tensor, in fresh memory that each gives back when it dies. For a thread."""
+    matched = MatchedDestinations()
     region = Region(max(sum(map(_spaced_size, checkpoint.shards)), 1))
     returns = ReturnList()
     returns.discards = True
@@ -210,16 +209,14 @@ async def new_destinations(checkpoint: Checkpoint, library: ArrayLibrary) -> Mat
     for shard in checkpoint.shards:
         row = shard.header.table.row
         destinations = ShardDestinations.empty()
-        for index in range(len(shard.header)):
-            if pace.is_due():
-                await pace.give_way()
+        for index in yielding_gil(range(len(shard.header))):
             name, code, shape, start, stop = row(index)
             lease = Lease(region, at, stop - start, returns, 0)
             new = make_view(library, lease, 0, DTYPES[code], shape, stop - start, name=name, path=shard.path)
             destinations.add(new, lease.address)
             at += -(-(stop - start) // _SPACING) * _SPACING
-        placement.shards.append(destinations)
-    return placement
+        matched.shards.append(destinations)
+    return matched
 
 
 def _spaced_size(shard: OpenedFile) -> int:

@@ -7,6 +7,7 @@ before a byte is written.
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -27,23 +28,24 @@ from asyncshard.pipeline.transfer.destinations import (
     TensorKey,
 )
 from asyncshard.pipeline.transfer.second_copies import CopyDigests, difference
-from asyncshard.tasks.pace import LoopYield
-from asyncshard.tasks.threads import DaemonThreads
+from asyncshard.plan.text import enumerate_names
+from asyncshard.tasks.pace import yielding_gil
 
-_LISTED = 20
+logger = logging.getLogger("asyncshard")
 
 
-async def match_destinations(
+def match_destinations(
     checkpoint: Checkpoint,
     mapping: Mapping[str, Any],
     library: ArrayLibrary,
-    threads: DaemonThreads,
     *,
     strict: bool,
     cast: bool,
     path: str,
 ) -> MatchedDestinations:
-    """Find the destination of every tensor that is wanted.
+    """Find the destination of every tensor that is wanted. Slow for many: not for the event loop.
+
+    Names that do not match are logged where they are no error.
 
     Raises
     ------
@@ -55,24 +57,32 @@ async def match_destinations(
         their tensors are alike: the second one is compared with the first when it is read.
     """
     matching = _Matching(checkpoint, mapping, library, cast=cast)
-    pace = LoopYield()
     for shard in checkpoint.shards:
         row = shard.header.table.row
-        matching.placement.shards.append(ShardDestinations.empty())
-        for index in range(len(shard.header)):
-            if pace.is_due():
-                await pace.give_way()
+        matching.matched.shards.append(ShardDestinations.empty())
+        for index in yielding_gil(range(len(shard.header))):
             name, code, shape, start, stop = row(index)
             matching.add(name, DTYPES[code], shape, stop - start)
-    await threads.run(matching.finish)
-    placement = matching.placement
-    if strict and (placement.missing or placement.unexpected):
-        raise _names_error(path, placement, matching.faults)
+    matching.finish()
+    matched = matching.matched
+    if strict and (matched.missing or matched.unexpected):
+        raise _names_error(path, matched, matching.faults)
     faults = matching.faults
     if faults:
-        more = f" (and {len(faults) - _LISTED} more)" if len(faults) > _LISTED else ""
-        raise DestinationError(f"{path}: {'; '.join(faults[:_LISTED])}{more}. Nothing was written.", path=path)
-    return placement
+        listed = enumerate_names(faults, separator="; ")
+        raise DestinationError(f"{path}: {listed}. Nothing was written.", path=path)
+    _warn(path, matched)
+    return matched
+
+
+def _warn(path: str, matched: MatchedDestinations) -> None:
+    for names, what in (
+        (matched.missing, "are missing from the checkpoint and keep their values"),
+        (matched.unexpected, "are in the checkpoint and were not asked for"),
+        (matched.narrowed, "are smaller than their destinations and fill their first corner"),
+    ):
+        if names:
+            logger.warning("%s: %d tensors %s: %s", path, len(names), what, enumerate_names(names))
 
 
 class _Matching:
@@ -88,20 +98,20 @@ class _Matching:
         self._covered = CoveredMemory()
         self._unfit = CoveredMemory()
         """The memory of destinations that do not fit: what lies within it is not missing as well."""
-        self._matched: set[str] = set()
+        self._found: set[str] = set()
         self._unexpected: list[str] = []
         self._narrowed: list[str] = []
         self.faults: list[str] = []
-        self.placement = MatchedDestinations()
+        self.matched = MatchedDestinations()
 
     def add(self, name: str, dtype: Dtype, shape: tuple[int, ...], nbytes: int) -> None:
         """Find the next tensor's destination; what is wrong with it goes to `faults`."""
-        destinations = self.placement.shards[-1]
+        destinations = self.matched.shards[-1]
         if name not in self._mapping:
             self._unexpected.append(name)
             destinations.add(None)
             return
-        self._matched.add(name)
+        self._found.add(name)
         try:
             self._fit(destinations, name, dtype, self._library.shape_of(dtype, shape, nbytes), self._mapping[name])
         except DestinationError as error:
@@ -110,35 +120,34 @@ class _Matching:
             destinations.add(None)
 
     def _note_unfit(self, name: str) -> None:
-        target = self._mapping[name]
         with contextlib.suppress(DestinationError):
-            memory = self._library.memory_of(name, target).array
+            memory = self._library.memory_of(name, self._mapping[name]).array
             if memory.size:
                 self._unfit.add((0, 0), *span(memory), memory)
 
     def _fit(
-        self, destinations: ShardDestinations, name: str, dtype: Dtype, shape: tuple[int, ...], given: Any
+        self, destinations: ShardDestinations, name: str, dtype: Dtype, shape: tuple[int, ...], target: Any
     ) -> None:
-        if is_sink(given):
-            destinations.add(given, staged=given)
+        if is_sink(target):
+            destinations.add(target, indirect=target)
             return
-        memory, strided, is_narrowed = fit(self._library, name, dtype, shape, given, cast=self._cast)
+        memory, strided, is_narrowed = fit(self._library, name, dtype, shape, target, cast=self._cast)
         if is_narrowed:
             self._narrowed.append(name)
         low, high = span(memory)
         if memory.size:
-            self._covered.add((len(self.placement.shards) - 1, len(destinations.given)), low, high, memory)
-        destinations.add(given, low if strided is None else 0, strided)
+            self._covered.add((len(self.matched.shards) - 1, len(destinations.targets)), low, high, memory)
+        destinations.add(target, low if strided is None else 0, strided)
 
     def finish(self) -> None:
         """Check what needs all of them. Slow for many: not for the event loop."""
         self._covered.sort()
         self._unfit.sort()
         self._find_second_copies()
-        missing = [name for name in self._mapping if name not in self._matched]
-        self.placement.missing = tuple(name for name in missing if not self._is_filled_anyway(name))
-        self.placement.unexpected = tuple(self._unexpected)
-        self.placement.narrowed = tuple(self._narrowed)
+        missing = [name for name in self._mapping if name not in self._found]
+        self.matched.missing = tuple(name for name in missing if not self._is_filled_anyway(name))
+        self.matched.unexpected = tuple(self._unexpected)
+        self.matched.narrowed = tuple(self._narrowed)
 
     def _find_second_copies(self) -> None:
         """Compare, or have compared, what shares a destination; other memory that is shared is a fault."""
@@ -150,9 +159,9 @@ class _Matching:
                 one, other = sorted(names)
                 self.faults.append(f"the destinations of {one!r} and {other!r} share memory")
             elif are_equal is None:
-                self.placement.shards[second[0]].compare_with_first(second[1], self._second_copy(first, second))
+                self.matched.shards[second[0]].compare_with_first(second[1], self._second_copy(first, second))
             elif are_equal:
-                self.placement.shards[second[0]].drop(second[1])
+                self.matched.shards[second[0]].drop(second[1])
             else:
                 self.faults.append(difference(*names))
 
@@ -173,11 +182,11 @@ class _Matching:
 
     def _is_filled_anyway(self, name: str) -> bool:
         """Return whether a destination without a tensor is filled by another one, or has nothing to fill."""
-        given = self._mapping[name]
-        if is_sink(given):
+        target = self._mapping[name]
+        if is_sink(target):
             return False
         try:
-            memory = self._library.memory_of(name, given).array
+            memory = self._library.memory_of(name, target).array
         except DestinationError:
             return False
         return memory.size == 0 or any(each.has_inside(*span(memory)) for each in (self._covered, self._unfit))
@@ -194,14 +203,14 @@ class Fit(NamedTuple):
     """Whether the destination is larger."""
 
 
-def fit(library: ArrayLibrary, name: str, dtype: Dtype, shape: tuple[int, ...], given: Any, *, cast: bool) -> Fit:
+def fit(library: ArrayLibrary, name: str, dtype: Dtype, shape: tuple[int, ...], target: Any, *, cast: bool) -> Fit:
     """Find the memory of an array that a tensor of this dtype, and of this shape in the library, fills.
 
     Raises
     ------
     DestinationError
     """
-    raw = library.memory_of(name, given)
+    raw = library.memory_of(name, target)
     memory: NDArray[Any] = raw.array
     is_narrowed = memory.shape != shape
     if is_narrowed:
@@ -260,21 +269,18 @@ def _require_no_self_overlap(name: str, memory: NDArray[Any]) -> None:
             reach += stride * (size - 1)
 
 
-def _names_error(path: str, placement: MatchedDestinations, faults: list[str]) -> NamesError:
+def _names_error(path: str, matched: MatchedDestinations, faults: list[str]) -> NamesError:
     parts = []
-    if placement.missing:
-        parts.append(f"missing from the checkpoint: {_listed(placement.missing)}")
-    if placement.unexpected:
-        parts.append(f"in the checkpoint but not in the state dict: {_listed(placement.unexpected)}")
-    parts += faults[:_LISTED]
+    if matched.missing:
+        parts.append(f"missing from the checkpoint: {enumerate_names(matched.missing, is_quoted=True)}")
+    if matched.unexpected:
+        listed = enumerate_names(matched.unexpected, is_quoted=True)
+        parts.append(f"in the checkpoint but not in the state dict: {listed}")
+    if faults:
+        parts.append(enumerate_names(faults, separator="; "))
     return NamesError(
         f"{path}: the names do not match: {'; '.join(parts)}. Nothing was written; strict=False loads what matches.",
         path=path,
-        missing=placement.missing,
-        unexpected=placement.unexpected,
+        missing=matched.missing,
+        unexpected=matched.unexpected,
     )
-
-
-def _listed(names: tuple[str, ...]) -> str:
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(map(repr, names[:_LISTED])) + more

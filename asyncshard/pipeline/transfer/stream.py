@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import weakref
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -13,8 +13,9 @@ from asyncshard.format.header import TensorInfo
 from asyncshard.pipeline.checkpoint.checkpoint import CheckpointInfo
 from asyncshard.pipeline.checkpoint.load_plan import LoadPlan
 from asyncshard.pipeline.checkpoint.version import CheckpointVersion
+from asyncshard.pipeline.transfer.load import Delivery, Load
 from asyncshard.pipeline.transfer.statistics import Counters, Statistics
-from asyncshard.pipeline.transfer.supervisor import Supervisor
+from asyncshard.pipeline.transfer.supervisor import State, Supervisor
 from asyncshard.pipeline.transfer.transfer import Transfer
 from asyncshard.tasks.pace import LoopYield
 
@@ -33,8 +34,9 @@ class Stream:
     that happens soon after the object is dropped. A cancelled ``__anext__`` loses no item. One consumer at a time.
     """
 
-    def __init__(self, start: Callable[[], Supervisor]) -> None:
-        self._start = start
+    def __init__(self, load: Load, delivery: Delivery) -> None:
+        self._load = load
+        self._delivery: Delivery | None = delivery
         self._supervisor: Supervisor | None = None
         self._finalizer: weakref.finalize[Any, Any] | None = None
         self._batch: Iterator[tuple[str, Any, int]] = iter(())
@@ -42,6 +44,22 @@ class Stream:
         self._is_asking = False
         self._is_closed = False
         self._is_at_end = False
+
+    def __repr__(self) -> str:
+        done = self.statistics()
+        url = self._load.url
+        state = self._state()
+        if not self.is_open:
+            return f"<Stream {url!r} {state}>"
+        return (
+            f"<Stream {url!r} {state}, {done.tensors_done:,} of {done.tensors_total:,} tensors, "
+            f"{done.bytes_done / 1e9:.1f} of {done.bytes_total / 1e9:.1f} GB>"
+        )
+
+    def _state(self) -> str:
+        if self._supervisor is not None:
+            return self._supervisor.state.value
+        return State.CLOSED.value if self._is_closed else "not open yet"
 
     def __await__(self) -> Generator[Any, None, Self]:
         return self._open().__await__()
@@ -161,9 +179,8 @@ class Stream:
         return self._transfer().progress()
 
     async def _open(self) -> Self:
-        supervisor = self._started()
         try:
-            await supervisor.opened()
+            await self._started().opened()
         except BaseException:
             await self.aclose()
             raise
@@ -173,7 +190,9 @@ class Stream:
         if self._supervisor is None:
             if self._is_closed:
                 raise StreamClosedError("the stream has been closed")
-            self._supervisor = self._start()
+            assert self._delivery is not None
+            self._supervisor = Supervisor(self._load, self._delivery)
+            self._delivery = None  # it may hold the caller's destinations, which live no longer than the transfer
             self._finalizer = weakref.finalize(self, self._supervisor.abandon)
             self._finalizer.atexit = False
         self._require_loop(self._supervisor)

@@ -22,6 +22,7 @@ from asyncshard.errors import CheckpointError, FormatError, StoreError, TargetEx
 from asyncshard.format.index import MAX_INDEX_BYTES, parse_index
 from asyncshard.format.pattern import DEFAULT_TEMPLATE, PP_TEMPLATE, ShardPattern
 from asyncshard.plan.files.layout import INCOMPLETE_NAME, INDEX_NAME, SINGLE_NAME
+from asyncshard.plan.text import enumerate_names
 from asyncshard.stores.local.files import translate, translated
 
 _FOLDER = ".asyncshard-reshard"
@@ -84,9 +85,9 @@ class Target:
             return
         others = sorted(name for name in names if name != _FOLDER)
         if others:
-            shown = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
+            listed = enumerate_names(others, limit=5)
             raise TargetExistsError(
-                f"{self.directory}: the target is not empty, it holds {shown}; pass overwrite=True to replace the "
+                f"{self.directory}: the target is not empty, it holds {listed}; pass overwrite=True to replace the "
                 "weights there, or name another directory",
                 path=self.directory,
                 errno=errno.EEXIST,

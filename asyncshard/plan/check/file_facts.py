@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from asyncshard._core import WeightMap
+from asyncshard._typing import Int64Array
 from asyncshard.format.dtypes import DTYPES
 from asyncshard.format.header import Header
 from asyncshard.plan.text import LISTED
@@ -30,7 +31,7 @@ _BLOCK = 256  # names at once: the GIL is held for some tens of microseconds
 class PackedNames:
     """The names of one file's tensors, in file order."""
 
-    hashes: NDArray[np.int64]
+    hashes: Int64Array
     _lengths: NDArray[np.uint32]
     _text: bytes
 
@@ -49,7 +50,7 @@ class FileFacts:
     names: PackedNames
     dtype_codes: NDArray[np.uint8]
     """Of each tensor: its place in `DTYPES`."""
-    dtype_bytes: NDArray[np.int64]
+    dtype_bytes: Int64Array
     """Bytes of the tensors of each of the `DTYPES`."""
     nbytes: int
     """Bytes of all tensors."""
@@ -86,7 +87,7 @@ def facts_of(
     absent: Sequence[str] = ()
     unexpected: Sequence[str] = ()
     if weight_map is not None and number is not None:
-        absent, unexpected = weight_map.compare(number, header.table, MOST)
+        absent, unexpected = weight_map.compare(number, header.table, limit=MOST)
     asked = frozenset(absent)
     ties = dict(islice(told_ties(header.metadata, header.__contains__, asked.__contains__), MOST))
     codes = np.array(header.table.dtype_codes)  # a copy: the header is let go of
@@ -175,7 +176,7 @@ class Tensors:
             retyped = own[self._codes[own] != other._codes[their]]
         return Difference(self._first(lacking), other._first(added), self._first(retyped))
 
-    def _first(self, rows: NDArray[np.int64]) -> tuple[list[str], int]:
+    def _first(self, rows: Int64Array) -> tuple[list[str], int]:
         return self._names(np.sort(rows)[:LISTED].tolist()), len(rows)
 
     def _file_of(self, row: int) -> FileFacts:
@@ -190,7 +191,7 @@ class Tensors:
         return [name for number, own in by_file.items() for name in self._files[number].names.at(own)]
 
 
-def _is_in(values: NDArray[np.int64], others: NDArray[np.int64]) -> NDArray[np.bool_]:
+def _is_in(values: Int64Array, others: Int64Array) -> NDArray[np.bool_]:
     """Return which of the values are among the others; both are sorted."""
     if not len(others):
         return np.zeros(len(values), np.bool_)

@@ -16,7 +16,7 @@ from asyncshard.plan.check.file_facts import MOST, FileFacts, Tensors
 from asyncshard.plan.check.report import CheckpointReport, DamagedFile, DtypeUse, RankFiles, Tie
 from asyncshard.plan.files.layout import INDEX_NAME
 from asyncshard.plan.files.survey import Group, Survey
-from asyncshard.plan.text import LISTED, count_of, listing
+from asyncshard.plan.text import LISTED, count_of, enumerate_names
 from asyncshard.plan.ties import EMBEDDING, OUTPUT, config_tie, tie_word
 
 Finding = FileFacts | AsyncShardError
@@ -146,7 +146,9 @@ def _duplicate_problems(evidence: CheckInput) -> Iterator[Problem]:
     for group in evidence.survey.groups:
         twice, total = Tensors(evidence.valid(group)).duplicates()
         if total:
-            listed = listing([f"{name!r} in {first} and {second}" for name, first, second in twice], LISTED, total)
+            listed = enumerate_names(
+                [f"{name!r} in {first} and {second}" for name, first, second in twice], total=total
+            )
             stand = "1 tensor stands" if total == 1 else f"{total} tensors stand"
             yield Problem(f"{evidence.path}: {stand} in two files: {listed}. Remove the file that is too many.", True)
 
@@ -168,7 +170,7 @@ def _rank_problems(evidence: CheckInput) -> Iterator[Problem]:
         ):
             if total:
                 texts.append(
-                    what.format(f"{count_of(total, 'tensor')} ({listing(list(map(repr, names)), LISTED, total)})")
+                    what.format(f"{count_of(total, 'tensor')} ({enumerate_names(names, total=total, is_quoted=True)})")
                 )
         if not texts:
             continue
@@ -207,7 +209,7 @@ def _other_problems(evidence: CheckInput) -> Iterator[Problem]:
     if survey.copies:
         yield Problem(
             f"{evidence.path} holds weights more than once: beside {_called(survey)} there "
-            f"{'is' if len(survey.copies) == 1 else 'are'} {listing(survey.copies)}. Programs that read every "
+            f"{'is' if len(survey.copies) == 1 else 'are'} {enumerate_names(survey.copies)}. Programs that read every "
             ".safetensors file load both: keep one of them, or move the other to a folder of its own.",
             False,
         )
@@ -215,8 +217,9 @@ def _other_problems(evidence: CheckInput) -> Iterator[Problem]:
     rest = [name for name in survey.others if name not in copies]
     if rest:
         yield Problem(
-            f"{evidence.path} holds {count_of(len(rest), 'file')} that the checkpoint does not need: {listing(rest)}. "
-            "Programs that read every .safetensors file load them too: move them to a folder of their own.",
+            f"{evidence.path} holds {count_of(len(rest), 'file')} that the checkpoint does not need: "
+            f"{enumerate_names(rest)}. Programs that read every .safetensors file load them too: move them to a folder "
+            "of their own.",
             False,
         )
 
@@ -267,10 +270,9 @@ def _dtypes(valid: Sequence[FileFacts]) -> tuple[DtypeUse, ...]:
 
 
 def _names(names: Sequence[str]) -> str:
-    shown = list(map(repr, names[:LISTED]))
     if len(names) < MOST:
-        return listing(shown, LISTED, len(names))
-    return f"{', '.join(shown)} and at least {MOST - LISTED} more"
+        return enumerate_names(names, is_quoted=True)
+    return f"{enumerate_names(names[:LISTED], is_quoted=True)} and at least {MOST - LISTED} more"
 
 
 def _join(path: str, name: str) -> str:

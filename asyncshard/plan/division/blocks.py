@@ -12,10 +12,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from asyncshard._typing import Int64Array
 from asyncshard.plan.division.divisions import Division
 from asyncshard.plan.division.slices import Overlap
-
-Numbers = NDArray[np.int64]
 
 MAX_RUNS = 16384
 """Runs that a rank may have of a block: the arrays that say where they are take 1 MiB or so."""
@@ -60,9 +59,9 @@ class RankRuns(NamedTuple):
     """What a rank has of a block, in the order of its files."""
 
     extents: list[Extent]
-    offsets: Numbers
+    offsets: Int64Array
     """Of each run, in the block."""
-    lengths: Numbers
+    lengths: Int64Array
     """Of each run, in bytes."""
     nbytes: int
 
@@ -76,7 +75,7 @@ class TensorMap:
     """Where all tensors are in one checkpoint, the one that is read or the one that is written."""
 
     def __init__(
-        self, divisions: Sequence[Division], which: NDArray[np.int32], files: Numbers, starts: Numbers
+        self, divisions: Sequence[Division], which: NDArray[np.int32], files: Int64Array, starts: Int64Array
     ) -> None:
         self.divisions = divisions
         """The distinct ones."""
@@ -97,11 +96,11 @@ class TensorMap:
         """Bytes of memory that the arrays take."""
         return self.which.nbytes + self.files.nbytes + self.starts.nbytes
 
-    def most_runs(self) -> Numbers:
+    def most_runs(self) -> Int64Array:
         """Return the runs of each tensor, of the rank that has most."""
         return np.array([division.most_runs for division in self.divisions], np.int64)[self.which]
 
-    def moves(self, block: Block, sizes: Numbers, rank: int, *, is_read: bool) -> RankRuns:
+    def moves(self, block: Block, sizes: Int64Array, rank: int, *, is_read: bool) -> RankRuns:
         """Return what a rank has of a block; where `is_read`, without what a rank before it has too.
 
         `sizes` are the bytes of all tensors. Slow for many: not for the event loop.
@@ -128,8 +127,8 @@ class TensorMap:
         return self._division(tensor).slices[rank].within_whole(start, stop)
 
     def _whole(
-        self, block: Block, sizes: Numbers, rank: int, *, is_read: bool
-    ) -> tuple[Numbers, Numbers, Numbers, list[Overlap]]:
+        self, block: Block, sizes: Int64Array, rank: int, *, is_read: bool
+    ) -> tuple[Int64Array, Int64Array, Int64Array, list[Overlap]]:
         """Return the tensors of a block that a rank has, the runs of each, where each begins in the block, all runs."""
         table = self._table(rank)
         which = self.which[block.first : block.last]
@@ -153,9 +152,9 @@ class TensorMap:
 class _RunTable(NamedTuple):
     """A rank's runs of whole tensors, for the divisions where they are few."""
 
-    begins: Numbers
+    begins: Int64Array
     """The first run of each division."""
-    counts: Numbers
+    counts: Int64Array
     """How many it has; -1 where they are not in the table."""
     runs: Overlap
     is_first: NDArray[np.bool_]
@@ -178,11 +177,11 @@ def _tabulate(divisions: Sequence[Division], rank: int, limit: int) -> _RunTable
     return _RunTable(begins, counts, Overlap(*map(np.concatenate, zip(*found, strict=True))), is_first)
 
 
-def _counts(overlaps: Sequence[Overlap]) -> Numbers:
+def _counts(overlaps: Sequence[Overlap]) -> Int64Array:
     return np.array([len(overlap.lengths) for overlap in overlaps], np.int64)
 
 
-def cut_blocks(sizes: Numbers, most_runs: Numbers, limit: int) -> Iterator[Block]:
+def cut_blocks(sizes: Int64Array, most_runs: Int64Array, limit: int) -> Iterator[Block]:
     """Yield blocks of at most `limit` bytes, in order. Empty tensors take no part.
 
     Parameters
@@ -217,7 +216,7 @@ def cut_blocks(sizes: Numbers, most_runs: Numbers, limit: int) -> Iterator[Block
         first += 1
 
 
-def _ordered(files: Numbers, places: Numbers, offsets: Numbers, lengths: Numbers) -> RankRuns:
+def _ordered(files: Int64Array, places: Int64Array, offsets: Int64Array, lengths: Int64Array) -> RankRuns:
     """Put runs in the order of the files, and join those that are neighbours both there and in the block."""
     order = np.lexsort((places, files))
     files, places, offsets, lengths = files[order], places[order], offsets[order], lengths[order]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 from asyncshard.errors import CheckpointError
@@ -83,8 +82,3 @@ def whole_shape(name: str, local_shapes: tuple[Shape, ...], placement: Placement
         step = len(local_shapes) // (placement.pieces or len(local_shapes))
         size = sum(local[dim] for local in local_shapes[:: max(step, 1)])
     return (*shape[:dim], size, *shape[dim + 1 :])
-
-
-def nbytes_of(shape: Shape, bits: int) -> int:
-    """Return the bytes of a tensor."""
-    return math.prod(shape) * bits // 8

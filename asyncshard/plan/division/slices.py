@@ -16,23 +16,21 @@ from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
+from asyncshard._typing import Int64Array
 from asyncshard.errors import CheckpointError
 from asyncshard.plan.division.chunks import chunk_bounds
 from asyncshard.plan.division.placements import PackedShard, Placement, Replicate, Shard
-
-Offsets = NDArray[np.int64]
 
 
 class Overlap(NamedTuple):
     """Where some bytes are, in the whole tensor and in the rank's: a piece for each element of the arrays."""
 
-    whole: Offsets
+    whole: Int64Array
     """Offsets in the whole tensor."""
-    local: Offsets
+    local: Int64Array
     """Offsets in the rank's tensor."""
-    lengths: Offsets
+    lengths: Int64Array
     """Bytes."""
 
 
@@ -58,35 +56,20 @@ class Slice(NamedTuple):
         """Bytes of the rank's tensor."""
         return self.outer * self.row_bytes
 
-    def within_local(self, start: int, stop: int) -> Overlap:
-        """Return where the bytes [start, stop) of the rank's tensor are, in their order."""
-        whole, local, lengths = self._pieces(start, stop, self.row_bytes)
-        return _clip(whole, local, lengths, local, start, stop)
-
     def within_whole(self, start: int, stop: int) -> Overlap:
         """Return what the rank has of the bytes [start, stop) of the whole tensor, in their order.
 
         It is one range of the rank's tensor.
         """
-        whole, local, lengths = self._pieces(start, stop, self.stride)
-        return _clip(whole, local, lengths, whole, start, stop)
-
-    def _pieces(self, start: int, stop: int, row: int) -> tuple[Offsets, Offsets, Offsets]:
-        """Return all runs of the rows, of `row` bytes each, that the range touches."""
-        first, last = (start // row, -(-stop // row)) if row and stop > start else (0, 0)
+        first, last = (start // self.stride, -(-stop // self.stride)) if self.stride and stop > start else (0, 0)
         rows = np.arange(first, min(last, self.outer), dtype=np.int64)[:, None]
         offsets, lengths = np.array(self.runs, np.int64).reshape(-1, 2).T
-        local = np.array([0, *accumulate(lengths.tolist())][:-1], np.int64)
-        whole = rows * self.stride + offsets
-        return whole.ravel(), (rows * self.row_bytes + local).ravel(), np.broadcast_to(lengths, whole.shape).ravel()
-
-
-def _clip(whole: Offsets, local: Offsets, lengths: Offsets, positions: Offsets, start: int, stop: int) -> Overlap:
-    """Leave of each piece what lies in [start, stop), by its `positions`."""
-    cut = np.maximum(start - positions, 0)
-    left = np.minimum(lengths, stop - positions) - cut
-    kept = left > 0
-    return Overlap((whole + cut)[kept], (local + cut)[kept], left[kept])
+        in_row = np.array([0, *accumulate(lengths.tolist())][:-1], np.int64)
+        whole, local = (rows * self.stride + offsets).ravel(), (rows * self.row_bytes + in_row).ravel()
+        cut = np.maximum(start - whole, 0)
+        left = np.minimum(np.tile(lengths, len(rows)), stop - whole) - cut
+        kept = left > 0
+        return Overlap((whole + cut)[kept], (local + cut)[kept], left[kept])
 
 
 def slice_tensor(

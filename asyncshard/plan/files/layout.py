@@ -22,7 +22,7 @@ from asyncshard.errors import CheckpointError, ObjectNotFoundError
 from asyncshard.format.pattern import ShardName, ShardPattern
 from asyncshard.plan.division.chunks import whole_number
 from asyncshard.plan.files.rank_shards import KNOWN_PATTERNS, faults_of_rank, find_rank_shards, two_patterns
-from asyncshard.plan.text import count_of, listing
+from asyncshard.plan.text import count_of, enumerate_names
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -190,8 +190,8 @@ def absent_files(files: Iterable[str], names: Iterable[str]) -> list[str]:
 def files_not_found(absent: Sequence[str], path: str) -> ObjectNotFoundError:
     """Return the error for files that only the index knows."""
     return ObjectNotFoundError(
-        f"{path}: {INDEX_NAME} names {count_of(len(absent), 'file')} that the directory lacks: {listing(absent)}. "
-        "Download them, or mend the index.",
+        f"{path}: {INDEX_NAME} names {count_of(len(absent), 'file')} that the directory lacks: "
+        f"{enumerate_names(absent)}. Download them, or mend the index.",
         path=path,
     )
 
@@ -213,5 +213,5 @@ def nothing_found(names: Sequence[str], path: str, pattern: ShardPattern | None)
     else:
         wanted = pattern.template
     others = sorted((name for name in set(names) if name.endswith(".safetensors")), key=natural_key)
-    there = f"has {listing(others, _SHOWN)}" if others else "has no .safetensors file"
+    there = f"has {enumerate_names(others, _SHOWN)}" if others else "has no .safetensors file"
     return ObjectNotFoundError(f"{path} holds no checkpoint: looked for {wanted}; the directory {there}.", path=path)

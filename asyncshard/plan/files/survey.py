@@ -34,7 +34,7 @@ from asyncshard.plan.files.rank_shards import (
     missing_ranks,
     two_patterns,
 )
-from asyncshard.plan.text import LISTED, count_of, listing
+from asyncshard.plan.text import count_of, enumerate_names
 
 Kind = Literal["ranks", "index", "single", "shards"]
 
@@ -180,7 +180,7 @@ def _survey_numbered(names: Sequence[str], path: str, pattern: ShardPattern | No
     if total:
         faults.append(
             f"{path}: of the {int(count)} shards, {count_of(total, 'file')} {'is' if total == 1 else 'are'} missing: "
-            f"{listing(missing, LISTED, total)}. Download them."
+            f"{enumerate_names(missing, total=total)}. Download them."
         )
     return Survey("shards", (Group("", tuple(shards.values())),), tuple(missing), total, faults=tuple(faults))
 

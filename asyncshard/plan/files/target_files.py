@@ -5,12 +5,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
+from asyncshard._typing import Int64Array
 from asyncshard.format.pattern import ShardPattern
 from asyncshard.plan.files.layout import SINGLE_NAME
-
-Numbers = NDArray[np.int64]
 
 
 class TargetFile(NamedTuple):
@@ -18,7 +16,7 @@ class TargetFile(NamedTuple):
 
     name: str
     rank: int
-    tensors: Numbers
+    tensors: Int64Array
     """Its tensors, in the order of its bytes."""
 
 
@@ -26,14 +24,14 @@ class TargetFiles(NamedTuple):
     """All files, and where each rank's tensors are in them."""
 
     files: tuple[TargetFile, ...]
-    places: Numbers
+    places: Int64Array
     """For each rank, the file of each tensor."""
-    offsets: Numbers
+    offsets: Int64Array
     """For each rank, the offset of each tensor in its file's data."""
 
 
 def lay_out(
-    sizes: Numbers, element_bytes: NDArray[np.int64], *, max_shard_size: int, pattern: ShardPattern | None
+    sizes: Int64Array, element_bytes: Int64Array, *, max_shard_size: int, pattern: ShardPattern | None
 ) -> TargetFiles:
     """Share the tensors out among files.
 
@@ -66,7 +64,7 @@ def lay_out(
     return TargetFiles(tuple(files), places, offsets)
 
 
-def _parts(sizes: Numbers, limit: int) -> list[tuple[int, int]]:
+def _parts(sizes: Int64Array, limit: int) -> list[tuple[int, int]]:
     """Cut into runs of tensors of at most `limit` bytes, or of one."""
     before = np.concatenate(([0], np.cumsum(sizes)))
     bounds: list[tuple[int, int]] = []

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from asyncshard.errors import CheckpointError
 from asyncshard.plan.division.chunks import whole_number
 from asyncshard.plan.division.placements import Placement, Shard
-from asyncshard.plan.text import listing
+from asyncshard.plan.text import enumerate_names
 from asyncshard.plan.tp.plan import TpPlan
 
 _MODEL_TYPES = frozenset({"gemma", "gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3"})
@@ -96,8 +96,8 @@ def require_known(plan: TpPlan, names: Iterable[str], *, path: str | None = None
     others = [name for name in plan.match(names).unmatched if _PROJECTION.search(name)]
     if others:
         raise CheckpointError(
-            f"{path or 'the checkpoint'}: tp_plan='auto' does not know how {listing(others)} are divided; pass an "
-            "explicit tp_plan",
+            f"{path or 'the checkpoint'}: tp_plan='auto' does not know how {enumerate_names(others)} are divided; pass "
+            "an explicit tp_plan",
             path=path,
             tensor=others[0],
         )

@@ -14,9 +14,9 @@ from typing import NoReturn
 
 import aiofiles
 import numpy as np
-from numpy.typing import NDArray
 
 from asyncshard._core import StopFlag, read_ranges, read_vectors
+from asyncshard._typing import Int64Array
 from asyncshard.errors import TruncatedError
 from asyncshard.stores.base import Listing, ObjectMeta, Store, require_small
 from asyncshard.stores.local import files
@@ -144,8 +144,8 @@ class LocalStore(Store):
     async def read_ranges(
         self,
         meta: ObjectMeta,
-        offsets: NDArray[np.int64],
-        lengths: NDArray[np.int64],
+        offsets: Int64Array,
+        lengths: Int64Array,
         buffers: Sequence[memoryview],
         *,
         max_gap: int | None = None,
@@ -160,8 +160,8 @@ class LocalStore(Store):
     def _read_ranges(
         self,
         meta: ObjectMeta,
-        offsets: NDArray[np.int64],
-        lengths: NDArray[np.int64],
+        offsets: Int64Array,
+        lengths: Int64Array,
         buffers: Sequence[memoryview],
         max_gap: int,
         stop: StopFlag,

@@ -16,7 +16,7 @@ from asyncshard.pipeline.writing.reshard.block_reader import BlockBuffers, Block
 from asyncshard.pipeline.writing.reshard.source import Source
 from asyncshard.plan.division.blocks import Block, RankRuns, TensorMap, cut_blocks
 from asyncshard.plan.files.target_files import TargetFiles
-from asyncshard.tasks.bounded import run_all
+from asyncshard.tasks.bounded import run_bounded
 from asyncshard.tasks.threads import DaemonThreads
 
 
@@ -56,7 +56,8 @@ class Copy:
         blocks = cut_blocks(self._sizes, most_runs, len(rooms[0].memory))
         planning = DaemonThreads(1, "asyncshard-work")  # one, since a generator runs in one thread at a time
         try:
-            await run_all(len(rooms), (self._work(blocks, room, planning) for room in rooms))
+            jobs = (self._work(blocks, room, planning) for room in rooms)
+            await run_bounded(len(rooms), jobs, on_failure="finish")
         finally:
             await planning.aclose()
 

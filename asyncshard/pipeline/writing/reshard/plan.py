@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from asyncshard._typing import Int64Array
 from asyncshard.errors import CheckpointError
 from asyncshard.format.dtypes import DTYPES
 from asyncshard.format.header import format_header
@@ -57,7 +58,7 @@ class TargetPlan(NamedTuple):
             metadata[WORLD_SIZE_KEY] = str(len(self.files.offsets))
         return format_header(self._entries(file.rank, file.tensors), metadata)
 
-    def _entries(self, rank: int, tensors: NDArray[np.int64]) -> Iterator[tuple[str, str, tuple[int, ...], int]]:
+    def _entries(self, rank: int, tensors: Int64Array) -> Iterator[tuple[str, str, tuple[int, ...], int]]:
         for tensor in yielding_gil(tensors.tolist()):
             which = self.which[tensor]
             piece = self.divisions[which].slices[rank]
@@ -68,7 +69,7 @@ class TargetPlan(NamedTuple):
         for tensor, place in enumerate(self.files.places[0].tolist()):
             yield self.source.tensors.name(tensor), self.files.files[place].name
 
-    def side(self, header_sizes: NDArray[np.int64]) -> TensorMap:
+    def side(self, header_sizes: Int64Array) -> TensorMap:
         """Return where the tensors go, when the size of each file's header is known."""
         starts = self.files.offsets + header_sizes[self.files.places]
         return TensorMap(self.divisions, self.which, self.files.places, starts)

@@ -11,6 +11,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from asyncshard._typing import Int64Array
 from asyncshard.format.digests import digests_of
 from asyncshard.pipeline.writing.reshard.block_reader import BlockBuffers, BlockReader, Bytes
 from asyncshard.pipeline.writing.reshard.source import Source
@@ -18,10 +19,8 @@ from asyncshard.plan.division.blocks import Block, TensorMap, cut_blocks
 from asyncshard.plan.division.divisions import Division
 from asyncshard.plan.division.slices import Slice
 from asyncshard.plan.text import Problems
-from asyncshard.tasks.bounded import run_all
+from asyncshard.tasks.bounded import run_bounded
 from asyncshard.tasks.threads import DaemonThreads
-
-Numbers = NDArray[np.int64]
 
 _STEP = 1 << 20
 
@@ -39,9 +38,9 @@ class Copies:
                 sizes[number] = division.slices[rank].nbytes
         self.source = source
         self.rank = rank
-        self.tensors: Numbers = np.flatnonzero(firsts[side.which] >= 0)
-        self.first_ranks: Numbers = firsts[side.which][self.tensors]
-        self.sizes: Numbers = sizes[side.which][self.tensors]
+        self.tensors: Int64Array = np.flatnonzero(firsts[side.which] >= 0)
+        self.first_ranks: Int64Array = firsts[side.which][self.tensors]
+        self.sizes: Int64Array = sizes[side.which][self.tensors]
 
     def keep(self, chosen: NDArray[np.bool_]) -> None:
         """Leave out those that are not chosen."""
@@ -115,7 +114,8 @@ class Comparison:
         differing: set[int] = set()
         planning = DaemonThreads(1, "asyncshard-work")
         try:
-            await run_all(len(rooms), (self._work(copies, side, blocks, room, planning, differing) for room in rooms))
+            jobs = (self._work(copies, side, blocks, room, planning, differing) for room in rooms)
+            await run_bounded(len(rooms), jobs, on_failure="finish")
         finally:
             await planning.aclose()
         for index in sorted(differing):
@@ -140,7 +140,7 @@ class Comparison:
             differing |= await self._threads.run(_differing, copies.sizes, block, room)
 
 
-def _differing(sizes: Numbers, block: Block, room: BlockBuffers) -> set[int]:
+def _differing(sizes: Int64Array, block: Block, room: BlockBuffers) -> set[int]:
     """Return the tensors of a block whose copies differ."""
     one, other = room.memory[: block.nbytes], room.staging[: block.nbytes]
     if _is_same(one, other):

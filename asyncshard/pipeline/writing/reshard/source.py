@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
+from asyncshard._typing import Int64Array
 from asyncshard.errors import CheckpointError, FormatError
 from asyncshard.format.digests import DIGESTS_KEY
 from asyncshard.format.pattern import ShardPattern
@@ -26,14 +26,11 @@ from asyncshard.plan.division.placements import Placement
 from asyncshard.plan.files.survey import Survey
 from asyncshard.plan.text import Problems
 from asyncshard.stores.base import Store
-from asyncshard.tasks.bounded import run_all
+from asyncshard.tasks.bounded import run_bounded
 from asyncshard.tasks.pace import yielding_gil
 from asyncshard.tasks.threads import DaemonThreads
 
-Numbers = NDArray[np.int64]
-
 _RANKS_AT_ONCE = 4
-_LISTED = 20
 _OUR_KEYS = (DIGESTS_KEY, PLACEMENT_KEY, WORLD_SIZE_KEY)
 
 
@@ -42,9 +39,9 @@ class Tensors(NamedTuple):
 
     shards: tuple[OpenedFile, ...]
     """The first rank's."""
-    files: Numbers
+    files: Int64Array
     """The index of each tensor's shard."""
-    rows: Numbers
+    rows: Int64Array
     """Its row there."""
 
     def name(self, tensor: int) -> str:
@@ -69,11 +66,11 @@ class Source(NamedTuple):
     """What all files say, but for the keys that are ours."""
     is_ranks: bool
     """Whether it is of rank shards, be it of one rank."""
-    rank_rows: Numbers
+    rank_rows: Int64Array
     """For each rank, the row of each tensor in its shard."""
 
     @property
-    def sizes(self) -> Numbers:
+    def sizes(self) -> Int64Array:
         """Bytes of each whole tensor."""
         sizes = [
             sum(piece.nbytes for rank, piece in enumerate(division.slices) if rank in division.first_ranks)
@@ -110,7 +107,7 @@ async def open_source(
         except (CheckpointError, FormatError) as error:
             faults.add(str(error))
 
-    await run_all(_RANKS_AT_ONCE, (open_rank(rank) for rank in range(world_size)))
+    await run_bounded(_RANKS_AT_ONCE, (open_rank(rank) for rank in range(world_size)), on_failure="finish")
     faults.require_none()
     return [found[rank] for rank in range(world_size)]
 
@@ -174,7 +171,7 @@ def _list_tensors(checkpoint: Checkpoint) -> Tensors:
     return Tensors(checkpoint.shards, files, rows)
 
 
-def _match(checkpoints: Sequence[Checkpoint], tensors: Tensors, faults: Problems) -> tuple[Numbers, Numbers]:
+def _match(checkpoints: Sequence[Checkpoint], tensors: Tensors, faults: Problems) -> tuple[Int64Array, Int64Array]:
     """Find every tensor with every rank; return the files, counted over all ranks, and the rows in them."""
     count = len(tensors.rows)
     files = np.zeros((len(checkpoints), count), np.int64)
