@@ -13,11 +13,11 @@ from asyncshard.errors import ObjectChangedError
 from asyncshard.loaders.loader import Loader, inherited
 from asyncshard.loaders.locations import Locations, file_with
 from asyncshard.loaders.options import ReadTuning, require_int
-from asyncshard.loaders.shard_reader import ShardReader
-from asyncshard.loaders.sources import OpenedFolder, ShardFile, Sources, key_of
+from asyncshard.loaders.sources import ShardFile, Sources, key_of
 from asyncshard.pipeline.checkpoint.opened_file import OpenedFile
 from asyncshard.pipeline.shard_cache.cache import CachedFile, CacheStatistics, ShardCache
 from asyncshard.pipeline.shard_cache.reads import unknown
+from asyncshard.pipeline.shard_cache.shard_reader import OpenedFolder, ShardReader
 from asyncshard.pipeline.shard_cache.tensors import ShardTensors
 from asyncshard.pipeline.shard_cache.transfer import ThroughCache
 from asyncshard.pipeline.transfer.stream import Stream
@@ -77,7 +77,12 @@ class IncrementalShardLoader(Loader):
     def _set_up(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self._cache = ShardCache(self.budget, self._cache_size, is_strict=self.options.strict_budget)
-        self._reader = ShardReader(self._cache, self._selection, self._options)
+        self._reader = ShardReader(
+            self._cache,
+            self.selection,
+            chunk_size=self.options.chunk_size,
+            prefetch_count=self.options.prefetch_count,
+        )
         self._headers = SingleFlight()
         self._reads = SingleFlight()
         self._locations = Locations(self.access, self.selection, self._cache)

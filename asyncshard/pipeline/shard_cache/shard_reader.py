@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import NamedTuple
 
+from asyncshard.arrays.base import ArrayLibrary
 from asyncshard.errors import ObjectChangedError
-from asyncshard.loaders.options import Options
-from asyncshard.loaders.sources import OpenedFolder
 from asyncshard.pipeline.checkpoint.checkpoint import Checkpoint, Selection, refuse_second_cut
 from asyncshard.pipeline.checkpoint.opened_file import FileReader, OpenedFile, read_header_of
 from asyncshard.pipeline.checkpoint.slicing import find_plan, slice_shard, with_slice_reader
@@ -18,6 +18,18 @@ from asyncshard.pipeline.shard_cache.tensors import ShardTensors
 from asyncshard.pipeline.transfer.buffered import BufferedTransfer
 from asyncshard.pipeline.transfer.transfer import Pacing, Reading
 from asyncshard.plan.files.layout import is_one_of_several, is_rank_shard
+from asyncshard.stores.base import Store
+from asyncshard.tasks.threads import DaemonThreads
+
+
+class OpenedFolder(NamedTuple):
+    """What reading one file of a folder takes."""
+
+    store: Store
+    name: str
+    """The file's, in the store."""
+    threads: DaemonThreads
+    library: ArrayLibrary
 
 
 class ShardReader:
@@ -27,13 +39,17 @@ class ShardReader:
     ----------
     cache : ShardCache
     selection : Selection
-    options : Options
+    chunk_size, prefetch_count : int or None
+        Bytes of one read, and read items in flight; None for the store's own numbers.
     """
 
-    def __init__(self, cache: ShardCache, selection: Selection, options: Options) -> None:
+    def __init__(
+        self, cache: ShardCache, selection: Selection, *, chunk_size: int | None, prefetch_count: int | None
+    ) -> None:
         self._cache = cache
         self._selection = selection
-        self._options = options
+        self._chunk_size = chunk_size
+        self._prefetch_count = prefetch_count
 
     async def read_header(self, opened: OpenedFolder) -> OpenedFile:
         """Open a file and read its header; leave of it what is the rank's and wanted.
@@ -51,9 +67,7 @@ class ShardReader:
             refuse_second_cut(self._selection, opened.store.path_of(opened.name))
         account = self._cache.open_account()  # while it is parsed
         try:
-            shard = await read_header_of(
-                opened.store, opened.name, opened.threads, self._options.header_limits, account
-            )
+            shard = await read_header_of(opened.store, opened.name, opened.threads, self._selection.limits, account)
             if is_sliced:
                 plan = await find_plan(opened.store, self._selection, opened.threads)
                 shard = await opened.threads.run(slice_shard, shard, self._selection, plan)
@@ -102,7 +116,7 @@ class ShardReader:
     @asynccontextmanager
     async def _transfer(self, opened: OpenedFolder, shard: OpenedFile) -> AsyncIterator[BufferedTransfer]:
         checkpoint = Checkpoint((shard,), FileReader(opened.store))
-        pacing = Pacing.of(opened.store, self._options.chunk_size, self._options.prefetch_count)
+        pacing = Pacing.of(opened.store, self._chunk_size, self._prefetch_count)
         account = self._cache.open_account()  # of the scratch for slices
         try:
             if shard.slice is not None:
