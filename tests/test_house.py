@@ -17,7 +17,7 @@ FLOORS: tuple[set[str], ...] = (
     {"errors", "events", "extras", "_core", "_typing", "_version"},
     {"tasks", "format"},
     {"plan.text", "plan.ranges"},
-    {"plan.division", "plan.items", "plan.tensor_filter"},
+    {"plan.division", "plan.items", "plan.tensor_filter", "plan.ties"},
     {"plan.tp", "plan.files", "plan.assignment"},
     {"plan.file_slices", "plan.check"},
     {"stores.ranges", "stores.scatter"},

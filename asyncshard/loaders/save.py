@@ -19,6 +19,7 @@ from asyncshard.format.digests import DIGESTS_KEY, DIGITS, Digest, load_digest
 from asyncshard.format.dtypes import Dtype, from_numpy
 from asyncshard.format.header import PREFIX_BYTES, header_size, parse_header
 from asyncshard.format.pattern import ShardPattern
+from asyncshard.plan.ties import tie_metadata
 from asyncshard.stores.local.files import translated
 from asyncshard.tasks.threads import DaemonThreads
 
@@ -180,7 +181,7 @@ class _Save:
 
     def _metadata_of(self, tensors: list[_Tensor]) -> dict[str, str]:
         """Return the metadata of a part; digests are not known before the order of its tensors is."""
-        ties = {other: tensor.name for tensor in tensors for other in tensor.other_names}
+        ties = tie_metadata({other: tensor.name for tensor in tensors for other in tensor.other_names})
         digests = {DIGESTS_KEY: _NO_DIGEST * len(tensors)} if self._digest is not None else {}
         return ties | self._metadata | digests
 

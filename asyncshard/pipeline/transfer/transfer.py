@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from asyncshard._core import Lease
-from asyncshard.pipeline.checkpoint.checkpoint import Checkpoint, ties_of
+from asyncshard.pipeline.checkpoint.checkpoint import Checkpoint
+from asyncshard.pipeline.checkpoint.ties import find_ties, ties_of
 from asyncshard.pipeline.checkpoint.version import version_of
 from asyncshard.plan.items import ReadItem
 from asyncshard.stores.base import Pacing
@@ -22,9 +23,10 @@ class Reading(NamedTuple):
     pacing: Pacing
     threads: DaemonThreads
 
-    def with_tied(self) -> Reading:
-        """Return the same reading, of the tied tensors too (`Checkpoint.with_tied`)."""
-        return self._replace(checkpoint=self.checkpoint.with_tied())
+    async def with_ties(self) -> Reading:
+        """Return the reading of all that there is: tied tensors too, and the ties of ``config.json``."""
+        checkpoint = await find_ties(self.checkpoint, self.threads)
+        return self._replace(checkpoint=checkpoint.with_tied())
 
 
 class Transfer(ABC):

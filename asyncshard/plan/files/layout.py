@@ -29,6 +29,9 @@ SINGLE_NAME = "model.safetensors"
 INCOMPLETE_NAME = "asyncshard.incomplete"
 """A file that stands in a directory for as long as `reshard` has not ended writing it."""
 
+NUMBERED = re.compile(r"(?P<prefix>.*)-(?P<number>[0-9]{1,18})-of-(?P<count>[0-9]{1,18})\.safetensors", re.DOTALL)
+"""The names of one file of several."""
+
 _SHOWN = 10  # how many files it shows of those that are there
 
 
@@ -138,6 +141,20 @@ def choose_layout(
 def is_rank_shard(name: str, pattern: ShardPattern | None = None) -> bool:
     """Return whether a file is by its name a shard of one rank: of this pattern, or of one of vLLM's."""
     return any(known.parse(name) is not None for known in (KNOWN_PATTERNS if pattern is None else (pattern,)))
+
+
+def is_one_of_several(name: str, pattern: ShardPattern | None = None) -> bool:
+    """Return whether a file is by its name one of those that make up a checkpoint."""
+    return NUMBERED.fullmatch(name) is not None or is_rank_shard(name, pattern)
+
+
+def is_whole_model(layout: Layout, *, is_file: bool, pattern: ShardPattern | None = None) -> bool:
+    """Return whether files hold all that a model has on a rank: neither one file of several nor a pipeline stage."""
+    name = layout.files[0]
+    if is_file:
+        return not is_one_of_several(name, pattern)
+    patterns = KNOWN_PATTERNS if pattern is None else (pattern,)
+    return layout.kind != "ranks" or not any(each.has_pp_rank and each.parse(name) is not None for each in patterns)
 
 
 def index_files(weight_map_files: Iterable[str], names: Iterable[str], path: str) -> tuple[str, ...]:

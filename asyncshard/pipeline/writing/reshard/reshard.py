@@ -142,8 +142,8 @@ class Reshard:
             tied = await self._threads.run(next, place_ties(first, ties, selection, plan), None)
             if tied is not None:
                 raise CheckpointError(
-                    f"{url}: {tied.name!r} is tied to {tied.kept!r}, and the tp_plan divides them differently: reshard "
-                    "keeps tied tensors one. Leave the rule for the former out; a load may still have it",
+                    f"{url}: {tied.name!r} is tied to {tied.stored_name!r}, and the tp_plan divides them differently: "
+                    "reshard keeps tied tensors one. Leave the rule for the former out; a load may still have it",
                     path=url,
                     tensor=tied.name,
                 )
