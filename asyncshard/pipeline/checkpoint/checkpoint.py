@@ -11,11 +11,12 @@ from itertools import chain
 from typing import Literal, NamedTuple
 
 from asyncshard._core import WeightMap, duplicate_names
-from asyncshard.errors import CheckpointError, NamesError
+from asyncshard.errors import CheckpointError, NamesError, ObjectNotFoundError
 from asyncshard.format.header import TensorInfo
 from asyncshard.format.index import MAX_INDEX_BYTES, parse_index
 from asyncshard.format.pattern import ShardPattern
 from asyncshard.pipeline.checkpoint.opened_file import OpenedFile, read_header_of
+from asyncshard.pipeline.checkpoint.rank_files import error_of_missing, require_one_save
 from asyncshard.pipeline.memory.budget import Account
 from asyncshard.plan.check.file_facts import EMBEDDING, output_names
 from asyncshard.plan.check.judgement import index_disagreement
@@ -143,6 +144,8 @@ class ShardNames(NamedTuple):
     """Which of them each tensor is in, where an index tells; its own `files` are in another order."""
     index_bytes: int
     """Bytes of the index file."""
+    are_of_rank: bool = False
+    """Whether the files are rank shards."""
 
 
 async def choose_files(store: Store, selection: Selection, threads: DaemonThreads) -> ShardNames:
@@ -170,7 +173,7 @@ async def choose_files(store: Store, selection: Selection, threads: DaemonThread
     if any(is_rank_shard(name, selection.pattern) for name in layout.files):
         refuse_second_cut(selection, store.url)
     if layout.kind != "index":
-        return ShardNames(layout.files, None, 0)
+        return ShardNames(layout.files, None, 0, are_of_rank=layout.kind == "ranks")
     (index_name,) = layout.files
     path = store.path_of(index_name)
     data = await store.read(index_name, max_bytes=MAX_INDEX_BYTES)
@@ -186,6 +189,8 @@ async def open_checkpoint(store: Store, selection: Selection, threads: DaemonThr
 
     Raises
     ------
+    ObjectChangedError
+        A rank's files come from two saves, or one of them went away meanwhile.
     ObjectNotFoundError, CheckpointError, FormatError, BudgetError, StoreError
     """
     return await open_files(store, await choose_files(store, selection, threads), selection, threads, account)
@@ -195,7 +200,9 @@ async def open_files(
     store: Store, found: ShardNames, selection: Selection, threads: DaemonThreads, account: Account
 ) -> Checkpoint:
     """Do so for files that have been found; their tensors are whole."""
-    shards = await _open_shards(store, found.files, selection, threads, account)
+    shards = await _open_shards(store, found, selection, threads, account)
+    if found.are_of_rank:
+        await threads.run(require_one_save, shards, store.url)
     await threads.run(_check_names, shards, found, store.url)
     return Checkpoint(tuple(shards))
 
@@ -255,9 +262,10 @@ def require_wanted(count: int, missing: Sequence[str], path: str) -> None:
 
 
 async def _open_shards(
-    store: Store, files: Sequence[str], selection: Selection, threads: DaemonThreads, account: Account
+    store: Store, found: ShardNames, selection: Selection, threads: DaemonThreads, account: Account
 ) -> list[OpenedFile]:
     """Open a few at a time; of several failures raise that of the first shard."""
+    files = found.files
     results: list[OpenedFile | Exception | None] = [None] * len(files)
     pending = iter(enumerate(files))
 
@@ -273,7 +281,8 @@ async def _open_shards(
                     account=account,
                 )
             except Exception as error:
-                results[number] = error
+                is_gone = found.are_of_rank and isinstance(error, ObjectNotFoundError)
+                results[number] = await error_of_missing(store, name, error) if is_gone else error
                 for _ in pending:  # the others finish what they began and stop too
                     pass
 
