@@ -46,7 +46,7 @@ class Commit(NamedTuple):
             writer, names, going = value["id"], value["files"], value["replaced"]
             is_known = re.fullmatch("[0-9a-f]{32}", writer) is not None and len(names) > 0
             is_known = is_known and all(name and os.path.basename(name) == name for name in (*names, *going))
-        except (FileNotFoundError, ValueError, LookupError, TypeError):
+        except (FileNotFoundError, ValueError, LookupError, TypeError, RecursionError):
             return None
         return cls.of(directory, folder, writer, names, going) if is_known else None
 
