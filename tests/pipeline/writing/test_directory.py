@@ -23,6 +23,11 @@ OLD = ("a", "b", "c")
 SETS = [("a", "b", "c"), ("a", "b"), ("a", "b", "c", "d"), ("a",), ("x", "y")]
 
 
+@pytest.fixture(autouse=True)
+def disk_is_quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", lambda fd: os.fstat(fd))
+
+
 class Killed(BaseException):
     """The process would be gone from here on."""
 
