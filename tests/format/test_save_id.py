@@ -15,7 +15,7 @@ def test_metadata_without_the_key_names_no_save():
 
 
 @pytest.mark.parametrize(
-    "text", ["", "x", "0" * 32, "0" * 32 + " 0", "0" * 32 + " -1", "A" * 32 + " 1", "0" * 32 + " ١"]
+    "text", ["", "x", "0" * 32, "0" * 32 + " 0", "0" * 32 + " -1", "A" * 32 + " 1", "0" * 32 + " \u0661"]
 )
 def test_a_text_of_another_form_is_an_id_that_tells_no_number_of_files(text):
     assert save_id_of({SAVE_KEY: text}) == SaveId(text, None)

@@ -1,4 +1,7 @@
-"""Files of a rank that go away between the listing and their opening. Mixtures: ``tests/pipeline/writing/test_save.py``."""
+"""Files of a rank that go away between the listing and their opening.
+
+Mixtures of two saves are tested in ``tests/pipeline/writing/test_save.py``.
+"""
 
 from __future__ import annotations
 
