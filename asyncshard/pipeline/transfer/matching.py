@@ -15,11 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from asyncshard.arrays.base import ArrayLibrary, RawArray
+from asyncshard.arrays.covered import CoveredMemory
 from asyncshard.arrays.memory import is_sink, span
 from asyncshard.errors import DestinationError, NamesError
 from asyncshard.format.dtypes import DTYPES, Dtype
 from asyncshard.pipeline.checkpoint.checkpoint import Checkpoint
-from asyncshard.pipeline.transfer.covered import CoveredMemory
 from asyncshard.pipeline.transfer.destinations import (
     MatchedDestinations,
     SecondCopy,

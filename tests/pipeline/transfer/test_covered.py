@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from asyncshard.arrays.covered import CoveredMemory
 from asyncshard.arrays.memory import span
-from asyncshard.pipeline.transfer.covered import CoveredMemory
 
 MEMORY = np.zeros(64, np.uint32)
 VIEWS = st.tuples(st.integers(0, 20), st.integers(1, 12), st.sampled_from([1, 1, 1, 2, 3]))
