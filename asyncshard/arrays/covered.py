@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from asyncshard._core import Span
-from asyncshard.pipeline.transfer.destinations import TensorKey
+from asyncshard.plan.items import TensorKey
 
 _OVERLAP_WORK: Any = 100_000  # any number, for stubs of NumPy before 2.5
 """How hard NumPy tries to tell whether two strided views share memory, before we assume that they do."""

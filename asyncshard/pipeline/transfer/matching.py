@@ -25,9 +25,9 @@ from asyncshard.pipeline.transfer.destinations import (
     SecondCopy,
     ShardDestinations,
     StridedTarget,
-    TensorKey,
 )
 from asyncshard.pipeline.transfer.second_copies import CopyDigests, difference
+from asyncshard.plan.items import TensorKey
 from asyncshard.plan.text import enumerate_names
 from asyncshard.tasks.pace import yielding_gil
 

@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 from asyncshard.errors import DestinationError, FormatError
 from asyncshard.format.digests import digests_of
 from asyncshard.pipeline.checkpoint.checkpoint import Checkpoint
-from asyncshard.pipeline.transfer.destinations import TensorKey
-from asyncshard.plan.items import ReadItem
+from asyncshard.plan.items import ReadItem, TensorKey
 
 
 class FirstCopies:
