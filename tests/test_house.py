@@ -14,7 +14,7 @@ import asyncshard
 
 PACKAGE = Path(asyncshard.__file__).parent
 FLOORS: tuple[set[str], ...] = (
-    {"errors", "_core", "_typing", "_version"},
+    {"errors", "events", "_core", "_typing", "_version"},
     {"tasks", "format"},
     {"plan.text"},
     {"plan.division", "plan.items", "plan.tensor_filter"},

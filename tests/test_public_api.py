@@ -25,7 +25,7 @@ PUBLIC = [name for name in asyncshard.__all__ if not name.startswith("_")]
 
 
 def test_all_names_what_there_is_and_nothing_else() -> None:
-    rooms = {"tasks", "format", "plan", "stores", "arrays", "pipeline", "loaders", "integrations", "testing", "cli"}
+    rooms = {"arrays", "events", "format", "plan", "stores", "pipeline", "loaders", "integrations", "tasks", "testing"}
     public = {name for name in vars(asyncshard) if not name.startswith("_")} - rooms
     assert public | {"__version__"} == set(asyncshard.__all__)
     assert len(asyncshard.__all__) == len(set(asyncshard.__all__))

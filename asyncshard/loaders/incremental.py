@@ -25,7 +25,7 @@ from asyncshard.pipeline.shard_cache.tensors import ShardTensors
 from asyncshard.pipeline.shard_cache.transfer import ThroughCache
 from asyncshard.pipeline.transfer.buffered import BufferedTransfer
 from asyncshard.pipeline.transfer.stream import Stream
-from asyncshard.pipeline.transfer.transfer import Pacing, Reading
+from asyncshard.pipeline.transfer.transfer import Reading
 from asyncshard.plan.files.layout import is_rank_shard
 from asyncshard.stores import Store
 from asyncshard.stores.opening import ModelPath
@@ -272,7 +272,7 @@ class IncrementalShardLoader(Loader):
     @asynccontextmanager
     async def _transfer(self, opened: OpenedFolder, file: CachedFile) -> AsyncIterator[BufferedTransfer]:
         checkpoint = Checkpoint((file.shard,), FileReader(opened.store))
-        pacing = Pacing.of(opened.store, self.options.chunk_size, self.options.prefetch_count)
+        pacing = opened.store.pacing.override(self.options.chunk_size, self.options.prefetch_count)
         account = self._cache.open_account()  # of the scratch for slices
         try:
             if file.shard.slice is not None:

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from enum import Enum
 from typing import Any
 
 from asyncshard._core import Lease
 from asyncshard.errors import BudgetError, StreamClosedError
+from asyncshard.events import Closed, Listener, Opened, ReadEnded, ReadStarted
 from asyncshard.pipeline.checkpoint.opening import Opening
 from asyncshard.pipeline.memory.budget import Account, Reclaimable, charge_of
 from asyncshard.pipeline.transfer.load import Delivery, Load, open_transfer
@@ -65,6 +65,8 @@ class Supervisor:
         self.account: Account = opening.account
         self._budget.add_reclaimer(self)
         self.counters = Counters()
+        self.report: Listener = self.counters.take
+        """Called with each event of this stream, from any thread."""
         self.transfer: Transfer | None = None
         self._slots = Slots(is_ordered=load.is_ordered)
         self._crash: Exception | None = None
@@ -203,14 +205,14 @@ class Supervisor:
             pass
         except Exception as error:
             self._crash = error
-        self.counters.ended = time.perf_counter()
+        self.report(Closed())
         if not self._opened.done():
             self._opened.set_exception(self._crash or StreamClosedError("the stream was closed before it was open"))
             self._opened.exception()  # seen, should nobody wait for it
         self._slots.slot_ready.set()  # as the last thing: who waits in `next_slot` has to find this task done
 
     async def _serve(self, load: Load, delivery: Delivery, opening: Opening) -> None:
-        async with open_transfer(load, opening, delivery) as transfer:
+        async with open_transfer(load, opening, delivery, self.report) as transfer:
             try:
                 self._begin(transfer)
                 await self._slots.demand.wait()
@@ -220,8 +222,7 @@ class Supervisor:
 
     def _begin(self, transfer: Transfer) -> None:
         self.transfer = transfer
-        self.counters.bytes_total = transfer.bytes_total
-        self.counters.tensors_total = transfer.tensors_total
+        self.report(Opened(transfer.tensors_total, transfer.bytes_total, transfer.missing, transfer.unexpected))
         self._slots.plan(transfer.items)
         self._opened.set_result(None)
 
@@ -318,13 +319,14 @@ class Supervisor:
         item = slot.item
         assert item is not None
         failure: Exception | None = None
-        self.counters.bytes_in_flight += item.nbytes
+        path = transfer.checkpoint.shards[item.shard].path
+        self.report(ReadStarted(path, item.start, item.stop))
         try:
             await transfer.read(item, slot.lease)
         except Exception as error:
             failure = error
         finally:
-            self.counters.bytes_in_flight -= item.nbytes
+            self.report(ReadEnded(path, item.start, item.stop))
             self._own_tasks.discard(task)
             del task  # a cycle of task, exception and frame would keep the buffer alive
         if transfer.is_in_place:
