@@ -97,10 +97,8 @@ def _file_store(url: str, **options: Any) -> Store:
 
 
 def _s3_store(url: str, *, page_cache: str, **options: Any) -> Store:
-    try:
-        from asyncshard.stores.s3 import S3Store
-    except ImportError as error:
-        raise ImportError(f"{url}: {error.name} is not installed: pip install 'asyncshard[s3]'") from error
+    from asyncshard.stores.s3 import S3Store
+
     return S3Store(url, **options)
 
 

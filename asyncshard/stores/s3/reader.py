@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from asyncshard.errors import ChecksumError, StoreError, StoreTimeoutError
 from asyncshard.events import Listener, Retried
@@ -15,9 +15,11 @@ from asyncshard.stores.http.response import Pin, RangeRequest, ResponseHead, req
 from asyncshard.stores.http.retries import Retries, RetryPolicy
 from asyncshard.stores.s3.client import S3Client
 from asyncshard.stores.s3.errors import failure_of_response, is_error
-from asyncshard.stores.s3.integrity import Integrity
 from asyncshard.stores.s3.transports import Transport
 from asyncshard.stores.scatter import Scatter
+
+if TYPE_CHECKING:
+    from asyncshard.stores.s3.integrity import Integrity  # it imports a package that only checksums need
 
 T = TypeVar("T")
 _CORRUPTED = Failure(

@@ -6,10 +6,10 @@ import asyncio
 import json
 import re
 from collections.abc import Callable, Coroutine, Sequence
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from asyncshard.errors import ObjectNotFoundError, TruncatedError
+from asyncshard.extras import require
 from asyncshard.stores.base import ETAG, Listing, ObjectMeta, Pacing, State, Store
 from asyncshard.stores.http.response import Pin
 from asyncshard.stores.s3.options import S3Options
@@ -54,12 +54,11 @@ class S3Store(Store):
     def __init__(self, url: str, *, max_workers: int | None = None, **options: Any) -> None:
         self._options = S3Options.from_keywords(options)
         self._bucket, self._key = split_url(url)
-        needed = ["aiobotocore", *(["awscrt"] if self._options.verify_checksums else ())]
-        missing = [name for name in needed if find_spec(name) is None]
-        if missing:
-            extra = "checksums" if missing == ["awscrt"] else "s3"
-            raise ImportError(f"{', '.join(missing)} is not installed: pip install 'asyncshard[{extra}]'")
         self.url = f"s3://{self._bucket}/{self._key}"
+        if self._options.verify_checksums:
+            require(f"{self.url} with verify_checksums", "aiobotocore", "h11", "awscrt")
+        else:
+            require(self.url, "aiobotocore", "h11")
         self.max_workers = max_workers or DEFAULT_MAX_WORKERS
         max_gap_bytes = self._options.max_gap_bytes
         if max_gap_bytes is None:
