@@ -1,6 +1,6 @@
 """Typed stub of the compiled core; ``stubtest`` holds the two together."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, Never, Self, final
 
 import numpy as np
@@ -94,6 +94,22 @@ class HeaderTable:
         Returns the kind of each tensor, and the index of the first tensor of each kind; kinds are numbered in the order
         of their first tensors. Two names are similar if they are equal after each dot-separated part that is a number
         ("parts"), or each run of digits ("digits"), is replaced by ``*``. With "" names are not compared.
+        """
+
+    def take(
+        self,
+        rows: NDArray[np.int64],
+        shapes: Sequence[tuple[int, ...]],
+        kinds: NDArray[np.int32],
+        *,
+        data_start: int,
+        metadata: Mapping[str, str],
+        names: Sequence[str] | None = None,
+    ) -> Self:
+        """Return a table of some rows in this order, with other shapes, whose data lies one after the other.
+
+        `kinds` has the place in `shapes` of each row, `names` other names; dtypes stay. Raises IndexError for a row or
+        a shape that is not there, ValueError for a name that is there twice and for a size no file can have.
         """
 
     def metadata(self) -> dict[str, str]: ...

@@ -14,7 +14,7 @@ import asyncshard
 
 PACKAGE = Path(asyncshard.__file__).parent
 FLOORS: tuple[set[str], ...] = (
-    {"errors", "_core", "_typing", "_version"},
+    {"errors", "events", "extras", "_core", "_typing", "_version"},
     {"tasks", "format"},
     {"plan.text"},
     {"plan.division", "plan.items", "plan.tensor_filter"},
@@ -22,7 +22,7 @@ FLOORS: tuple[set[str], ...] = (
     {"plan.file_slices", "plan.check"},
     {"stores.ranges", "stores.scatter"},
     {"stores.base"},
-    {"stores.wrapper", "stores.sliced", "stores.local", "stores.http"},
+    {"stores.wrapper", "stores.local", "stores.http"},
     {"stores.s3", "stores.disk_cache"},
     {"stores"},
     {"stores.opening"},

@@ -393,7 +393,7 @@ cdef void entries_free(Entries *entries) noexcept nogil:
 
 @cython.final
 cdef class HeaderTable:
-    """The tensors of one header, in file order; made by `parse_header_table`, and never changed."""
+    """The tensors of one header, in file order; made by `parse_header_table` or `take`, and never changed."""
 
     cdef Strings names
     cdef Arena shapes
@@ -435,6 +435,18 @@ cdef class HeaderTable:
 
     def kinds(self, spelling):
         return kinds_of(&self.names, self.codes, &self.shapes, self.shape_offsets, spelling)
+
+    def take(
+        self,
+        const int64_t[::1] rows not None,
+        shapes,
+        const int[::1] kinds not None,
+        *,
+        int64_t data_start,
+        metadata,
+        names=None,
+    ):
+        return take_rows(self, rows, kinds, shapes, names, metadata, data_start)
 
     def metadata(self):
         cdef size_t i

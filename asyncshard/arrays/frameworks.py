@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from asyncshard.arrays.base import ArrayLibrary
+from asyncshard.extras import require
 
 FRAMEWORKS = {"np": "asyncshard.arrays.numpy", "pt": "asyncshard.arrays.torch"}
 """The module of each framework's array library. Each module has an `ArrayLibrary` under the name ``library``."""
@@ -28,12 +29,6 @@ def load_library(framework: str, destinations: Mapping[str, Any] | None = None) 
     torch = sys.modules.get("torch")
     if destinations and torch and any(isinstance(target, torch.Tensor) for target in destinations.values()):
         framework = "pt"
-    try:
-        return cast(ArrayLibrary, importlib.import_module(FRAMEWORKS[framework]).library)
-    except ImportError as error:
-        if error.name != _PACKAGES.get(framework):
-            raise
-        raise ImportError(
-            f"framework={framework!r}: {error.name} is not installed: pip install 'asyncshard[{error.name}]'",
-            name=error.name,
-        ) from error
+    if framework in _PACKAGES:
+        require(f"framework={framework!r}", _PACKAGES[framework])
+    return cast(ArrayLibrary, importlib.import_module(FRAMEWORKS[framework]).library)

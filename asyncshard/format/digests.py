@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from asyncshard.errors import FormatError
+from asyncshard.extras import require
 from asyncshard.format.header import Header
 
 if TYPE_CHECKING:
@@ -82,10 +83,9 @@ def load_digest() -> Digest:
     ImportError
         The package xxhash is not installed.
     """
-    try:
-        import xxhash
-    except ImportError as error:
-        raise ImportError("digests of tensors need xxhash: pip install 'asyncshard[cache]'") from error
+    require("digests of tensors", "xxhash")
+    import xxhash
+
     make: Any = xxhash.xxh3_128
 
     def digest(buffer: Buffer) -> bytes:

@@ -9,9 +9,12 @@ and the rules for tensors (types, shapes, sizes, offsets without a hole or an ov
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from json.encoder import encode_basestring_ascii
 from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from asyncshard._core import HeaderTable, parse_header_table
 from asyncshard.errors import FormatError
@@ -53,7 +56,7 @@ class TensorInfo(NamedTuple):
 
 
 class Header(Mapping[str, TensorInfo]):
-    """The tensors of one file by name, in the order of their bytes. Immutable; made by `parse_header`.
+    """The tensors of one file by name, in the order of their bytes. Immutable; made by `parse_header` or `take`.
 
     The tensors are stored as a few arrays, however many there are. Each look-up makes a new `TensorInfo`.
     """
@@ -97,6 +100,38 @@ class Header(Mapping[str, TensorInfo]):
     def nbytes(self) -> int:
         """The number of bytes of memory that the header takes."""
         return self.table.nbytes
+
+    def take(
+        self,
+        rows: NDArray[np.int64],
+        shapes: Sequence[tuple[int, ...]],
+        kinds: NDArray[np.int32],
+        *,
+        metadata: Mapping[str, str] | None = None,
+        names: Sequence[str] | None = None,
+    ) -> Header:
+        """Return the header of a file that would hold some of the tensors, in other shapes, after as large a header.
+
+        Parameters
+        ----------
+        rows : array of int64
+            The tensors, in the order of their data there; none twice.
+        shapes : sequence of tuple of int
+            The distinct shapes.
+        kinds : array of int32
+            The place in `shapes` of each tensor's.
+        names : sequence of str, optional
+            What the tensors are called there; by default as here.
+
+        Raises
+        ------
+        IndexError
+            There is no such tensor, or no such shape.
+        ValueError
+            Two tensors have one name, or one ends within a byte or beyond 2**63 - 1 bytes.
+        """
+        table = self.table.take(rows, shapes, kinds, data_start=self.size, metadata=metadata or {}, names=names)
+        return Header(table, size=self.size, file_size=int(table.stops[-1]) if len(table) else self.size)
 
     def __repr__(self) -> str:
         return f"<Header of {len(self)} tensors in {self.file_size} bytes>"

@@ -17,7 +17,7 @@ from asyncshard.loaders.locations import Locations
 from asyncshard.loaders.options import ReadTuning, require_int
 from asyncshard.loaders.sources import OpenedFolder, ShardFile, Sources, key_of
 from asyncshard.pipeline.checkpoint.checkpoint import Checkpoint, refuse_second_cut
-from asyncshard.pipeline.checkpoint.opened_file import OpenedFile, read_header_of
+from asyncshard.pipeline.checkpoint.opened_file import FileReader, OpenedFile, read_header_of
 from asyncshard.pipeline.checkpoint.slicing import find_plan, slice_shard, with_slice_reader
 from asyncshard.pipeline.shard_cache.cache import CachedFile, CacheStatistics, ShardCache
 from asyncshard.pipeline.shard_cache.reads import read_one, read_whole, unknown
@@ -25,7 +25,7 @@ from asyncshard.pipeline.shard_cache.tensors import ShardTensors
 from asyncshard.pipeline.shard_cache.transfer import ThroughCache
 from asyncshard.pipeline.transfer.buffered import BufferedTransfer
 from asyncshard.pipeline.transfer.stream import Stream
-from asyncshard.pipeline.transfer.transfer import Pacing, Reading
+from asyncshard.pipeline.transfer.transfer import Reading
 from asyncshard.plan.files.layout import is_rank_shard
 from asyncshard.stores import Store
 from asyncshard.stores.opening import ModelPath
@@ -183,8 +183,7 @@ class IncrementalShardLoader(Loader):
             async with self._transfer(opened, file) as transfer:
                 return await read_one(transfer, file, self._cache, name)
 
-        tensors = await self._reads.run((key, name), lambda: self._read(key, path, read_it))
-        return tensors[name]
+        return (await self._reads.run((key, name), lambda: self._read(key, path, read_it)))[name]
 
     async def load_weights_incremental(self, path: ModelPath, callback: Callback) -> None:
         """Call ``callback(name, tensor)`` for every tensor, in plan order; what it returns is awaited if it can be.
@@ -271,15 +270,13 @@ class IncrementalShardLoader(Loader):
 
     @asynccontextmanager
     async def _transfer(self, opened: OpenedFolder, file: CachedFile) -> AsyncIterator[BufferedTransfer]:
-        store, checkpoint = opened.store, Checkpoint((file.shard,))
-        pacing = Pacing.of(store, self.options.chunk_size, self.options.prefetch_count)
+        checkpoint = Checkpoint((file.shard,), FileReader(opened.store))
+        pacing = opened.store.pacing.override(self.options.chunk_size, self.options.prefetch_count)
         account = self._cache.open_account()  # of the scratch for slices
         try:
-            if file.shard.part is not None:
-                store, checkpoint = await with_slice_reader(
-                    store, checkpoint, opened.threads, account, chunk_size=pacing.chunk_size
-                )
-            yield BufferedTransfer(Reading(checkpoint, store, pacing, opened.threads), opened.library)
+            if file.shard.slice is not None:
+                checkpoint = await with_slice_reader(checkpoint, opened.threads, account, chunk_size=pacing.chunk_size)
+            yield BufferedTransfer(Reading(checkpoint, pacing, opened.threads), opened.library)
         finally:
             self._cache.discard(account)
 

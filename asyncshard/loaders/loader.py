@@ -192,7 +192,7 @@ class Loader:
         async with load.open() as opening:
             _, reading = await load.open_checkpoint(opening)
             checkpoint = reading.checkpoint.with_tied()
-            return await opening.threads.run(LoadPlan.of, checkpoint, reading.store.max_gap_bytes)
+            return await opening.threads.run(LoadPlan.of, checkpoint, reading.pacing.max_gap_bytes)
 
 
 class Inherited(NamedTuple):

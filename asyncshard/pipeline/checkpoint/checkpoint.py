@@ -14,7 +14,7 @@ from asyncshard.errors import CheckpointError, NamesError
 from asyncshard.format.header import HeaderLimits, TensorInfo
 from asyncshard.format.index import MAX_INDEX_BYTES, parse_index
 from asyncshard.format.pattern import ShardPattern
-from asyncshard.pipeline.checkpoint.opened_file import OpenedFile, read_header_of
+from asyncshard.pipeline.checkpoint.opened_file import FileReader, OpenedFile, read_header_of
 from asyncshard.pipeline.memory.budget import Account
 from asyncshard.plan.check.file_facts import EMBEDDING, output_names
 from asyncshard.plan.check.judgement import index_disagreement
@@ -67,6 +67,8 @@ class Checkpoint(NamedTuple):
     """The shards of one rank, in delivery order."""
 
     shards: tuple[OpenedFile, ...]
+    reader: FileReader
+    """By which the shards are read, those of tied tensors too."""
     tied: tuple[TiedShard, ...] = ()
     """What stands in no shard; whoever has a destination for it, or takes everything, reads it too."""
     ties: tuple[tuple[str, str], ...] = ()
@@ -87,7 +89,7 @@ class Checkpoint(NamedTuple):
     @property
     def bytes_total(self) -> int:
         """Bytes of tensor data."""
-        return sum(shard.meta.size - shard.header.size for shard in self.shards)
+        return sum(shard.data_bytes for shard in self.shards)
 
     def is_wanted(self, name: str) -> bool:
         """Return whether a tensor of this name is wanted, if there is one."""
@@ -195,7 +197,7 @@ async def open_files(
     """Do so for files that have been found; their tensors are whole."""
     shards = await _open_shards(store, found.files, selection, threads, account)
     await threads.run(_check_names, shards, found, store.url)
-    return Checkpoint(tuple(shards))
+    return Checkpoint(tuple(shards), FileReader(store))
 
 
 def _check_names(shards: Sequence[OpenedFile], found: ShardNames, path: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -28,14 +28,41 @@ class OpenedFile(NamedTuple):
     path: str
     """Its full path or URL."""
     header: Header
-    """Of the file; or of the rank's part of it."""
-    part: FileSlice | None = None
-    """What of the file is read, where that is not all of it; `meta` then stands for the part."""
+    """The header of the file; of its slice where it has one."""
+    slice: FileSlice | None = None
+    """What is read of the file, where that is not all of it."""
 
     @property
     def nbytes(self) -> int:
         """Bytes of memory that its facts take."""
-        return self.header.nbytes if self.part is None else self.part.nbytes
+        return self.header.nbytes if self.slice is None else self.slice.nbytes
+
+    @property
+    def data_bytes(self) -> int:
+        """Bytes of its tensors."""
+        return self.header.file_size - self.header.size
+
+    def is_same(self, other: OpenedFile) -> bool:
+        """Return whether the other is the same version of the same object, and the same slice of it."""
+        return (self.meta, self.slice) == (other.meta, other.slice)
+
+
+class FileReader:
+    """Reads the tensors of opened files from the store that they were opened in, which it leaves open."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+
+    def fingerprint(self, file: OpenedFile) -> str | None:
+        """Return text that changes when what is read of a file does; None where the store cannot tell."""
+        return self.store.fingerprint(file.meta)
+
+    async def read_into(self, file: OpenedFile, start: int, buffers: Sequence[memoryview]) -> None:
+        """Fill `buffers`, one after the other, with the bytes from `start` on, an offset as in the file's header.
+
+        Errors, and what holds when it is cancelled, are those of `Store.read_into`.
+        """
+        await self.store.read_into(file.meta, start, buffers)
 
 
 class OpenedHeader(NamedTuple):

@@ -18,13 +18,13 @@ from asyncshard.errors import CheckpointError, DestinationError, FormatError, Ob
 from asyncshard.pipeline.checkpoint.checkpoint import Checkpoint, CheckpointInfo, Selection, TiedShard, ties_of
 from asyncshard.pipeline.checkpoint.config import read_config
 from asyncshard.pipeline.checkpoint.opened_file import OpenedFile
+from asyncshard.pipeline.checkpoint.slice_reader import SliceReader
 from asyncshard.plan.check.file_facts import EMBEDDING, OUTPUT, output_names
 from asyncshard.plan.file_slices.planner import alias_slice, alias_slice_by_plan
 from asyncshard.plan.tp.models import ties_embeddings
 from asyncshard.plan.tp.plan import TpPlan
 from asyncshard.stores.base import Store
 from asyncshard.stores.ranges import Scratch
-from asyncshard.stores.sliced import SlicedStore, part_meta
 from asyncshard.tasks.pace import yielding_gil
 from asyncshard.tasks.threads import DaemonThreads
 
@@ -32,13 +32,12 @@ _OUTPUT_MODULE = OUTPUT.rpartition(".")[0]
 
 
 async def add_ties(
-    store: Store,
     checkpoint: Checkpoint,
     destinations: Mapping[str, Any],
     library: ArrayLibrary,
     threads: DaemonThreads,
-) -> tuple[Store, Checkpoint]:
-    """Add the tied tensors that have a destination of their own; return the store to read them from, too.
+) -> Checkpoint:
+    """Add the tied tensors that have a destination of their own.
 
     A destination that shares the memory of the tensor that is there needs nothing. ``config.json`` is only read where
     the output layer is missing; one that cannot be read ties nothing.
@@ -47,9 +46,10 @@ async def add_ties(
     ------
     StoreError
     """
+    reader = checkpoint.reader
     ties = await threads.run(ties_of, checkpoint)
     lost = await threads.run(_lost_output, checkpoint, destinations)
-    if lost is not None and lost[0] not in ties and await _ties_embeddings(store, threads):
+    if lost is not None and lost[0] not in ties and await _ties_embeddings(reader.store, threads):
         ties.update([lost])
     ties.update({tied.name: tied.kept for tied in checkpoint.tied})
     tied = {each.name: each for each in checkpoint.tied}
@@ -61,12 +61,12 @@ async def add_ties(
 
     own = {name: kept for name, kept in ties.items() if name in destinations and not is_there(name, kept)}
     if not own:
-        return store, checkpoint
+        return checkpoint
     shards = tuple(tied[name].shard for name in tied if own.pop(name, None) is not None)
     shards += await threads.run(lambda: tuple(_tied_shards(checkpoint, own)))
-    if not isinstance(store, SlicedStore):
-        store = SlicedStore(store, threads, Scratch(threads, store.chunk_size, 1))
-    return store, checkpoint._replace(shards=checkpoint.shards + shards, tied=())
+    if not isinstance(reader, SliceReader):
+        reader = SliceReader(reader.store, threads, Scratch(threads, reader.store.pacing.chunk_size, 1))
+    return checkpoint._replace(shards=checkpoint.shards + shards, reader=reader, tied=())
 
 
 async def ties_with_rules(
@@ -121,7 +121,7 @@ def place_ties(
                     path=shard.path,
                 )
                 if not is_alike or not is_wanted(kept):
-                    alone = OpenedFile(part_meta(shard.meta, part), shard.path, part.header, part)
+                    alone = shard._replace(header=part.header, slice=part)
                     yield TiedShard(name, kept, shard.header[kept].nbytes, alone)
 
 
@@ -189,7 +189,7 @@ def _is_right(inner: _Within, tied: TiedShard, info: CheckpointInfo) -> bool:
     """Return whether memory of the tensor that is there has what a rank needs: all of it, or just the rank's bytes."""
     if tied.kept not in info or not info[tied.kept].nbytes == tied.kept_nbytes == inner.nbytes:
         return False
-    part = tied.shard.part
+    part = tied.shard.slice
     assert part is not None
     offsets, lengths = part.ranges(part.header.size, part.header.file_size)
     ranges = [(0, inner.nbytes), *zip(offsets - part.starts[0], offsets - part.starts[0] + lengths, strict=True)]
@@ -202,8 +202,7 @@ def _tied_shards(checkpoint: Checkpoint, ties: Mapping[str, str]) -> Iterator[Op
     Each alone: two names may be tied to one tensor, and what is read of a file at once must not overlap.
     """
     for shard in checkpoint.shards:
-        whole = shard.meta.version.whole if shard.part is not None else shard.meta
         for name, kept in ties.items():
             if kept in shard.header:
-                part = alias_slice(shard.header, shard.part, kept, name)
-                yield OpenedFile(part_meta(whole, part), shard.path, part.header, part)
+                part = alias_slice(shard.header, shard.slice, kept, name)
+                yield shard._replace(header=part.header, slice=part)

@@ -27,7 +27,7 @@ from asyncshard.format.digests import digests_of, has_digests
 from asyncshard.format.dtypes import DTYPES
 from asyncshard.format.header import Header
 from asyncshard.pipeline.checkpoint.checkpoint import Checkpoint
-from asyncshard.stores.base import ETAG, Store
+from asyncshard.stores.base import ETAG
 from asyncshard.tasks.pace import yielding_gil
 
 Facts = Mapping[str, str]
@@ -90,11 +90,14 @@ class CheckpointVersion:
         self._shards = tuple(shards)
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, store: Store) -> Self:
+    def of(cls, checkpoint: Checkpoint) -> Self:
         """Return the version of an open checkpoint. It looks at metadata only: for a thread all the same."""
         return cls(
             ShardVersion(
-                shard.path, store.fingerprint(shard.meta), None, shard.header if has_digests(shard.header) else None
+                shard.path,
+                checkpoint.reader.fingerprint(shard),
+                None,
+                shard.header if has_digests(shard.header) else None,
             )
             for shard in checkpoint.shards
         )

@@ -9,6 +9,8 @@ A buffer is used from `Account.allocate` until its lease dies, or until it is ha
 and counts as held by the consumer. What a stream leaves alive when it ends is handed over too.
 
 What is only cached gives way: while a request waits, `Reclaimer` objects are asked to let go of something.
+
+Longer than 300 lines: the budget, its accounts and its queue change together, under one lock.
 """
 
 from __future__ import annotations
@@ -350,6 +352,16 @@ class Account:
     buffers: dict[int, _Buffer] = field(default_factory=dict)
     """Those alive, oldest first."""
 
+    def __repr__(self) -> str:
+        # Without the lock, which whoever asks may hold: buffers that have just died may still count.
+        facts = [f"{_megabytes(self.header_bytes + self.used)} used", f"{_megabytes(self.held)} held"]
+        waiting = sum(waiter.nbytes for waiter in self.budget._waiters.copy() if waiter.account is self)
+        if waiting:
+            facts.append(f"waiting for {_megabytes(waiting)}")
+        if self not in self.budget._accounts:
+            facts.append("closed")
+        return f"<Account of {self.budget.memory_budget_mb:g} MiB: {', '.join(facts)}>"
+
     @property
     def committed(self) -> int:
         return self.header_bytes + max(self.floor, self.used)
@@ -498,6 +510,10 @@ class Account:
         """End the count, and give unused pages back to the system; to the end, even when cancelled."""
         self.close()
         await self.budget.trim_in_thread(threads)
+
+
+def _megabytes(nbytes: int) -> str:
+    return f"{nbytes / 1e6:.1f} MB"
 
 
 def charge_of(nbytes: int) -> int:

@@ -99,10 +99,10 @@ class Refresh(Delivery):
 
     def _compare(self, matched: Matched) -> ChangedTensors:
         """Leave of the destinations those of tensors that have changed."""
-        checkpoint, store, pacing, _ = matched.reading
+        checkpoint, pacing, _ = matched.reading
         shards = matched.destinations.shards
         if self._since is not None:
-            current = CheckpointVersion.of(checkpoint, store)
+            current = CheckpointVersion.of(checkpoint)
             for shard, changed in zip(shards, self._since.changes(checkpoint, current), strict=True):
                 shard.keep(changed)
         changes = ChangedTensors(checkpoint, shards, matched.library, pacing.chunk_size, cast=self._cast)
@@ -112,7 +112,7 @@ class Refresh(Delivery):
     async def _allocate(self, nbytes: int, reading: Reading, budget: MemoryBudget) -> Lease | None:
         if not nbytes:
             return None
-        checkpoint, url = reading.checkpoint, reading.store.url
+        checkpoint, url = reading.checkpoint, reading.checkpoint.reader.store.url
         needed = charge_of(nbytes) + sum(shard.nbytes for shard in checkpoint.shards) + checkpoint.scratch_bytes
         if needed > budget.nbytes:
             raise BudgetError(

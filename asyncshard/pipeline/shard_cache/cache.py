@@ -133,7 +133,7 @@ class ShardCache:
     def _pin(self, key: str, shard: OpenedFile) -> CachedFile:
         with self._lock:
             file = self._files.get(key)
-            if file is None or file.shard.meta != shard.meta:
+            if file is None or not file.shard.is_same(shard):
                 account = self.open_account()
                 try:
                     account.charge_headers(shard.header.nbytes, shard.path)

@@ -38,7 +38,7 @@ class CachedTransfer(BufferedTransfer):
     def prepare(self, item: ReadItem) -> int:
         shard = self.checkpoint.shards[item.shard]
         file = self._cache.peek(shard.path)
-        if file is None or file.tensors is None or file.shard.meta != shard.meta:
+        if file is None or file.tensors is None or not file.shard.is_same(shard):
             self._found.pop(item, None)
             return super().prepare(item)
         self._found[item] = file.tensors

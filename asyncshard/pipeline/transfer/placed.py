@@ -82,9 +82,7 @@ class ToDestinations(Delivery):
         """
         load, reading = opened
         library = await reading.threads.run(load.library, self._destinations)
-        store, checkpoint = await add_ties(
-            reading.store, reading.checkpoint, self._destinations, library, reading.threads
-        )
+        checkpoint = await add_ties(reading.checkpoint, self._destinations, library, reading.threads)
         destinations = await reading.threads.run(
             lambda: match_destinations(
                 checkpoint,
@@ -92,10 +90,10 @@ class ToDestinations(Delivery):
                 library,
                 strict=self._strict,
                 cast=self._cast,
-                path=store.url,
+                path=checkpoint.reader.store.url,
             )
         )
-        return Matched(reading._replace(store=store, checkpoint=checkpoint), destinations, library)
+        return Matched(reading._replace(checkpoint=checkpoint), destinations, library)
 
     @staticmethod
     def _place(matched: Matched, budget: MemoryBudget) -> PlacedTransfer:
@@ -183,10 +181,10 @@ class PlacedTransfer(Transfer):
         indirect = self._indirect(item)
         if indirect is None:
             if item.nbytes:
-                meta = self.checkpoint.shards[item.shard].meta
+                shard = self.checkpoint.shards[item.shard]
                 is_long = item.last - item.first >= _MANY_TENSORS
                 memory = await self._threads.run(self._memory, item) if is_long else self._memory(item)
-                await self._store.read_into(meta, item.start, memory)
+                await self.checkpoint.reader.read_into(shard, item.start, memory)
         elif lease is not None:
             data = memoryview(lease)[: item.nbytes]
             await self._read_range(item, data)

@@ -93,7 +93,7 @@ class FileSlice:
     runs_before: Int64Array
     """How many runs the tensors before each one have; one more than there are tensors."""
     digest: str
-    """Of all this: parts of equal digests are the same slices."""
+    """Tells which tensors of the file these are and how they are divided: equal for equal slices of one file."""
 
     def __eq__(self, other: object) -> bool:
         return self.digest == other.digest if isinstance(other, FileSlice) else NotImplemented

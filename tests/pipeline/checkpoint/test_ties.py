@@ -154,7 +154,7 @@ async def test_several_names_may_be_tied_to_one_tensor(tmp_path, tensors, placem
     path = tmp_path
     if max_gap is not None:
         path = MemoryStore(files)
-        path.max_gap_bytes = max_gap
+        path.pacing = path.pacing._replace(max_gap_bytes=max_gap)
     cut = {None: whole, Shard(0): whole[32:], Shard(1): whole[:, 8:]}[placement]
     expected = {**tensors, EMBED: cut} | {name: cut if kept == EMBED else tensors[kept] for name, kept in ties.items()}
     state = {name: np.zeros_like(tensor) for name, tensor in expected.items()}

@@ -317,7 +317,7 @@ async def test_more_than_the_buffers_hold_goes_on_without_them(make_cache, origi
     store = CachedStore(inner, make_cache())
     try:
         assert await read_all(store, step=4 * MIB) == content
-        assert store.buffers.free_count == 0
+        assert store.session.buffers.free_count == 0
     finally:
         goes_on.set()
         await store.aclose()

@@ -83,7 +83,7 @@ class Reshard:
         plan = await self._plan(source)
         self._account.charge_headers(source.side.nbytes + plan.nbytes, self._store.url)
         rooms = await take_block_buffers(
-            self._account, self._wanted.chunk_size or min(self._store.chunk_size, _BLOCK_BYTES)
+            self._account, self._wanted.chunk_size or min(self._store.pacing.chunk_size, _BLOCK_BYTES)
         )
         reader = BlockReader(self._store, source.shards, self._threads)
         bytes_compared = await self._compare(source, reader, rooms)
