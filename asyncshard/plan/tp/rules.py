@@ -93,7 +93,7 @@ def _without_digits(name: str) -> str:
 
 
 def _indexed(rules: Mapping[str, str | Placement], alike_of: Callable[[str], str]) -> Mapping[str, tuple[Rule, ...]]:
-    """Return the rules by the names they match, with ``*`` for numbers left open by the rule; exact rules come first."""
+    """Return the rules by the names they match, with ``*`` for numbers left open by the rule; exact rules first."""
     ranked: dict[str, list[tuple[tuple[int, bool, str], Rule]]] = {}
     for key, value in rules.items():
         for spelling in {key, PREFIX + key, key.removeprefix(PREFIX)} - {""}:
