@@ -10,10 +10,10 @@ import filelock
 import pytest
 
 from asyncshard._core import StopFlag
-from asyncshard.stores.disk_cache import CachedStore
 from asyncshard.stores.disk_cache import entry as entry_module
 from asyncshard.stores.disk_cache.entry import Layout
 from asyncshard.stores.disk_cache.eviction import make_room
+from asyncshard.stores.disk_cache.store import CachedStore
 from asyncshard.stores.disk_cache.verification import verify
 from asyncshard.testing import GatedStore
 
