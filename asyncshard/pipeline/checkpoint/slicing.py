@@ -50,7 +50,7 @@ async def open_sliced(
     if plan is not None and selection.tp_plan != "auto":
         tables = [shard.header.table for shard in whole.shards] if found.weight_map is None else [found.weight_map]
         ties = await ties_with_rules(store, whole, tables, plan, threads)
-        await threads.run(lambda: plan.check(tables, ties, path=store.url, paced=yielding_gil))
+        await threads.run(lambda: plan.check(tables, ties, path=store.url, yielding_gil=yielding_gil))
         tied = tuple(await threads.run(lambda: list(place_ties(whole, ties, selection, plan))))
     shards = [await threads.run(slice_shard, shard, selection, plan) for shard in whole.shards]
     if selection.tensor_filter is not None and found.weight_map is None:
@@ -110,7 +110,7 @@ def slice_shard(shard: OpenedFile, selection: Selection, plan: TpPlan | None) ->
         rank=selection.rank,
         world_size=selection.world_size,
         path=shard.path,
-        paced=yielding_gil,
+        yielding_gil=yielding_gil,
     )
     return shard if part is None else shard._replace(header=part.header, slice=part)
 

@@ -1,8 +1,9 @@
-"""Plans of tensor parallelism for models that we know, chosen by what ``config.json`` says.
+"""Plans of tensor parallelism for known models, chosen by ``config.json``.
 
-The table is in the names of Hugging Face checkpoints: attention is cut on whole heads, the MLP along its inner
-dimension, and all else (norms, embeddings, the head) is whole on every rank. An inner dimension that the ranks do not
-divide is cut as ``torch.chunk`` cuts it, in the same places for all three weights, so that the sums are still right.
+The rules use the tensor names of Hugging Face checkpoints. Attention is cut on whole heads, and the MLP along its inner
+dimension. All other tensors (norms, embeddings, the output layer) are whole on every rank. If the number of ranks does
+not divide the inner dimension, it is cut as ``torch.chunk`` cuts it, at the same indexes in all three weights of the
+MLP, so that the sum over the ranks is still right.
 """
 
 from __future__ import annotations
@@ -37,23 +38,23 @@ _EXPLICIT = "Pass a tp_plan of your own, with the name and the placement of each
 def auto_plan(config: Mapping[str, Any], world_size: int, *, path: str | None = None) -> TpPlan:
     """Return the plan of a dense Llama, Mistral, Qwen 2, Qwen 3 or Gemma model.
 
-    Where there are fewer heads of keys and values than ranks, ``world_size / num_key_value_heads`` neighbouring ranks
-    have the same one.
+    If there are fewer key and value heads than ranks, ``world_size / num_key_value_heads`` neighbouring ranks hold the
+    same head.
 
     Parameters
     ----------
     config : mapping
-        What ``config.json`` holds.
+        The content of ``config.json``.
     world_size : int
         The number of ranks.
     path : str, optional
-        Of ``config.json``, for messages.
+        The path of ``config.json``, for messages.
 
     Raises
     ------
     CheckpointError
-        The model is none that the table has, has a mixture of experts, is quantized, or its heads cannot be divided
-        among so many ranks; or the config does not say what is needed.
+        The model is unknown, has a mixture of experts or is quantized; its heads cannot be divided among
+        `world_size` ranks; or a field of the config is missing.
     ValueError
         `world_size` is not a whole number of at least 1.
     """
@@ -62,7 +63,7 @@ def auto_plan(config: Mapping[str, Any], world_size: int, *, path: str | None = 
     _check_model(config, path)
     heads = _number(config, "num_attention_heads", path)
     if config.get("num_key_value_heads") is None and ("num_key_value_heads" in config or _is_llama(config)):
-        kv_heads = heads  # as transformers takes it
+        kv_heads = heads  # the default of transformers
     else:
         kv_heads = _number(config, "num_key_value_heads", path)
     if heads % kv_heads:
@@ -86,12 +87,12 @@ def auto_plan(config: Mapping[str, Any], world_size: int, *, path: str | None = 
 
 
 def require_known(plan: TpPlan, names: Iterable[str], *, path: str | None = None) -> None:
-    """Check that a plan of `auto_plan` places every projection of the layers; of another form of the model it does not.
+    """Check that a plan of `auto_plan` has a rule for every projection of the layers in a checkpoint.
 
     Raises
     ------
     CheckpointError
-        There are others: fused ones, experts, adapters.
+        The checkpoint has projections that the plan does not know, such as fused ones, experts or adapters.
     """
     others = [name for name in plan.match(names).unmatched if _PROJECTION.search(name)]
     if others:
@@ -109,7 +110,7 @@ def _check_config(config: object, path: str | None) -> None:
 
 
 def _check_model(config: Mapping[str, Any], path: str | None) -> None:
-    """Refuse what the table does not have."""
+    """Raise CheckpointError if `auto_plan` has no rules for the model."""
     model_type = config.get("model_type")
     if model_type is None:
         _refuse("there is no model_type", path)
@@ -132,7 +133,7 @@ def _check_model(config: Mapping[str, Any], path: str | None) -> None:
 
 
 def _is_llama(config: Mapping[str, Any]) -> bool:
-    # Configs of the first Llama models do not speak of heads of keys and values: they had as many as of queries.
+    # Configs of the first Llama models have no number of key and value heads: it equals the number of query heads.
     return bool(config.get("model_type") == "llama")
 
 

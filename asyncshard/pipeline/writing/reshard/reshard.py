@@ -136,7 +136,7 @@ class Reshard:
         """Check a plan against the names of the first rank: tied tensors stay one, so they must be divided alike."""
         url, tables = self._store.url, _tables(first.shards)
         ties = await ties_with_rules(self._store, first, tables, plan, self._threads)
-        await self._threads.run(lambda: plan.check(tables, ties, path=url, paced=yielding_gil))
+        await self._threads.run(lambda: plan.check(tables, ties, path=url, yielding_gil=yielding_gil))
         if ties and not is_ranks:
             selection = Selection(world_size=self._wanted.world_size)
             tied = await self._threads.run(next, place_ties(first, ties, selection, plan), None)
