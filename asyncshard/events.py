@@ -108,7 +108,3 @@ Event = Opened | ReadStarted | ReadEnded | Retried | Verified | Unverified | Del
 Listener = Callable[[Event], None]
 """Takes one event. It is called in the thread in which the event happens, so it must be quick, may be called from
 several threads at once, and must not raise."""
-
-
-def ignore_event(event: Event) -> None:
-    """Do nothing: the listener of those who want none."""
