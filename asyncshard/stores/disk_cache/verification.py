@@ -1,4 +1,4 @@
-"""Compare every block of a cache with its digest."""
+"""Verification of a cache: every block is compared with its digest."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from asyncshard.stores.disk_cache.entry import ABSENT, BLOCK_BYTES, TEMPORARY, C
 
 @dataclass(frozen=True, slots=True)
 class CacheReport:
-    """What a cache holds, and what it held that was wrong."""
+    """Result of the verification of a cache."""
 
     entries: int
-    """Objects of which the cache has a part or all."""
+    """Objects of which the cache has some or all blocks."""
     blocks: int
-    """Their blocks, all of which match their digests."""
+    """Blocks of these objects; all match their digests."""
     nbytes: int
     """Bytes of these blocks."""
     dropped: tuple[str, ...]
-    """Paths of the entries that were wrong, and have been removed."""
+    """Paths of entries that were wrong and have been removed."""
 
 
 def verify(cache: DiskCache, stop: StopFlag) -> CacheReport:
-    """Read all entries, and drop those that are wrong, each with a warning. It blocks; told to stop, it ends early.
+    """Read all entries, and remove wrong ones, each with a warning. It blocks, and ends early when told to stop.
 
     Raises
     ------
@@ -62,7 +62,7 @@ def _present(entry: Entry) -> list[tuple[int, bytes]]:
 
 
 def _compare(entry: Entry, block: int, digest: bytes, memory: memoryview, stop: StopFlag) -> int:
-    """Return the bytes of a block that matches."""
+    """Compare a block with its digest, and return how many bytes it has."""
     start, end = entry.layout.span(block)
     view = memory[: end - start]
     entry.read(start, [view], stop)
