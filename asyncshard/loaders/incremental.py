@@ -15,6 +15,7 @@ from asyncshard.loaders.locations import Locations, file_with
 from asyncshard.loaders.options import ReadTuning, require_int
 from asyncshard.loaders.sources import ShardFile, Sources, key_of
 from asyncshard.pipeline.checkpoint.opened_file import OpenedFile
+from asyncshard.pipeline.memory.budget import trim_in_thread
 from asyncshard.pipeline.shard_cache.cache import CachedFile, CacheStatistics, ShardCache
 from asyncshard.pipeline.shard_cache.reads import unknown
 from asyncshard.pipeline.shard_cache.shard_reader import OpenedFolder, ShardReader
@@ -120,7 +121,7 @@ class IncrementalShardLoader(Loader):
 
     async def _close_idle(self) -> None:
         await self._sources.aclose()
-        await self.budget.trim_in_thread()
+        await trim_in_thread(self.budget)
 
     async def load_shard(self, shard_file: ShardFile) -> ShardTensors:
         """Return the tensors of one file: a read-only mapping of name to tensor.

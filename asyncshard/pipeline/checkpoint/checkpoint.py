@@ -9,11 +9,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from asyncshard._core import WeightMap, duplicate_names
-from asyncshard.errors import CheckpointError, NamesError
+from asyncshard.errors import CheckpointError, NamesError, ObjectNotFoundError
 from asyncshard.format.header import HeaderLimits, TensorInfo
 from asyncshard.format.index import MAX_INDEX_BYTES, parse_index
 from asyncshard.format.pattern import ShardPattern
 from asyncshard.pipeline.checkpoint.opened_file import FileReader, OpenedFile, read_header_of
+from asyncshard.pipeline.checkpoint.rank_files import error_of_missing, require_one_save
 from asyncshard.pipeline.memory.budget import Account
 from asyncshard.plan.check.judgement import index_disagreement
 from asyncshard.plan.files.layout import choose_layout, index_files, is_rank_shard, is_whole_model
@@ -135,6 +136,8 @@ class ShardNames(NamedTuple):
     """Bytes of the index file."""
     is_whole: bool = False
     """Whether they make up a model: neither one file of several nor those of one pipeline stage."""
+    are_of_rank: bool = False
+    """Whether the files are rank shards."""
 
 
 async def choose_files(store: Store, selection: Selection, threads: DaemonThreads) -> ShardNames:
@@ -163,7 +166,7 @@ async def choose_files(store: Store, selection: Selection, threads: DaemonThread
         refuse_second_cut(selection, store.url)
     if layout.kind != "index":
         is_whole = is_whole_model(layout, is_file=listing.is_file, pattern=selection.pattern)
-        return ShardNames(layout.files, None, 0, is_whole=is_whole)
+        return ShardNames(layout.files, None, 0, is_whole=is_whole, are_of_rank=layout.kind == "ranks")
     (index_name,) = layout.files
     path = store.path_of(index_name)
     data = await store.read(index_name, max_bytes=MAX_INDEX_BYTES)
@@ -179,6 +182,8 @@ async def open_checkpoint(store: Store, selection: Selection, threads: DaemonThr
 
     Raises
     ------
+    ObjectChangedError
+        A rank's files come from two saves, or one of them went away meanwhile.
     ObjectNotFoundError, CheckpointError, FormatError, BudgetError, StoreError
     """
     return await open_files(store, await choose_files(store, selection, threads), selection, threads, account)
@@ -188,7 +193,9 @@ async def open_files(
     store: Store, found: ShardNames, selection: Selection, threads: DaemonThreads, account: Account
 ) -> Checkpoint:
     """Do so for files that have been found; their tensors are whole."""
-    shards = await _open_shards(store, found.files, selection, threads, account)
+    shards = await _open_shards(store, found, selection, threads, account)
+    if found.are_of_rank:
+        await threads.run(require_one_save, shards, store.url)
     await threads.run(_check_names, shards, found, store.url)
     return Checkpoint(tuple(shards), FileReader(store), is_whole=found.is_whole)
 
@@ -246,8 +253,18 @@ def require_wanted(count: int, missing: Sequence[str], path: str) -> None:
 
 
 async def _open_shards(
-    store: Store, files: Sequence[str], selection: Selection, threads: DaemonThreads, account: Account
+    store: Store, found: ShardNames, selection: Selection, threads: DaemonThreads, account: Account
 ) -> list[OpenedFile]:
     """Open files, a few at a time; of several failures raise that of the first file."""
-    jobs = (read_header_of(store, name, threads, selection.limits, account) for name in files)
-    return await run_bounded(min(_HEADERS_AT_ONCE, len(files)), jobs, on_failure="finish")
+
+    async def open_one(name: str) -> OpenedFile:
+        try:
+            return await read_header_of(store, name, threads, selection.limits, account)
+        except ObjectNotFoundError as error:
+            if found.are_of_rank:
+                raise await error_of_missing(store, name, error) from None
+            raise
+
+    return await run_bounded(
+        min(_HEADERS_AT_ONCE, len(found.files)), (open_one(name) for name in found.files), on_failure="finish"
+    )

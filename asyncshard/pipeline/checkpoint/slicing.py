@@ -125,7 +125,7 @@ async def with_slice_reader(
     BudgetError
     """
     store = checkpoint.reader.store
-    if store.has_own_scratch or not await threads.run(_is_covering, checkpoint, store.max_gap_bytes):
+    if store.has_own_scratch or not await threads.run(_is_covering, checkpoint, store.pacing.max_gap_bytes):
         return checkpoint._replace(reader=SliceReader(store, threads, Scratch(threads, chunk_size, 1)))
     total = min(account.budget.nbytes // _SHARE, _SLABS * chunk_size)
     slab = max(min(chunk_size, total // _LEAST_SLABS), _LEAST_SLAB)

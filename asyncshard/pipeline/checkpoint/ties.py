@@ -101,7 +101,7 @@ async def add_ties(
     shards = tuple(tied[name].shard for name in tied if to_read.pop(name, None) is not None)
     shards += await threads.run(lambda: tuple(_tied_shards(checkpoint, to_read)))
     if not isinstance(reader, SliceReader):
-        reader = SliceReader(reader.store, threads, Scratch(threads, reader.store.chunk_size, 1))
+        reader = SliceReader(reader.store, threads, Scratch(threads, reader.store.pacing.chunk_size, 1))
     return checkpoint._replace(shards=checkpoint.shards + shards, reader=reader, tied=())
 
 

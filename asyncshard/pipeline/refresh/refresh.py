@@ -13,7 +13,7 @@ from asyncshard._core import Lease
 from asyncshard._typing import Int64Array
 from asyncshard.errors import BudgetError, ChecksumError
 from asyncshard.format.digests import Digest, digests_of, load_digest
-from asyncshard.pipeline.checkpoint.version import CheckpointVersion
+from asyncshard.pipeline.checkpoint.version import CheckpointVersion, changes_since, version_of
 from asyncshard.pipeline.memory.budget import Account, MemoryBudget, charge_of
 from asyncshard.pipeline.refresh.changes import ChangedTensors
 from asyncshard.pipeline.refresh.update import Update
@@ -103,8 +103,7 @@ class Refresh(Delivery):
         checkpoint, pacing, _ = matched.reading
         shards = matched.destinations.shards
         if self._since is not None:
-            current = CheckpointVersion.of(checkpoint)
-            matched.destinations.keep(list(self._since.changes(checkpoint, current)))
+            matched.destinations.keep(list(changes_since(self._since, checkpoint, version_of(checkpoint))))
         changes = ChangedTensors(checkpoint, shards, matched.library, pacing.chunk_size, cast=self._cast)
         self._changed = changes.names()
         return changes

@@ -16,7 +16,7 @@ from asyncshard.pipeline.shard_cache.cache import CachedFile, ShardCache
 from asyncshard.pipeline.shard_cache.reads import read_one, read_tied, read_whole, unknown
 from asyncshard.pipeline.shard_cache.tensors import ShardTensors
 from asyncshard.pipeline.transfer.buffered import BufferedTransfer
-from asyncshard.pipeline.transfer.transfer import Pacing, Reading
+from asyncshard.pipeline.transfer.transfer import Reading
 from asyncshard.plan.files.layout import is_one_of_several, is_rank_shard
 from asyncshard.stores.base import Store
 from asyncshard.tasks.threads import DaemonThreads
@@ -116,7 +116,7 @@ class ShardReader:
     @asynccontextmanager
     async def _transfer(self, opened: OpenedFolder, shard: OpenedFile) -> AsyncIterator[BufferedTransfer]:
         checkpoint = Checkpoint((shard,), FileReader(opened.store))
-        pacing = Pacing.of(opened.store, self._chunk_size, self._prefetch_count)
+        pacing = opened.store.pacing.override(self._chunk_size, self._prefetch_count)
         account = self._cache.open_account()  # of the scratch for slices
         try:
             if shard.slice is not None:

@@ -19,6 +19,7 @@ from asyncshard._core import WeightMap
 from asyncshard._typing import Int64Array
 from asyncshard.format.dtypes import DTYPES
 from asyncshard.format.header import Header
+from asyncshard.format.save_id import STEP_KEY, SaveId, save_id_of
 from asyncshard.plan.text import LISTED
 from asyncshard.plan.ties import EMBEDDING, OUTPUT, told_ties
 
@@ -62,6 +63,10 @@ class FileFacts:
     """Names that the index places in the file and that it lacks, at most `MOST`."""
     unexpected: tuple[str, ...] = ()
     """Those that it has and the index does not place there, at most `MOST`."""
+    save: SaveId | None = None
+    """The save that wrote the file, where its metadata tells."""
+    step: str | None = None
+    """What its metadata says under `STEP_KEY`."""
 
     def __len__(self) -> int:
         return len(self.dtype_codes)
@@ -102,6 +107,8 @@ def facts_of(
         embeddings,
         tuple(text for text in absent if text not in ties),
         tuple(unexpected),
+        save_id_of(header.metadata),
+        header.metadata.get(STEP_KEY),
     )
 
 

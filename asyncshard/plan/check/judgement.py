@@ -14,6 +14,7 @@ from asyncshard.format.dtypes import DTYPES
 from asyncshard.format.pattern import ShardPattern
 from asyncshard.plan.check.file_facts import MOST, FileFacts, Tensors
 from asyncshard.plan.check.report import CheckpointReport, DamagedFile, DtypeUse, RankFiles, Tie
+from asyncshard.plan.check.saves import save_faults
 from asyncshard.plan.files.layout import INDEX_NAME
 from asyncshard.plan.files.survey import Group, Survey
 from asyncshard.plan.text import LISTED, count_of, enumerate_names
@@ -68,6 +69,7 @@ def report_on(evidence: CheckInput) -> CheckpointReport:
         *_index_problems(evidence),
         *_duplicate_problems(evidence),
         *_rank_problems(evidence),
+        *_save_problems(evidence),
         *_output_problems(evidence, valid),
         *_other_problems(evidence),
     ]
@@ -181,6 +183,13 @@ def _rank_problems(evidence: CheckInput) -> Iterator[Problem]:
             "names: write or fetch the one that is wrong again.",
             bool(difference.lacks[1] or difference.adds[1]),
         )
+
+
+def _save_problems(evidence: CheckInput) -> Iterator[Problem]:
+    """Tell ranks apart that were saved at different times."""
+    ranks = [group for group in evidence.survey.groups if group.label and evidence.is_whole(group)]
+    for text in save_faults([(group, evidence.valid(group)) for group in ranks], evidence.path):
+        yield Problem(text, True)
 
 
 def _output_problems(evidence: CheckInput, valid: Sequence[FileFacts]) -> Iterator[Problem]:

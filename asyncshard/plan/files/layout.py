@@ -21,13 +21,12 @@ from typing import Literal
 from asyncshard.errors import CheckpointError, ObjectNotFoundError
 from asyncshard.format.pattern import ShardName, ShardPattern
 from asyncshard.plan.division.chunks import whole_number
+from asyncshard.plan.files.incomplete import INCOMPLETE_NAME, incomplete, incomplete_rank, marked_ranks
 from asyncshard.plan.files.rank_shards import KNOWN_PATTERNS, faults_of_rank, find_rank_shards, two_patterns
 from asyncshard.plan.text import count_of, enumerate_names
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-INCOMPLETE_NAME = "asyncshard.incomplete"
-"""A file that stands in a directory for as long as `reshard` has not ended writing it."""
 
 NUMBERED = re.compile(r"(?P<prefix>.*)-(?P<number>[0-9]{1,18})-of-(?P<count>[0-9]{1,18})\.safetensors", re.DOTALL)
 """The names of one file of several."""
@@ -104,8 +103,9 @@ def choose_layout(
     ObjectNotFoundError
         There is no checkpoint, or none of this rank.
     CheckpointError
-        `reshard` has left it incomplete, parts are missing, two names mean the same part, the set is of a larger world
-        than ``world_size``, both patterns occur, or a pattern was given for a single file.
+        `reshard` has left it incomplete, or a save has left this rank so, parts are missing, two names mean the same
+        part, the set is of a larger world than ``world_size``, both patterns occur, or a pattern was given for a single
+        file.
     ValueError
         The ranks are out of range, or ``names`` is not one name where ``path`` is a file.
     """
@@ -122,6 +122,9 @@ def choose_layout(
         return Layout("single", tuple(names))
     if INCOMPLETE_NAME in names:
         raise incomplete(path)
+    for mark, own in marked_ranks(names, KNOWN_PATTERNS if pattern is None else (pattern,)):
+        if own[:2] == (pp_rank, rank):
+            raise incomplete_rank(path, mark, own)
     matches = find_rank_shards(names, path, pattern)
     if len(matches) > 1:
         raise two_patterns(path)
@@ -192,15 +195,6 @@ def files_not_found(absent: Sequence[str], path: str) -> ObjectNotFoundError:
     return ObjectNotFoundError(
         f"{path}: {INDEX_NAME} names {count_of(len(absent), 'file')} that the directory lacks: "
         f"{enumerate_names(absent)}. Download them, or mend the index.",
-        path=path,
-    )
-
-
-def incomplete(path: str) -> CheckpointError:
-    """Return the error for a directory with the mark that `reshard` removes when it has ended."""
-    return CheckpointError(
-        f"{path} is incomplete: it holds {INCOMPLETE_NAME}, since a reshard into it was stopped or has not ended yet. "
-        "Run reshard again, or wait for it.",
         path=path,
     )
 

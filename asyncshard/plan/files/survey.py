@@ -12,14 +12,13 @@ from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from asyncshard.format.pattern import ShardPattern
+from asyncshard.plan.files.incomplete import INCOMPLETE_NAME, incomplete, incomplete_rank, marked_ranks
 from asyncshard.plan.files.layout import (
-    INCOMPLETE_NAME,
     INDEX_NAME,
     NUMBERED,
     SINGLE_NAME,
     absent_files,
     files_not_found,
-    incomplete,
     natural_key,
     nothing_found,
 )
@@ -115,7 +114,9 @@ def survey_names(
         survey = Survey("single", (Group("", (SINGLE_NAME,)),))
     else:
         survey = _survey_numbered(names, path, pattern)
-    return _with_others(survey, names)
+    marks = marked_ranks(names, KNOWN_PATTERNS if pattern is None else (pattern,))
+    faults = [str(incomplete_rank(path, mark, own)) for mark, own in marks]
+    return _with_others(replace(survey, faults=(*faults, *survey.faults)), names)
 
 
 def survey_index(files: Iterable[str], names: Sequence[str], *, path: str) -> Survey:

@@ -18,7 +18,6 @@ from asyncshard.pipeline.checkpoint.opened_file import OpenedFile
 from asyncshard.pipeline.checkpoint.opening import Opening
 from asyncshard.pipeline.checkpoint.slicing import find_plan
 from asyncshard.pipeline.checkpoint.ties import place_ties, ties_with_rules
-from asyncshard.pipeline.writing.directory import Target, index_text
 from asyncshard.pipeline.writing.reshard.block_copy import Copy
 from asyncshard.pipeline.writing.reshard.block_reader import BlockBuffers, BlockReader, take_block_buffers
 from asyncshard.pipeline.writing.reshard.companions import companion_files, copy_companions
@@ -26,6 +25,7 @@ from asyncshard.pipeline.writing.reshard.divider import PlaceTensor
 from asyncshard.pipeline.writing.reshard.plan import TargetPlan, plan_target
 from asyncshard.pipeline.writing.reshard.replicas import Comparison, compare_digests
 from asyncshard.pipeline.writing.reshard.source import Source, join_source, open_source
+from asyncshard.pipeline.writing.reshard.target import Target, index_text
 from asyncshard.pipeline.writing.reshard.written_placements import has_placements
 from asyncshard.plan.files.layout import INDEX_NAME, SINGLE_NAME
 from asyncshard.plan.files.survey import Survey, survey_names
@@ -83,7 +83,7 @@ class Reshard:
         plan = await self._plan(source)
         self._account.charge_headers(source.side.nbytes + plan.nbytes, self._store.url)
         rooms = await take_block_buffers(
-            self._account, self._wanted.chunk_size or min(self._store.chunk_size, _BLOCK_BYTES)
+            self._account, self._wanted.chunk_size or min(self._store.pacing.chunk_size, _BLOCK_BYTES)
         )
         reader = BlockReader(self._store, source.shards, self._threads)
         bytes_compared = await self._compare(source, reader, rooms)
