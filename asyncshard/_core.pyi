@@ -1,11 +1,13 @@
 """Typed stub of the compiled core; ``stubtest`` holds the two together."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, Never, Self, final
 
 import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import Buffer
+
+from asyncshard._typing import Int64Array
 
 _Spelling = Literal["", "parts", "digits"]
 
@@ -41,9 +43,7 @@ class Span:
     def __len__(self) -> int: ...
     def __buffer__(self, flags: int, /) -> memoryview: ...
 
-def spread(
-    buffer: Buffer, sources: NDArray[np.int64], targets: NDArray[np.int64], lengths: NDArray[np.int64]
-) -> None: ...
+def spread(buffer: Buffer, sources: Int64Array, targets: Int64Array, lengths: Int64Array) -> None: ...
 
 # --- reads
 
@@ -59,17 +59,15 @@ def read_vectors(fd: int, offset: int, buffers: Sequence[Buffer], stop: StopFlag
 def copy_runs(
     source: Buffer,
     target: Buffer,
-    source_offsets: NDArray[np.int64],
-    target_offsets: NDArray[np.int64],
-    lengths: NDArray[np.int64],
+    source_offsets: Int64Array,
+    target_offsets: Int64Array,
+    lengths: Int64Array,
 ) -> None: ...
-def gather_runs(
-    source: Buffer, offsets: NDArray[np.int64], lengths: NDArray[np.int64], buffers: Sequence[Buffer]
-) -> None: ...
+def gather_runs(source: Buffer, offsets: Int64Array, lengths: Int64Array, buffers: Sequence[Buffer]) -> None: ...
 def read_ranges(
     fd: int,
-    offsets: NDArray[np.int64],
-    lengths: NDArray[np.int64],
+    offsets: Int64Array,
+    lengths: Int64Array,
     buffers: Sequence[Buffer],
     max_gap: int,
     stop: StopFlag,
@@ -79,75 +77,94 @@ def read_ranges(
 
 @final
 class HeaderTable:
-    """The tensors of one header as columns, in file order: by (start, stop, place in the header)."""
+    """The tensors of one header as columns, in file order: sorted by start, stop, and position in the header."""
 
     def __init__(self, *args: Never, **kwargs: Never) -> None: ...
     def __len__(self) -> int: ...
     def find(self, name: str) -> int:
-        """Return the index of the tensor, or -1."""
+        """Return the index of the tensor with this name, or -1 if there is none."""
 
     def name(self, index: int) -> str: ...
     def row(self, index: int) -> tuple[str, int, tuple[int, ...], int, int]:
-        """Return name, code of the dtype, shape, and the half-open byte range of the file."""
+        """Return a tensor's name, dtype code, shape, and the start and stop of its byte range in the file."""
 
-    def kinds(self, spelling: _Spelling) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-        """Number the tensors that have the same dtype and shape, and whose names are alike.
+    def kinds(self, spelling: _Spelling) -> tuple[NDArray[np.int32], Int64Array]:
+        """Number the kinds of tensors: tensors of one kind have the same dtype and shape, and similar names.
 
-        Returns the number of each tensor, and the index of the first tensor of each number; numbers ascend with these.
-        Names are looked at with ``*`` for each part that is a number ("parts"), with ``*`` for each run of digits
-        ("digits"), or not at all ("").
+        Returns the kind of each tensor, and the index of the first tensor of each kind; kinds are numbered in the order
+        of their first tensors. Two names are similar if they are equal after each dot-separated part that is a number
+        ("parts"), or each run of digits ("digits"), is replaced by ``*``. With "" names are not compared.
+        """
+
+    def take(
+        self,
+        rows: NDArray[np.int64],
+        shapes: Sequence[tuple[int, ...]],
+        kinds: NDArray[np.int32],
+        *,
+        data_start: int,
+        metadata: Mapping[str, str],
+        names: Sequence[str] | None = None,
+    ) -> Self:
+        """Return a table of some rows in this order, with other shapes, whose data lies one after the other.
+
+        `kinds` has the place in `shapes` of each row, `names` other names; dtypes stay. Raises IndexError for a row or
+        a shape that is not there, ValueError for a name that is there twice and for a size no file can have.
         """
 
     def metadata(self) -> dict[str, str]: ...
     @property
-    def starts(self) -> NDArray[np.int64]:
-        """First byte of each tensor, from the beginning of the file; read-only."""
+    def starts(self) -> Int64Array:
+        """Offset of each tensor's first byte in the file; read-only."""
 
     @property
-    def stops(self) -> NDArray[np.int64]: ...
+    def stops(self) -> Int64Array: ...
     @property
     def dtype_codes(self) -> NDArray[np.uint8]:
-        """Places in ``asyncshard.format.dtypes.DTYPES``; read-only."""
+        """Index of each tensor's dtype in ``asyncshard.format.dtypes.DTYPES``; read-only."""
 
     @property
     def nbytes(self) -> int: ...
 
 def parse_header_table(data: Buffer, *, data_start: int, file_size: int, max_tensors: int) -> HeaderTable:
-    """Parse the JSON text of a header, which ends where the data starts. Raises FormatError, without a path."""
+    """Parse the JSON text of a header, which ends at the offset `data_start` of the file.
 
-def duplicate_names(tables: Sequence[HeaderTable], limit: int = 20) -> list[tuple[str, int, int]]:
-    """Return at most `limit` names that are in two tables, each with the places of both in `tables`."""
+    Raises FormatError without a path.
+    """
+
+def duplicate_names(tables: Sequence[HeaderTable], *, limit: int) -> list[tuple[str, int, int]]:
+    """Return at most `limit` names that are in two tables, each with the indexes of the two in `tables`."""
 
 # --- weight_map
 
 @final
 class WeightMap:
-    """The file of each tensor, as an index.json tells it."""
+    """The file of each tensor, as an index.json says."""
 
     def __init__(self, *args: Never, **kwargs: Never) -> None: ...
     @property
     def files(self) -> tuple[str, ...]:
-        """The distinct files, in order of first mention, as they are written: not confined."""
+        """The distinct files, in the order of their first mention, as they are written: unchecked."""
 
     def __len__(self) -> int: ...
     def find(self, name: str) -> int:
-        """Return the place in `files` of the tensor's file, or -1."""
+        """Return the index in `files` of the file of a tensor, or -1 if the tensor is not mapped."""
 
     def entry(self, index: int) -> tuple[str, int]:
-        """Return a tensor's name, and the place in `files` of its file, for each index below the length."""
+        """Return the name of the tensor at `index`, and the index in `files` of its file."""
 
     def name(self, index: int) -> str: ...
-    def kinds(self, spelling: _Spelling) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-        """Number the names that are alike, as `HeaderTable.kinds` does."""
+    def kinds(self, spelling: _Spelling) -> tuple[NDArray[np.int32], Int64Array]:
+        """Number the kinds of names as `HeaderTable.kinds` does, by the names alone."""
 
     def first_name(self, file_index: int) -> str:
-        """Return the first tensor that is mapped to the file."""
+        """Return the name of the first tensor that is mapped to a file."""
 
-    def compare(self, file_index: int, table: HeaderTable, limit: int = 20) -> tuple[list[str], list[str]]:
-        """Return the names mapped to the file that its header lacks, and those it has that are not mapped to it."""
+    def compare(self, file_index: int, table: HeaderTable, *, limit: int) -> tuple[list[str], list[str]]:
+        """Return the names that are mapped to a file but not in its header, and those in its header but not mapped."""
 
 def parse_weight_map(data: Buffer, *, max_entries: int) -> WeightMap:
-    """Parse the text of an index.json. Raises FormatError, without a path."""
+    """Parse the text of an index.json. Raises FormatError without a path."""
 
 # --- subtensors
 
@@ -155,22 +172,22 @@ def find_uncovered(
     starts: NDArray[np.uint64],
     stops: NDArray[np.uint64],
     contiguous: NDArray[np.uint8],
-    groups: NDArray[np.int64],
-    name_ranks: NDArray[np.int64],
+    groups: Int64Array,
+    name_ranks: Int64Array,
     keep: NDArray[np.uint8],
 ) -> None: ...
 
 # --- assignment and shapes
 
-def assign_shards(sizes: NDArray[np.int64], num_ranks: int, out: NDArray[np.int64]) -> None: ...
+def assign_shards(sizes: Int64Array, num_ranks: int, out: Int64Array) -> None: ...
 def check_shard_shapes(
-    dims: NDArray[np.int64],
-    shape_offsets: NDArray[np.int64],
-    shape_ndims: NDArray[np.int64],
-    local_offsets: NDArray[np.int64],
-    local_ndims: NDArray[np.int64],
-    shard_dims: NDArray[np.int64],
-    num_shards: NDArray[np.int64],
+    dims: Int64Array,
+    shape_offsets: Int64Array,
+    shape_ndims: Int64Array,
+    local_offsets: Int64Array,
+    local_ndims: Int64Array,
+    shard_dims: Int64Array,
+    num_shards: Int64Array,
     rank: int,
     world_size: int,
     faults: NDArray[np.uint8],

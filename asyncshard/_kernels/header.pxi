@@ -1,4 +1,4 @@
-# The header of a safetensors file (FORMAT rules 4 to 10), parsed into columns in the order of the file's data.
+# The header of a safetensors file (docs/format.md, rules 4 to 10), parsed into columns in the order of the file's data.
 #
 # Memory, for an entry of about 55 bytes of text: 24 for its Row and 13 for its name while the text is read, then 17
 # for the columns and 5 for the hash slot. Together with the text that stays within 2.5 times the text's size.
@@ -147,7 +147,7 @@ cdef int read_offsets(Reader *reader, Row *row) noexcept nogil:
 
 
 cdef int check_size(Reader *reader, const Row *row, uint64_t elements, size_t start) noexcept nogil:
-    """Rules 8 (the bits) and 9."""
+    """Check rule 8 (the number of bits) and rule 9."""
     cdef uint64_t bits = DTYPES_KNOWN[row.dtype].bits
     if elements > UINT64_MAX // bits:
         return fail(reader, FAULT_BITS_OVERFLOW, start)
@@ -265,7 +265,7 @@ cdef int64_t claim_all(Strings *strings) noexcept nogil:
 
 
 cdef int read_entries(Reader *reader, Entries *entries, size_t max_tensors) noexcept nogil:
-    """Read the whole text: rules 4 to 9, names that occur twice apart."""
+    """Read the whole text, by rules 4 to 9; names that occur twice are found later."""
     cdef Text key
     cdef Row row
     cdef int more
@@ -362,7 +362,7 @@ cdef inline size_t header_row(const Entries *entries, size_t row) noexcept nogil
 
 
 cdef int64_t check_contiguous(Reader *reader, const Entries *entries, uint64_t data_size) noexcept nogil:
-    """Rule 10. Return -1, or the row of the file at fault, or the number of rows when the end is."""
+    """Check rule 10. Return -1, or the row of the file at fault, or the number of rows when the end is."""
     cdef size_t i
     cdef const Row *row
     cdef uint64_t reached = 0
@@ -393,7 +393,7 @@ cdef void entries_free(Entries *entries) noexcept nogil:
 
 @cython.final
 cdef class HeaderTable:
-    """The tensors of one header, in file order; made by `parse_header_table`, and never changed."""
+    """The tensors of one header, in file order; made by `parse_header_table` or `take`, and never changed."""
 
     cdef Strings names
     cdef Arena shapes
@@ -435,6 +435,18 @@ cdef class HeaderTable:
 
     def kinds(self, spelling):
         return kinds_of(&self.names, self.codes, &self.shapes, self.shape_offsets, spelling)
+
+    def take(
+        self,
+        const int64_t[::1] rows not None,
+        shapes,
+        const int[::1] kinds not None,
+        *,
+        int64_t data_start,
+        metadata,
+        names=None,
+    ):
+        return take_rows(self, rows, kinds, shapes, names, metadata, data_start)
 
     def metadata(self):
         cdef size_t i
@@ -672,7 +684,7 @@ cdef Py_ssize_t find_duplicates(
     return number
 
 
-def duplicate_names(tables, Py_ssize_t limit=20):
+def duplicate_names(tables, *, Py_ssize_t limit):
     cdef list held = list(tables)  # the caller may change its own list while the GIL is free
     cdef HeaderTable table
     cdef const Strings **strings

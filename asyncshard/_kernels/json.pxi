@@ -1,4 +1,4 @@
-# A strict JSON reader (RFC 8259 and FORMAT rules 4 and 5) that stores nothing but what its caller asks for.
+# A strict JSON reader (RFC 8259, and rules 4 and 5 of docs/format.md) that stores nothing but what its caller asks for.
 #
 # A fault is sticky: the function that meets it notes the rule and the place in the Reader and returns -1. Every index
 # into the text is compared with its size before the byte is read, even where an earlier look has proved it, because

@@ -1,4 +1,5 @@
 # The `weight_map` of a Hugging Face index.json: which file holds each tensor. Other fields are checked as JSON only.
+# The rules are those of docs/format.md, "Around the file".
 
 cdef struct Mapping:
     Strings names
@@ -167,7 +168,7 @@ cdef class WeightMap:
     def first_name(self, Py_ssize_t file_index):
         return text_to_str(strings_at(&self.names, self.first[self.checked(file_index)]))
 
-    def compare(self, Py_ssize_t file_index, HeaderTable table not None, Py_ssize_t limit=20):
+    def compare(self, Py_ssize_t file_index, HeaderTable table not None, *, Py_ssize_t limit):
         cdef uint32_t *rows
         cdef size_t number
         cdef size_t most = max(self.names.count, table.names.count)

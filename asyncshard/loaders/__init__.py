@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from asyncshard.loaders.files import ModelPath
 from asyncshard.loaders.sharded_state import ShardedStateLoader
 from asyncshard.loaders.streaming import AsyncShardLoader
 from asyncshard.pipeline.transfer.stream import Stream
+from asyncshard.stores.opening import ModelPath
 
 __all__ = ["load", "stream"]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,19 +10,20 @@ from asyncshard.errors import AsyncShardError, CheckpointError
 from asyncshard.format.header import Header
 from asyncshard.format.index import MAX_INDEX_BYTES, parse_index
 from asyncshard.format.pattern import ShardPattern
-from asyncshard.loaders.files import ModelPath, open_store
-from asyncshard.loaders.options import MIB, Options, require_int
+from asyncshard.loaders.options import Options, require_int
 from asyncshard.pipeline.checkpoint.config import CONFIG_NAME, read_config
-from asyncshard.pipeline.checkpoint.header_scan import HeaderLimits, HeaderScan, is_about_the_file
+from asyncshard.pipeline.checkpoint.header_scan import HeaderScan, is_about_the_file
+from asyncshard.pipeline.checkpoint.opening import Opening
+from asyncshard.pipeline.memory.budget import MemoryBudget
 from asyncshard.pipeline.memory.free_memory import default_budget_mb
 from asyncshard.plan.check.file_facts import FileFacts, facts_of
 from asyncshard.plan.check.judgement import CheckInput, Finding, Problem, report_on
 from asyncshard.plan.check.report import CheckpointReport
 from asyncshard.plan.files.layout import INDEX_NAME
 from asyncshard.plan.files.survey import Survey, survey_index, survey_names
-from asyncshard.stores import Listing, Store
+from asyncshard.stores import Listing
+from asyncshard.stores.opening import ModelPath
 from asyncshard.tasks.pace import yielding_gil
-from asyncshard.tasks.threads import DaemonThreads, wait_to_end
 
 
 async def check_checkpoint(
@@ -84,29 +84,20 @@ async def check_checkpoint(
     if world_size is not None:
         require_int("world_size", world_size, 1)
     shard_pattern = ShardPattern(pattern) if isinstance(pattern, str) else pattern
-    store = open_store(path, options)
-    threads = DaemonThreads(2, "asyncshard-check")
-    try:
-        return await _Check(store, threads, options, shard_pattern, world_size).run()
-    finally:
-        await threads.aclose()
-        if store is not path:
-            await wait_to_end(asyncio.ensure_future(store.aclose()))
+    budget = MemoryBudget(memory_budget_mb or default_budget_mb())
+    async with Opening.of(path, options.access(), budget, threads=2) as opening:
+        return await _Check(opening, options, shard_pattern, world_size).run()
 
 
 class _Check:
     """One check."""
 
     def __init__(
-        self,
-        store: Store,
-        threads: DaemonThreads,
-        options: Options,
-        pattern: ShardPattern | None,
-        world_size: int | None,
+        self, opening: Opening, options: Options, pattern: ShardPattern | None, world_size: int | None
     ) -> None:
-        self._store = store
-        self._threads = threads
+        self._store = opening.store
+        self._threads = opening.threads
+        self._memory_bytes = opening.account.budget.nbytes
         self._options = options
         self._pattern = pattern
         self._world_size = world_size
@@ -169,16 +160,14 @@ class _Check:
 
     async def _read_headers(self, survey: Survey, weight_map: WeightMap | None) -> dict[str, Finding]:
         options = self._options
-        budget_mb = options.memory_budget_mb
-        if budget_mb is None:
-            budget_mb = await self._threads.run(default_budget_mb)
-
         numbers = {} if weight_map is None else {name: place for place, name in enumerate(weight_map.files)}
 
         def keep(name: str, header: Header) -> FileFacts:
             return facts_of(name, header, yielding_gil(header), weight_map, numbers.get(name))
 
-        limits = HeaderLimits(int(budget_mb * MIB), options.max_header_bytes, options.max_tensors)
         names = [*survey.files, *survey.others]
-        findings = await HeaderScan(self._store, self._threads, limits, keep).run(names)
+        scan = HeaderScan(
+            self._store, self._threads, keep, limits=options.header_limits, memory_bytes=self._memory_bytes
+        )
+        findings = await scan.run(names)
         return dict(zip(names, findings, strict=True))

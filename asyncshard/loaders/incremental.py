@@ -5,31 +5,27 @@ from __future__ import annotations
 import asyncio
 import inspect
 import os
-from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Coroutine
 from types import TracebackType
-from typing import Any, NamedTuple, Self, TypeVar, Unpack
+from typing import Any, Self, TypeVar, Unpack
 
-from asyncshard._core import WeightMap
 from asyncshard.errors import ObjectChangedError
-from asyncshard.format.header import Header
-from asyncshard.loaders.files import ModelPath, open_store
-from asyncshard.loaders.loader import Loader, Request, inherited
+from asyncshard.loaders.loader import Loader, inherited
+from asyncshard.loaders.locations import Locations, file_with
 from asyncshard.loaders.options import ReadTuning, require_int
-from asyncshard.loaders.sources import Opened, ShardFile, Sources, key_of
-from asyncshard.pipeline.checkpoint.checkpoint import Checkpoint, choose_files, refuse_second_cut
-from asyncshard.pipeline.checkpoint.opened_file import OpenedFile, read_header_of
-from asyncshard.pipeline.checkpoint.slicing import find_plan, slice_shard, with_slice_reader
-from asyncshard.pipeline.memory.budget import Account
+from asyncshard.loaders.sources import ShardFile, Sources, key_of
+from asyncshard.pipeline.checkpoint.opened_file import OpenedFile
+from asyncshard.pipeline.memory.budget import trim_in_thread
 from asyncshard.pipeline.shard_cache.cache import CachedFile, CacheStatistics, ShardCache
-from asyncshard.pipeline.shard_cache.reads import read_one, read_whole, unknown
+from asyncshard.pipeline.shard_cache.reads import unknown
+from asyncshard.pipeline.shard_cache.shard_reader import OpenedFolder, ShardReader
 from asyncshard.pipeline.shard_cache.tensors import ShardTensors
-from asyncshard.pipeline.shard_cache.transfer import CachedTransfer
-from asyncshard.pipeline.transfer.buffered import BufferedTransfer
-from asyncshard.plan.files.layout import is_rank_shard
+from asyncshard.pipeline.shard_cache.transfer import ThroughCache
+from asyncshard.pipeline.transfer.stream import Stream
 from asyncshard.stores import Store
+from asyncshard.stores.opening import ModelPath
 from asyncshard.tasks.single_flight import SingleFlight
-from asyncshard.tasks.threads import DaemonThreads, wait_to_end
+from asyncshard.tasks.threads import wait_to_end
 
 T = TypeVar("T")
 Callback = Callable[[str, Any], object]
@@ -82,10 +78,16 @@ class IncrementalShardLoader(Loader):
     def _set_up(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self._cache = ShardCache(self.budget, self._cache_size, is_strict=self.options.strict_budget)
+        self._reader = ShardReader(
+            self._cache,
+            self.selection,
+            chunk_size=self.options.chunk_size,
+            prefetch_count=self.options.prefetch_count,
+        )
         self._headers = SingleFlight()
         self._reads = SingleFlight()
-        self._located: dict[str, _Located] = {}
-        self._sources = Sources(self.options, self.caching, self.budget)
+        self._locations = Locations(self.access, self.selection, self._cache)
+        self._sources = Sources(self.access, self.options.framework, self.budget)
 
     def __getstate__(self) -> Any:
         return self._cache_size, super().__getstate__()
@@ -119,12 +121,14 @@ class IncrementalShardLoader(Loader):
 
     async def _close_idle(self) -> None:
         await self._sources.aclose()
-        await self.budget.trim_in_thread()
+        await trim_in_thread(self.budget)
 
     async def load_shard(self, shard_file: ShardFile) -> ShardTensors:
         """Return the tensors of one file: a read-only mapping of name to tensor.
 
-        With a `tp_plan` they are this rank's slices, and with a `tensor_filter` the wanted ones.
+        With a `tp_plan` they are this rank's slices, and with a `tensor_filter` the wanted ones. What the file's
+        metadata ties to one of them is among them, in the same memory, unless the plan has a rule for its name.
+        `get_tensor` knows it too, and what ``config.json`` ties.
 
         Tasks that ask for the same file meanwhile share one read. Cancelling one of them disturbs no other; cancelling
         all stops the read.
@@ -147,16 +151,18 @@ class IncrementalShardLoader(Loader):
             self._cache.hits += 1
             return file.tensors
         self._cache.misses += 1
-        return await self._reads.run(key, lambda: self._read(key, shard_file, self._read_whole))
+        return await self._reads.run(key, lambda: self._read(key, shard_file, self._reader.read_file))
 
     async def get_tensor(self, path: ShardFile, name: str) -> Any:
-        """Return one tensor, reading no other's bytes.
+        """Return one tensor, reading no other's bytes. A tied one is the tensor that it is tied to, in the same memory.
 
         Parameters
         ----------
         path : str or path
             A local path or URL of a ``.safetensors`` file, or of a directory or prefix that holds a checkpoint.
         name : str
+            Of a tensor that is stored, or tied to one by a file's metadata or by ``config.json``; the latter tells
+            nothing of one file of several.
 
         Raises
         ------
@@ -166,23 +172,21 @@ class IncrementalShardLoader(Loader):
             The tensor exceeds the budget.
         FormatError, CheckpointError, StoreError
         """
-        if not os.fspath(path).endswith(".safetensors"):
+        is_directory = not os.fspath(path).endswith(".safetensors")
+        if is_directory:
             path = await self._file_of(path, name)
         key = key_of(path)
         file = self._cache.find(key)
-        tensors = None if file is None else file.tensors or file.lone.get(name)
+        tensors = None if file is None else file.with_name(name)
         if tensors is not None:
-            if name not in tensors:
-                raise unknown(key, name)
             self._cache.hits += 1
             return tensors[name]
         self._cache.misses += 1
 
-        async def read_it(opened: Opened, file: CachedFile) -> ShardTensors:
-            async with self._transfer(opened, file) as transfer:
-                return await read_one(transfer, file, self._cache, name)
+        async def read_it(opened: OpenedFolder, file: CachedFile) -> ShardTensors:
+            return await self._reader.read_tensor(opened, file, name, is_whole_model=is_directory)
 
-        tensors = await self._reads.run((key, name), lambda: self._read(key, path, read_it))
+        tensors = await self._reads.run((key, name, is_directory), lambda: self._read(key, path, read_it))
         return tensors[name]
 
     async def load_weights_incremental(self, path: ModelPath, callback: Callback) -> None:
@@ -198,7 +202,7 @@ class IncrementalShardLoader(Loader):
             Whatever the callback raises, with a note that names the tensor. The load has stopped then.
         NamesError, CheckpointError, FormatError, BudgetError, StoreError
         """
-        async with self._stream(Request(path)) as weights:
+        async with Stream(self._load(path), ThroughCache(self._cache)) as weights:
             async for name, tensor in weights:
                 try:
                     result = callback(name, tensor)
@@ -221,17 +225,13 @@ class IncrementalShardLoader(Loader):
         The next call reads it again. Tensors in use stay as they are.
         """
         key = key_of(path)
-        is_known = self._forget_location(key)
+        is_known = self._locations.forget(key)
         return self._cache.evict(key) or is_known
 
     def clear(self) -> None:
         """Forget everything. Tensors in use stay as they are."""
-        for key in list(self._located):
-            self._forget_location(key)
+        self._locations.clear()
         self._cache.clear()
-
-    def _staged_transfer(self, *args: Any) -> BufferedTransfer:
-        return CachedTransfer(*args, cache=self._cache)
 
     # Reading, each in a task that the waiters share
 
@@ -239,12 +239,12 @@ class IncrementalShardLoader(Loader):
         self,
         key: str,
         path: ShardFile,
-        read: Callable[[Opened, CachedFile], Coroutine[Any, Any, T]],
+        read: Callable[[OpenedFolder, CachedFile], Coroutine[Any, Any, T]],
     ) -> T:
         async with self._sources.opened(path) as opened:
             while True:
                 known = self._cache.peek(key)
-                shard = known.shard if known else await self._headers.run(key, lambda: self._read_header(opened))
+                shard = known.shard if known else await self._headers.run(key, lambda: self._reader.read_header(opened))
                 try:
                     with self._cache.pinned(key, shard) as file:
                         return await read(opened, file)
@@ -253,99 +253,20 @@ class IncrementalShardLoader(Loader):
                         raise
                     self._cache.evict(key)  # its header was that of the file before
 
-    async def _read_header(self, opened: Opened) -> OpenedFile:
-        if is_rank_shard(opened.name, self._selection.pattern):
-            refuse_second_cut(self._selection, opened.store.path_of(opened.name))
-        account = self._cache.open_account()  # while it is parsed
-        try:
-            shard = await read_header_of(
-                opened.store,
-                opened.name,
-                opened.threads,
-                max_header_bytes=self._options.max_header_bytes,
-                max_tensors=self._options.max_tensors,
-                account=account,
-            )
-            if self._selection.is_sliced:
-                plan = await find_plan(opened.store, self._selection, opened.threads)
-                shard = await opened.threads.run(slice_shard, shard, self._selection, plan)
-            return shard
-        finally:
-            self._cache.discard(account)
-
-    async def _read_whole(self, opened: Opened, file: CachedFile) -> ShardTensors:
-        async with self._transfer(opened, file) as transfer:
-            return await read_whole(transfer, file, self._cache, opened.threads)
-
-    @asynccontextmanager
-    async def _transfer(self, opened: Opened, file: CachedFile) -> AsyncIterator[BufferedTransfer]:
-        store, checkpoint, pacing = opened.store, Checkpoint((file.shard,)), self._pacing(opened.store)
-        account = self._cache.open_account()  # of the scratch for slices
-        try:
-            if file.shard.part is not None:
-                store, checkpoint = await with_slice_reader(
-                    store, checkpoint, opened.threads, account, chunk_size=pacing.chunk_size
-                )
-            yield BufferedTransfer(checkpoint, store, pacing, opened.library, opened.threads)
-        finally:
-            self._cache.discard(account)
-
-    # Where files are
-
     async def _file_of(self, path: ShardFile, name: str) -> str:
         """Return the path of the file of a checkpoint that holds a tensor."""
         key = key_of(path)
-        located = self._located.get(key)
-        if located is None:
-            located = await self._headers.run(("located", key), lambda: self._locate(key, path))
-        if located.weight_map is not None:
-            place = located.weight_map.find(name)
-            if place >= 0 and (file := located.weight_map.files[place]) in located.paths:
-                return located.paths[file]
-        else:
-            for file_path in located.paths.values():
-                if name in await self._read(key_of(file_path), file_path, _header_of):
-                    return file_path
-        raise unknown(key, name)
+        location = self._locations.find(key)
+        if location is None:
+            location = await self._headers.run(("located", key), lambda: self._locations.locate(key, path))
+        file = await file_with(location, name, self._shard_at, self._sources)
+        if file is None:
+            raise unknown(key, name)
+        return file
 
-    async def _locate(self, key: str, path: ShardFile) -> _Located:
-        store = open_store(path, self._options)
-        threads = DaemonThreads(1, "asyncshard-work")
-        account = self._cache.open_account()
-        try:
-            found = await choose_files(store, self._selection, threads)
-            account.charge_headers(_INDEX_FACTOR * found.index_bytes, store.url)
-        except BaseException:
-            self._cache.discard(account)
-            raise
-        finally:
-            await threads.aclose()
-            await wait_to_end(asyncio.ensure_future(store.aclose()))
-        paths = {name: store.path_of(name) for name in found.files}
-        self._forget_location(key)
-        self._located[key] = located = _Located(paths, found.weight_map, account)
-        self.budget.reclaim_for_waiters()
-        return located
-
-    def _forget_location(self, key: str) -> bool:
-        located = self._located.pop(key, None)
-        if located is not None:
-            self._cache.discard(located.account)
-        return located is not None
+    async def _shard_at(self, file: str) -> OpenedFile:
+        return await self._read(key_of(file), file, _shard_of)
 
 
-class _Located(NamedTuple):
-    """Where a checkpoint's files are."""
-
-    paths: dict[str, str]
-    """By name, in plan order."""
-    weight_map: WeightMap | None
-    account: Account
-
-
-_INDEX_FACTOR = 2
-"""Bytes that a weight map takes for each of its index, about."""
-
-
-async def _header_of(opened: Opened, file: CachedFile) -> Header:
-    return file.shard.header
+async def _shard_of(opened: OpenedFolder, file: CachedFile) -> OpenedFile:
+    return file.shard

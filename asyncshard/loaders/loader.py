@@ -1,55 +1,26 @@
-"""What all loaders share: their options, their budget and cache, and how a path becomes a stream."""
+"""What all loaders share: a selection of files, options, a budget and a cache on disk."""
 
 from __future__ import annotations
 
-import asyncio
-import logging
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from asyncshard.loaders.cache import Caching, make_cache
-from asyncshard.loaders.files import ModelPath, open_store
 from asyncshard.loaders.options import Options
-from asyncshard.pipeline.checkpoint.checkpoint import Checkpoint, Selection, open_checkpoint
+from asyncshard.pipeline.checkpoint.checkpoint import Selection
 from asyncshard.pipeline.checkpoint.load_plan import LoadPlan
-from asyncshard.pipeline.checkpoint.slicing import open_sliced
-from asyncshard.pipeline.checkpoint.ties import add_ties
 from asyncshard.pipeline.checkpoint.version import CheckpointVersion
-from asyncshard.pipeline.memory.budget import Account, MemoryBudget
+from asyncshard.pipeline.memory.budget import MemoryBudget
 from asyncshard.pipeline.memory.free_memory import default_budget_mb
 from asyncshard.pipeline.refresh.refresh import Refresh
 from asyncshard.pipeline.refresh.update import Update
-from asyncshard.pipeline.transfer.buffered import BufferedTransfer
-from asyncshard.pipeline.transfer.destinations import MatchedDestinations, new_destinations
-from asyncshard.pipeline.transfer.matching import match_destinations
-from asyncshard.pipeline.transfer.placed import PlacedTransfer
+from asyncshard.pipeline.transfer.load import Delivery, Load
+from asyncshard.pipeline.transfer.placed import ToNewArrays
 from asyncshard.pipeline.transfer.stream import Stream
-from asyncshard.pipeline.transfer.supervisor import Supervisor
-from asyncshard.pipeline.transfer.transfer import Pacing, Transfer
-from asyncshard.stores import Store
-from asyncshard.tasks.threads import DaemonThreads, wait_to_end
+from asyncshard.stores.opening import ModelPath, StoreAccess, make_cache
 
 if TYPE_CHECKING:
     from asyncshard.stores.disk_cache.directory import DiskCache
-
-logger = logging.getLogger("asyncshard")
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What one load was asked for."""
-
-    path: ModelPath
-    into: Mapping[str, Any] | None = None
-    """Destinations by name; None for buffers of the budget."""
-    is_new: bool = False
-    """Whether every tensor gets a new array instead."""
-    strict: bool = True
-    cast: bool = False
-    refresh: Refresh | None = None
-    """Reads only what has changed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +53,7 @@ class Loader:
             disk_cache = make_cache(options.cache_dir, options.cache_max_gb)
         self._disk_cache = disk_cache
         self._budget = budget or options.budget or MemoryBudget(options.memory_budget_mb or default_budget_mb())
+        self._access = options.access(disk_cache, self._budget.nbytes // _CACHE_SHARE)
         self.last_report: LoadReport | None = None
         """How the names of the load that ended last matched; None before the first."""
 
@@ -107,34 +79,34 @@ class Loader:
         return self._budget
 
     @property
-    def caching(self) -> Caching | None:
-        """How stores are read through the cache on disk; None without one."""
-        return None if self._disk_cache is None else Caching(self._disk_cache, self._budget.nbytes // _CACHE_SHARE)
+    def access(self) -> StoreAccess:
+        """How it opens stores: with its options, and through its cache on disk."""
+        return self._access
 
     def disk_cache_for(self, options: Options) -> DiskCache | None:
         """Return this loader's cache on disk if it is the one that the options ask for."""
         is_same = (options.cache_dir, options.cache_max_gb) == (self._options.cache_dir, self._options.cache_max_gb)
         return self._disk_cache if is_same else None
 
-    def _stream(self, request: Request) -> Stream:
-        def opener(account: Account, threads: DaemonThreads) -> Any:
-            return self._open(request, account, threads)
-
-        def start() -> Supervisor:
-            return Supervisor(
-                opener,
-                self._budget,
-                is_strict=self._options.strict_budget,
-                is_ordered=self._options.order == "plan",
-            )
-
-        return Stream(start)
+    def _load(self, path: ModelPath) -> Load:
+        options = self._options
+        return Load(
+            path,
+            self._access,
+            self._selection,
+            self._budget,
+            chunk_size=options.chunk_size,
+            prefetch_count=options.prefetch_count,
+            framework=options.framework,
+            is_strict=options.strict_budget,
+            is_ordered=options.order == "plan",
+        )
 
     async def _load_new(self, path: ModelPath) -> dict[str, Any]:
         """Load into new arrays."""
-        async with self._stream(Request(path, is_new=True)) as stream:
+        async with Stream(self._load(path), ToNewArrays()) as stream:
             weights = {name: tensor async for name, tensor in stream}
-            weights.update({name: weights[kept] for name, kept in stream.ties.items()})
+            weights.update({name: weights[stored_name] for name, stored_name in stream.ties.items()})
             self.last_report = LoadReport((), (), (), stream.version)
             return weights
 
@@ -189,21 +161,21 @@ class Loader:
         """
         if not isinstance(since, CheckpointVersion | None):
             raise TypeError(f"since must be a CheckpointVersion (see CheckpointVersion.parse), not {since!r}")
-        refresh = Refresh(since, self._budget, is_staged=stage, cast=cast)
+        refresh = Refresh(since, state_dict, strict=strict, cast=cast, is_staged=stage)
         try:
-            await self._fill(Request(path, into=state_dict, strict=strict, cast=cast, refresh=refresh))
+            await self._fill(path, refresh, is_final=not stage)
         except BaseException:
             await refresh.abandon()
             raise
         return refresh.finish()
 
-    async def _fill(self, request: Request) -> None:
-        """Run a stream into destinations to its end."""
-        stream = self._stream(request)
+    async def _fill(self, path: ModelPath, delivery: Delivery, *, is_final: bool = True) -> None:
+        """Run a stream into destinations to its end, after which they hold its version if that `is_final`."""
+        stream = Stream(self._load(path), delivery)
         version: CheckpointVersion | None = None
         try:
             await stream.drain()
-            version = stream.version if request.refresh is None or not request.refresh.is_staged else None
+            version = stream.version if is_final else None
         finally:
             if stream.is_open:
                 transfer = stream.statistics()
@@ -216,76 +188,11 @@ class Loader:
         ------
         NamesError, CheckpointError, FormatError, BudgetError, StoreError
         """
-        account = self._budget.open_account()
-        threads = DaemonThreads(1, "asyncshard-work")
-        try:
-            async with self._opened(path, account, threads) as (store, checkpoint):
-                return await threads.run(LoadPlan.of, checkpoint.with_tied(), store.max_gap_bytes)
-        finally:
-            account.close()
-            await threads.aclose()
-
-    @asynccontextmanager
-    async def _open(self, request: Request, account: Account, threads: DaemonThreads) -> AsyncIterator[Transfer]:
-        """Open the checkpoint and plan its transfer; the store is open until the end."""
-        async with self._opened(request.path, account, threads) as (store, checkpoint):
-            yield await self._plan(request, store, checkpoint, threads)
-
-    @asynccontextmanager
-    async def _opened(
-        self, path: ModelPath, account: Account, threads: DaemonThreads
-    ) -> AsyncIterator[tuple[Store, Checkpoint]]:
-        store = open_store(path, self._options, self.caching)
-        try:
-            account.charge_headers(store.held_bytes, store.url)
-            if self._selection.is_sliced:
-                chunk_size = self._options.chunk_size or store.chunk_size
-                yield await open_sliced(store, self._selection, threads, account, chunk_size=chunk_size)
-            else:
-                yield store, await open_checkpoint(store, self._selection, threads, account)
-        finally:
-            if store is not path:
-                await wait_to_end(asyncio.ensure_future(store.aclose()))
-
-    def _pacing(self, store: Store) -> Pacing:
-        return Pacing(
-            self._options.chunk_size or store.chunk_size,
-            self._options.prefetch_count or store.prefetch_count,
-            store.max_gap_bytes,
-        )
-
-    def _staged_transfer(self, *args: Any) -> BufferedTransfer:
-        return BufferedTransfer(*args)
-
-    async def _plan(self, request: Request, store: Store, checkpoint: Checkpoint, threads: DaemonThreads) -> Transfer:
-        pacing = self._pacing(store)
-        library = await threads.run(self._options.library, request.into)
-        if request.into is None and not request.is_new:
-
-            def stage() -> Transfer:
-                staged = self._staged_transfer(checkpoint.with_tied(), store, pacing, library, threads)
-                staged.plan(self._budget, is_strict=self._options.strict_budget)
-                return staged
-
-            return await threads.run(stage)
-        if request.into is None:
-            checkpoint = checkpoint.with_tied()
-            placement = await new_destinations(checkpoint, library)
-        else:
-            store, checkpoint = await add_ties(store, checkpoint, request.into, library, threads)
-            placement = await match_destinations(
-                checkpoint, request.into, library, threads, strict=request.strict, cast=request.cast, path=store.url
-            )
-            _warn(store.url, placement)
-        if request.refresh is not None:
-            return await request.refresh.plan(checkpoint, store, pacing, placement, library, threads)
-
-        def place() -> Transfer:
-            placed = PlacedTransfer(checkpoint, store, pacing, placement, threads)
-            placed.plan(self._budget)
-            return placed
-
-        return await threads.run(place)
+        load = self._load(path)
+        async with load.open() as opening:
+            _, reading = await load.open_checkpoint(opening)
+            checkpoint = reading.checkpoint.with_tied()
+            return await opening.threads.run(LoadPlan.of, checkpoint, reading.pacing.max_gap_bytes)
 
 
 class Inherited(NamedTuple):
@@ -313,24 +220,12 @@ def inherited(base_loader: Loader | None, given: Mapping[str, Any]) -> Inherited
     selection = Selection() if base_loader is None else base_loader.selection
     has_own_budget = given.get("memory_budget_mb") is not None or given.get("budget") is not None
     return Inherited(
-        selection._replace(max_header_bytes=options.max_header_bytes, max_tensors=options.max_tensors),
+        selection._replace(limits=options.header_limits),
         options,
         None if base_loader is None or has_own_budget else base_loader.budget,
         None if base_loader is None else base_loader.disk_cache_for(options),
     )
 
 
-_LISTED = 20
 _CACHE_SHARE = 8
-"""The part of the budget that blocks on their way to a cache's disk may take."""
-
-
-def _warn(path: str, placement: MatchedDestinations) -> None:
-    for names, what in (
-        (placement.missing, "are missing from the checkpoint and keep their values"),
-        (placement.unexpected, "are in the checkpoint and were not asked for"),
-        (placement.narrowed, "are smaller than their destinations and fill their first corner"),
-    ):
-        if names:
-            more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-            logger.warning("%s: %d tensors %s: %s%s", path, len(names), what, ", ".join(names[:_LISTED]), more)
+"""An eighth of the budget may be taken by blocks on their way to a cache's disk."""

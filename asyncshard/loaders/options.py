@@ -6,12 +6,16 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Self, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, Self, TypedDict
 
-from asyncshard.arrays.base import ArrayLibrary
-from asyncshard.arrays.frameworks import FRAMEWORKS, load_library
+from asyncshard.arrays.frameworks import FRAMEWORKS
+from asyncshard.format.header import HeaderLimits
 from asyncshard.pipeline.memory.budget import MemoryBudget
 from asyncshard.plan.items import GRAIN
+from asyncshard.stores.opening import StoreAccess
+
+if TYPE_CHECKING:
+    from asyncshard.stores.disk_cache.directory import DiskCache
 
 MIB = 1 << 20
 _ORDERS = ("plan", "completion")
@@ -133,9 +137,14 @@ class Options:
             changes["budget"] = None
         return replace(self, **changes)
 
-    def library(self, destinations: Mapping[str, Any] | None = None) -> ArrayLibrary:
-        """Return the array library for these destinations (`load_library`); for a thread, since it may import torch."""
-        return load_library(self.framework, destinations)
+    @property
+    def header_limits(self) -> HeaderLimits:
+        """How large the header of a file may be."""
+        return HeaderLimits(self.max_header_bytes, self.max_tensors)
+
+    def access(self, cache: DiskCache | None = None, write_buffer_bytes: int = 0) -> StoreAccess:
+        """Return how stores are opened with these options, and through a cache on disk where one is given."""
+        return StoreAccess(self.max_workers, self.page_cache, self.storage_options, cache, write_buffer_bytes)
 
 
 def require_int(name: str, value: Any, least: int) -> None:

@@ -10,15 +10,15 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from asyncshard.format.pattern import ShardPattern
-from asyncshard.loaders.files import ModelPath, open_store
 from asyncshard.loaders.options import Options, require_int
-from asyncshard.pipeline.memory.budget import Account, MemoryBudget
+from asyncshard.pipeline.checkpoint.opening import Opening
+from asyncshard.pipeline.memory.budget import MemoryBudget
 from asyncshard.pipeline.memory.free_memory import default_budget_mb
 from asyncshard.pipeline.writing.reshard.reshard import WRITERS, Reshard, ReshardReport, ReshardRequest
 from asyncshard.pipeline.writing.reshard.target import Target
 from asyncshard.plan.tp.plan import TpPlan, plan_of
-from asyncshard.stores.base import Store
-from asyncshard.tasks.threads import DaemonThreads, wait_to_end
+from asyncshard.stores.opening import ModelPath
+from asyncshard.tasks.threads import wait_to_end
 
 DEFAULT_MAX_SHARD_SIZE = 5 * 10**9
 
@@ -122,32 +122,15 @@ async def reshard(
     is_ranks = layout == "ranks" or (layout == "auto" and world_size > 1)
     wanted = ReshardRequest(world_size, max_shard_size, is_ranks, names, plan_of(tp_plan), chunk_size)
     directory = _local_directory(target)
-    store = open_store(source, options)
-    threads = DaemonThreads(WRITERS, "asyncshard-write")
+    budget = budget or MemoryBudget(memory_budget_mb or default_budget_mb())
     output = Target(directory, names, overwrite=overwrite)
-    account: Account | None = None
-    try:
-        await threads.run(output.require_other_than, store.url)
-        await threads.run(output.check)
-        if budget is None:
-            default_mb = await threads.run(default_budget_mb)
-            budget = MemoryBudget(default_mb if memory_budget_mb is None else memory_budget_mb)
-        account = budget.open_account()
-        return await Reshard(store, output, wanted, threads, account).run()
-    finally:
-        # One future: a cancel that comes while it runs is raised when all is closed.
-        await wait_to_end(asyncio.ensure_future(_close(output, threads, account, None if store is source else store)))
-
-
-async def _close(output: Target, threads: DaemonThreads, account: Account | None, store: Store | None) -> None:
-    try:
-        await threads.run(output.clean_up)
-    finally:
-        await threads.aclose()
-        if account is not None:
-            await account.aclose()
-        if store is not None:
-            await store.aclose()
+    async with Opening.of(source, options.access(), budget, threads=WRITERS) as opening:
+        try:
+            await opening.threads.run(output.require_other_than, opening.store.url)
+            await opening.threads.run(output.check)
+            return await Reshard(opening, output, wanted).run()
+        finally:
+            await wait_to_end(asyncio.ensure_future(opening.threads.run(output.clean_up)))
 
 
 def _local_directory(target: str | os.PathLike[str]) -> str:

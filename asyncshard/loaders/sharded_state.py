@@ -6,14 +6,17 @@ from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, Unpack, overload
 
 from asyncshard.format.pattern import ShardPattern
-from asyncshard.loaders.files import ModelPath, discover
-from asyncshard.loaders.loader import Loader, Request
+from asyncshard.loaders.loader import Loader
 from asyncshard.loaders.options import Options, Tuning
-from asyncshard.pipeline.checkpoint.checkpoint import Selection
+from asyncshard.pipeline.checkpoint.checkpoint import Selection, choose_files
+from asyncshard.pipeline.checkpoint.opening import Opening
+from asyncshard.pipeline.transfer.buffered import ToBuffers
+from asyncshard.pipeline.transfer.placed import ToDestinations
 from asyncshard.pipeline.transfer.stream import Stream
 from asyncshard.plan.files.layout import validate_rank
 from asyncshard.plan.tensor_filter import NameFilterSpec, TensorFilter
 from asyncshard.plan.tp.plan import TpPlan, plan_of
+from asyncshard.stores.opening import ModelPath
 
 StateDict = TypeVar("StateDict", bound=Mapping[str, Any])
 
@@ -71,8 +74,7 @@ class ShardedStateLoader(Loader):
             rank=rank,
             world_size=world_size,
             pp_rank=pp_rank,
-            max_header_bytes=options.max_header_bytes,
-            max_tensors=options.max_tensors,
+            limits=options.header_limits,
             tp_plan=plan_of(tp_plan, unmatched),
             tensor_filter=None if tensor_filter is None else TensorFilter(tensor_filter),
         )
@@ -91,7 +93,9 @@ class ShardedStateLoader(Loader):
         CheckpointError
             A gap in the parts, a rank outside the world, or a file that the index names and the directory lacks.
         """
-        return await discover(path, self._selection, self._options)
+        async with Opening.of(path, self.access, self.budget) as opening:
+            found = await choose_files(opening.store, self._selection, opening.threads)
+            return [opening.store.path_of(name) for name in found.files]
 
     @overload
     async def load_weights(
@@ -136,9 +140,9 @@ class ShardedStateLoader(Loader):
         """
         if state_dict is None:
             return await self._load_new(path)
-        await self._fill(Request(path, into=state_dict, strict=strict, cast=cast))
+        await self._fill(path, ToDestinations(state_dict, strict=strict, cast=cast))
         return state_dict
 
     def iterate_weights(self, path: ModelPath) -> Stream:
         """Return a stream over this rank's tensors: ``async for name, tensor in loader.iterate_weights(path)``."""
-        return self._stream(Request(path))
+        return Stream(self._load(path), ToBuffers())

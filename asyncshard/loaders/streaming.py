@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Unpack
 
-from asyncshard.loaders.files import ModelPath
-from asyncshard.loaders.loader import Loader, Request, inherited
+from asyncshard.loaders.loader import Loader, inherited
 from asyncshard.loaders.options import KeywordTuning
+from asyncshard.pipeline.transfer.buffered import ToBuffers
+from asyncshard.pipeline.transfer.placed import ToDestinations
 from asyncshard.pipeline.transfer.stream import Stream
+from asyncshard.stores.opening import ModelPath
 
 
 class AsyncShardLoader(Loader):
@@ -62,7 +64,8 @@ class AsyncShardLoader(Loader):
         NamesError, DestinationError, CheckpointError, FormatError, BudgetError, StoreError
             When the stream is awaited or entered, or, for read errors, at the tensor that could not be read.
         """
-        return self._stream(Request(path, into=into, strict=strict, cast=cast))
+        delivery = ToBuffers() if into is None else ToDestinations(into, strict=strict, cast=cast)
+        return Stream(self._load(path), delivery)
 
     async def load_weights_async(self, path: ModelPath) -> dict[str, Any]:
         """Return a dict of new tensors, which the caller owns and which does not count against the budget."""

@@ -13,6 +13,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from asyncshard._typing import Int64Array
+from asyncshard.plan.ranges import merge_ranges
+
 GRAIN = 64
 """Parts of a split tensor are multiples of this many bytes, so that no element is cut."""
 
@@ -37,7 +40,7 @@ class ReadItem(NamedTuple):
 
 
 def whole_tensors(
-    shard: int, starts: NDArray[np.int64], stops: NDArray[np.int64], *, limit: int, max_tensors: int
+    shard: int, starts: Int64Array, stops: Int64Array, *, limit: int, max_tensors: int
 ) -> Iterator[ReadItem]:
     """Yield items of at most `limit` bytes that hold whole tensors; a tensor above it is alone in its item.
 
@@ -50,19 +53,15 @@ def whole_tensors(
     max_tensors : int
         How many tensors an item holds at most.
     """
-    count = len(starts)
-    first = 0
-    while first < count:
-        last = int(np.searchsorted(stops, starts[first] + limit, side="right"))
-        last = max(min(last, first + max_tensors), first + 1)
+    bounds = merge_ranges(starts, stops - starts, max_gap=0, max_bytes=limit, max_count=max_tensors)
+    for first, last in itertools.pairwise(bounds.tolist()):
         yield ReadItem(shard, int(starts[first]), int(stops[last - 1]), first, last)
-        first = last
 
 
 def placed_tensors(
     shard: int,
-    starts: NDArray[np.int64],
-    stops: NDArray[np.int64],
+    starts: Int64Array,
+    stops: Int64Array,
     *,
     is_wanted: NDArray[np.bool_],
     is_alone: NDArray[np.bool_],
@@ -115,8 +114,8 @@ def placed_tensors(
 
 
 def _gaps(
-    starts: NDArray[np.int64],
-    stops: NDArray[np.int64],
+    starts: Int64Array,
+    stops: Int64Array,
     is_wanted: NDArray[np.bool_],
     is_joined: NDArray[np.bool_],
     max_gap: int,

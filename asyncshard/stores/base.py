@@ -7,13 +7,14 @@ A store names objects by their path below its root, with ``/`` between parts. It
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from enum import Enum
 from typing import Any, NamedTuple, Self
 
-import numpy as np
-from numpy.typing import NDArray
-
+from asyncshard._typing import Int64Array
 from asyncshard.errors import FormatError
+from asyncshard.events import Event, Listener
 from asyncshard.stores.ranges import Scratch, read_ranges
 from asyncshard.tasks.threads import DaemonThreads
 
@@ -38,32 +39,51 @@ class Listing(NamedTuple):
     """Whether the root names one file; `names` then holds just that."""
 
 
-class Store(ABC):
-    """Files of one checkpoint. An asynchronous context manager: `aclose` ends its threads and connections.
+class Pacing(NamedTuple):
+    """How much of a store is read at once, and how far ahead of the consumer."""
 
-    `url` is what the user called it, for messages: it holds no secret.
-    """
-
-    url: str
-    retries: int = 0
-    """Requests made again so far."""
-    verified: tuple[str, ...] = ()
-    """Full paths of the objects that were compared with a checksum of their whole, and match."""
-    unverified: tuple[str, ...] = ()
-    """Of those that were to be compared, and could not be, or not yet."""
-
-    # What suits this store where the user says nothing
     chunk_size: int = 16 << 20
     """Bytes of one read at most."""
     prefetch_count: int = 8
-    """Read items ahead of the consumer."""
+    """Read items ahead of the consumer at most."""
     max_gap_bytes: int = 0
-    """Unwanted bytes between two wanted tensors, or slices of them, that are rather read than left out."""
-    has_own_scratch: bool = False
-    """Whether `read_ranges` leaves the scratch that it is given alone."""
+    """Gaps up to this many bytes between wanted byte ranges are read too, to save a request."""
 
+    def override(self, chunk_size: int | None, prefetch_count: int | None) -> Pacing:
+        """Return this pacing with the numbers that are not None in place of its own."""
+        return Pacing(chunk_size or self.chunk_size, prefetch_count or self.prefetch_count, self.max_gap_bytes)
+
+
+class State(Enum):
+    """Where a store is in its life."""
+
+    OPEN = "open"
+    CLOSING = "closing"
+    CLOSED = "closed"
+
+
+class Store(ABC):
+    """Files of one checkpoint. An asynchronous context manager: `aclose` ends its threads and connections.
+
+    A store may be used by several loads, also at once. It belongs to one event loop.
+    """
+
+    url: str
+    """How messages name the store; it holds no secret."""
+    pacing: Pacing = Pacing()
+    """What suits this store where the user says nothing. It stays the same while the store is used."""
     held_bytes: int = 0
-    """Bytes of memory that it may take beside the buffers that it fills; they count against the budget of a load."""
+    """Bytes of memory that the store may take beside the buffers that it fills; they count against a load's budget."""
+    has_own_scratch: bool = False
+    """Whether this class's `read_ranges` needs no scratch memory of the caller's."""
+
+    def __repr__(self) -> str:
+        facts = ", ".join(self._facts())
+        return f"<{type(self).__name__} {self.url!r}{' ' * bool(facts)}{facts}>"
+
+    def _facts(self) -> tuple[str, ...]:
+        """Return what the store's repr says beside its URL: its state, and how busy it is. Never a secret."""
+        return ()
 
     async def __aenter__(self) -> Self:
         return self
@@ -73,6 +93,29 @@ class Store(ABC):
 
     async def aclose(self) -> None:  # noqa: B027 - nothing to close is a good default
         """Release threads, files and connections. No read is in flight any more."""
+
+    @contextmanager
+    def reporting_to(self, listener: Listener) -> Iterator[None]:
+        """Call a listener with every event of this store until the context ends, beside those that listen already.
+
+        Loads that use one store at once all hear of everything that it does, for whichever of them.
+        """
+        listeners = self._listeners()
+        listeners.append(listener)
+        try:
+            yield
+        finally:
+            listeners.remove(listener)
+
+    def report(self, event: Event) -> None:
+        """Call all listeners with an event; for stores, from any thread."""
+        for listener in tuple(self._listeners()):
+            listener(event)
+
+    def _listeners(self) -> list[Listener]:
+        """Return the list of this store's listeners, which is made in one step even if several threads ask for it."""
+        listeners: list[Listener] = vars(self).setdefault("_listening", [])
+        return listeners
 
     def path_of(self, name: str) -> str:
         """Return the full path or URL of an object, for messages and for the user."""
@@ -128,8 +171,8 @@ class Store(ABC):
     async def read_ranges(
         self,
         meta: ObjectMeta,
-        offsets: NDArray[np.int64],
-        lengths: NDArray[np.int64],
+        offsets: Int64Array,
+        lengths: Int64Array,
         buffers: Sequence[memoryview],
         *,
         max_gap: int | None = None,
@@ -144,7 +187,7 @@ class Store(ABC):
         offsets, lengths : arrays of int64
             The ranges: ascending, no two overlap, none is empty. Together they have as many bytes as the buffers.
         max_gap : int, optional
-            Ranges at most as many bytes apart are read together with what lies between; by default `max_gap_bytes`.
+            Gaps up to this many bytes are read too, to save a request; by default `pacing.max_gap_bytes`.
         scratch : Scratch, optional
             Memory for that; by default its own, of 16 MiB at most, for this call.
 
@@ -166,7 +209,7 @@ class Store(ABC):
             offsets,
             lengths,
             buffers,
-            max_gap=self.max_gap_bytes if max_gap is None else max_gap,
+            max_gap=self.pacing.max_gap_bytes if max_gap is None else max_gap,
             scratch=scratch,
         )
 

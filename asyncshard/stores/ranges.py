@@ -7,17 +7,18 @@ copied out of it. A range alone is read straight to where it belongs.
 from __future__ import annotations
 
 import asyncio
+import itertools
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from typing import NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-
 from asyncshard._core import gather_runs
-from asyncshard.tasks.threads import DaemonThreads, all_of
+from asyncshard._typing import Int64Array
+from asyncshard.plan.ranges import merge_ranges
+from asyncshard.tasks.bounded import run_bounded
+from asyncshard.tasks.threads import DaemonThreads
 
-Offsets = NDArray[np.int64]
 ReadInto = Callable[[int, Sequence[memoryview]], Awaitable[None]]
 """Fills buffers from an offset of the object on."""
 
@@ -58,7 +59,7 @@ class Scratch:
                 self._free.append(slab)
 
     async def gather(
-        self, source: memoryview, offsets: Offsets, lengths: Offsets, buffers: Sequence[memoryview]
+        self, source: memoryview, offsets: Int64Array, lengths: Int64Array, buffers: Sequence[memoryview]
     ) -> None:
         """Fill buffers with pieces of a slab."""
         if source.nbytes < _LARGE_COPY:
@@ -77,8 +78,8 @@ class _Group(NamedTuple):
 
 async def read_ranges(
     read_into: ReadInto,
-    offsets: Offsets,
-    lengths: Offsets,
+    offsets: Int64Array,
+    lengths: Int64Array,
     buffers: Sequence[memoryview],
     *,
     max_gap: int,
@@ -88,17 +89,15 @@ async def read_ranges(
 
     All or an error; nothing writes into the buffers after this has returned or raised.
     """
-    groups = _groups(offsets, lengths, buffers, max_gap=max_gap, max_bytes=scratch.slab_bytes)
-
-    async def work() -> None:
-        for group in groups:
-            await _read_group(read_into, offsets[group.first : group.last], lengths, group, scratch)
-
-    count = min(_GROUPS_AT_ONCE, len(offsets))
-    await all_of([asyncio.ensure_future(work()) for _ in range(count)])
+    bounds = merge_ranges(offsets, lengths, max_gap=max_gap, max_bytes=scratch.slab_bytes, max_count=sys.maxsize)
+    groups = _groups(bounds, lengths, buffers)
+    reads = (_read_group(read_into, offsets[group.first : group.last], lengths, group, scratch) for group in groups)
+    await run_bounded(min(_GROUPS_AT_ONCE, len(bounds) - 1), reads, on_failure="cancel")
 
 
-async def _read_group(read_into: ReadInto, offsets: Offsets, lengths: Offsets, group: _Group, scratch: Scratch) -> None:
+async def _read_group(
+    read_into: ReadInto, offsets: Int64Array, lengths: Int64Array, group: _Group, scratch: Scratch
+) -> None:
     start = int(offsets[0])
     if len(offsets) == 1:
         await read_into(start, group.buffers)
@@ -110,21 +109,12 @@ async def _read_group(read_into: ReadInto, offsets: Offsets, lengths: Offsets, g
         await scratch.gather(cover, offsets - start, lengths[group.first : group.last], group.buffers)
 
 
-def _groups(
-    offsets: Offsets, lengths: Offsets, buffers: Sequence[memoryview], *, max_gap: int, max_bytes: int
-) -> Iterator[_Group]:
+def _groups(bounds: Int64Array, lengths: Int64Array, buffers: Sequence[memoryview]) -> Iterator[_Group]:
+    """Yield the groups between `bounds`, with their share of the buffers."""
     cut = cutter(buffers)
     next(cut)
-    ends = offsets + lengths
-    # The indexes at which a new group begins because of what lies before.
-    far = np.flatnonzero(np.concatenate([offsets[1:] - ends[:-1] > max_gap, [True]])) + 1
-    first = 0
-    while first < len(offsets):
-        last = int(far[np.searchsorted(far, first, side="right")])
-        last = min(last, int(np.searchsorted(ends, offsets[first] + max_bytes, side="right")))
-        last = max(last, first + 1)
+    for first, last in itertools.pairwise(bounds.tolist()):
         yield _Group(first, last, cut.send(int(lengths[first:last].sum())))
-        first = last
 
 
 def cutter(buffers: Sequence[memoryview]) -> Generator[list[memoryview], int, None]:

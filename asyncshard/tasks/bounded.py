@@ -3,33 +3,59 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterator
-from typing import Any
+from collections.abc import Coroutine, Iterable
+from typing import Any, Literal, TypeVar
+
+from asyncshard.tasks.threads import wait_to_end
+
+T = TypeVar("T")
 
 
-async def run_all(count: int, jobs: Iterator[Coroutine[Any, Any, object]]) -> None:
-    """Run coroutines, `count` at a time, begun in order; of several failures raise that of the first to be begun.
+async def run_bounded(
+    count: int, jobs: Iterable[Coroutine[Any, Any, T]], *, on_failure: Literal["finish", "cancel"]
+) -> list[T]:
+    """Run coroutines, at most `count` at a time, begun in their order, and return their results in that order.
 
-    After a failure those that run end, and no other is begun. They all have ended when this returns, raises or is
-    cancelled.
+    After a failure no further coroutine is taken from `jobs` or begun. When this function returns, raises or is
+    cancelled, all coroutines that were begun have ended.
+
+    Parameters
+    ----------
+    on_failure : {"finish", "cancel"}
+        "finish" lets the other running coroutines end; if several fail, the error of the one begun first is raised.
+        "cancel" cancels them, and raises the error that occurred first.
     """
-    numbered = enumerate(jobs)
-    failures: list[tuple[int, Exception]] = []
+    pending = iter(jobs)
+    begun = 0
+    results: dict[int, T] = {}
+    failures: dict[int, BaseException] = {}
+    workers: list[asyncio.Task[None]] = []
+
+    def cancel() -> None:
+        while workers:  # each worker once: a coroutine that is ending after its cancellation is not disturbed
+            workers.pop().cancel()
 
     async def work() -> None:
-        for number, job in numbered:
+        nonlocal begun
+        while not failures:
+            number = begun
+            begun += 1
             try:
-                await job
-            except Exception as error:
-                failures.append((number, error))
-            if failures:
-                return
+                job = next(pending, None)
+                if job is None:
+                    return
+                results[number] = await job
+            except (Exception, asyncio.CancelledError) as error:
+                failures[number] = error
+                if on_failure == "cancel":
+                    cancel()
 
-    async with asyncio.TaskGroup() as group:
+    try:
         for _ in range(count):
-            group.create_task(work())
-    if failures:
-        try:
-            raise min(failures, key=lambda failure: failure[0])[1]
-        finally:
-            failures.clear()
+            workers.append(asyncio.create_task(work()))
+        await wait_to_end(asyncio.gather(*workers, return_exceptions=True), cancel)
+        if failures:
+            raise failures[min(failures) if on_failure == "finish" else next(iter(failures))]
+        return [results[number] for number in sorted(results)]
+    finally:
+        failures.clear()  # a reference cycle of exception and frame would keep the caller's buffers alive

@@ -44,7 +44,7 @@ def test_each_name_leads_to_its_file():
         with pytest.raises(IndexError):
             index.first_name(file_index)
         with pytest.raises(IndexError):
-            index.compare(file_index, table_of())
+            index.compare(file_index, table_of(), limit=20)
 
 
 def test_an_index_may_map_nothing():
@@ -155,15 +155,15 @@ def test_a_file_inside_the_directory_is_taken(file):
 
 def test_a_map_and_a_header_are_compared_both_ways():
     index = mapped({"a": "1", "b": "1", "c": "2", "d": "1"})
-    assert index.compare(0, table_of("a", "b", "d")) == ([], [])
-    assert index.compare(0, table_of("a", "c", "x")) == (["b", "d"], ["c", "x"])
-    assert index.compare(1, table_of()) == (["c"], [])
+    assert index.compare(0, table_of("a", "b", "d"), limit=20) == ([], [])
+    assert index.compare(0, table_of("a", "c", "x"), limit=20) == (["b", "d"], ["c", "x"])
+    assert index.compare(1, table_of(), limit=20) == (["c"], [])
     assert index.compare(0, table_of("c", "x"), limit=1) == (["a"], ["c"])
     assert index.compare(0, table_of("c", "x"), limit=0) == ([], [])
     with pytest.raises(ValueError):
         index.compare(0, table_of(), limit=-1)
     with pytest.raises(TypeError):
-        index.compare(0, None)
+        index.compare(0, None, limit=20)
 
 
 def test_a_large_map_is_compared_file_by_file():
@@ -171,7 +171,7 @@ def test_a_large_map_is_compared_file_by_file():
     index = mapped({name: f"model-{i // 1000:05}-of-00020.safetensors" for i, name in enumerate(names)})
     assert len(index.files) == 20
     for file in range(20):
-        assert index.compare(file, table_of(*names[file * 1000 : file * 1000 + 1000])) == ([], [])
+        assert index.compare(file, table_of(*names[file * 1000 : file * 1000 + 1000]), limit=20) == ([], [])
     assert index.compare(3, table_of(*names[:1000]), limit=5) == (names[3000:3005], names[:5])
 
 

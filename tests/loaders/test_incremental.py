@@ -10,8 +10,8 @@ import pytest
 import asyncshard
 from asyncshard import AsyncShardLoader, IncrementalShardLoader, MemoryBudget
 from asyncshard.errors import AsyncShardError, BudgetError, NamesError, ObjectNotFoundError, StoreError
-from asyncshard.loaders import sources
 from asyncshard.stores import LocalStore
+from asyncshard.stores.opening import StoreAccess
 from asyncshard.testing import Fault, FaultyStore, GatedStore, WrapperStore
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -59,14 +59,14 @@ def wrapped(monkeypatch):
 
     def wrap(make):
         made = []
-        open_file = sources.open_file
+        open_folder = StoreAccess.open_folder
 
-        def opened(path, options, caching):
-            store, name = open_file(path, options, caching)
+        def opened(access, file):
+            store, name = open_folder(access, file)
             made.append(make(store))
             return made[-1], name
 
-        monkeypatch.setattr(sources, "open_file", opened)
+        monkeypatch.setattr(StoreAccess, "open_folder", opened)
         return made
 
     return wrap

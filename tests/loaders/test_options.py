@@ -16,7 +16,6 @@ import pytest
 import asyncshard
 from asyncshard import AsyncShardLoader, MemoryBudget, ShardedStateLoader
 from asyncshard.errors import AccessDeniedError, BudgetError, FormatError
-from asyncshard.loaders.files import open_store
 from asyncshard.testing import GatedStore, MemoryStore
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -154,7 +153,7 @@ async def test_prefetch_count_is_how_many_reads_run_ahead(count, gated):
 @pytest.mark.parametrize("count", [1, 3])
 async def test_max_workers_is_how_many_threads_read(count, tmp_path):
     options = ShardedStateLoader(max_workers=count).options
-    store = open_store(tmp_path, options)
+    store = options.access().open(tmp_path)
     barrier = threading.Barrier(count)
 
     def job():

@@ -453,8 +453,8 @@ async def test_shapes_that_do_not_add_up_are_named(two_ranks: Path, tmp_path: Pa
             lambda tensors, _, name=name: tensors.update({name: tensors[name][:-1].copy()}),
         )
     text = await refused(two_ranks, tmp_path / "x")
-    assert f"rank 1: tensor {replicated!r}: local_shape is (15,), must be (16,)" in text
-    assert f"rank 0: tensor {columns!r}: local_shape is (11, 16), must be (12, 16)" in text
+    assert f"rank 1: tensor {replicated!r} has shape (15,), must be (16,)" in text
+    assert f"rank 0: tensor {columns!r} has shape (11, 16), must be (12, 16)" in text
     assert f"rank 1: tensor {packed!r} has shape (15, 16), must be (16, 16)" in text
 
 

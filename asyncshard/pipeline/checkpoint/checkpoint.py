@@ -5,30 +5,29 @@ No tensor data is read here. All that can be known to be wrong without it is rai
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain
 from typing import Literal, NamedTuple
 
 from asyncshard._core import WeightMap, duplicate_names
 from asyncshard.errors import CheckpointError, NamesError, ObjectNotFoundError
-from asyncshard.format.header import TensorInfo
+from asyncshard.format.header import HeaderLimits, TensorInfo
 from asyncshard.format.index import MAX_INDEX_BYTES, parse_index
 from asyncshard.format.pattern import ShardPattern
-from asyncshard.pipeline.checkpoint.opened_file import OpenedFile, read_header_of
-from asyncshard.pipeline.checkpoint.rank_files import error_of_missing, require_one_save
+from asyncshard.pipeline.checkpoint.opened_file import FileReader, OpenedFile, read_header_of
+from asyncshard.pipeline.checkpoint.rank_files import error_of_replaced, require_one_save
 from asyncshard.pipeline.memory.budget import Account
-from asyncshard.plan.check.file_facts import EMBEDDING, output_names
 from asyncshard.plan.check.judgement import index_disagreement
-from asyncshard.plan.files.layout import choose_layout, index_files, is_rank_shard
+from asyncshard.plan.files.layout import choose_layout, index_files, is_rank_shard, is_whole_model
 from asyncshard.plan.tensor_filter import TensorFilter
+from asyncshard.plan.text import LISTED, enumerate_names
+from asyncshard.plan.ties import may_need
 from asyncshard.plan.tp.plan import TpPlan
 from asyncshard.stores.base import Store
+from asyncshard.tasks.bounded import run_bounded
 from asyncshard.tasks.pace import yielding_gil
 from asyncshard.tasks.threads import DaemonThreads
 
 _HEADERS_AT_ONCE = 8
-_LISTED = 20
 
 
 class Selection(NamedTuple):
@@ -39,10 +38,8 @@ class Selection(NamedTuple):
     rank: int = 0
     world_size: int = 1
     pp_rank: int = 0
-    max_header_bytes: int | None = None
-    """For each shard; None for the format's own limit."""
-    max_tensors: int | None = None
-    """For each shard."""
+    limits: HeaderLimits = HeaderLimits()
+    """Of each file's header."""
     tp_plan: TpPlan | Literal["auto"] | None = None
     """How tensors are divided among the ranks; None where the files are the rank's already."""
     tensor_filter: TensorFilter | None = None
@@ -58,10 +55,10 @@ class TiedShard(NamedTuple):
     """A tied tensor that the plan divides by a rule of its own."""
 
     name: str
-    kept: str
+    stored_name: str
     """The name under which the files hold it."""
-    kept_nbytes: int
-    """Of that tensor, whole."""
+    stored_nbytes: int
+    """Bytes of that tensor, whole."""
     shard: OpenedFile
     """Of this tensor alone."""
 
@@ -70,14 +67,18 @@ class Checkpoint(NamedTuple):
     """The shards of one rank, in delivery order."""
 
     shards: tuple[OpenedFile, ...]
+    reader: FileReader
+    """By which the shards are read, those of tied tensors too."""
     tied: tuple[TiedShard, ...] = ()
     """What stands in no shard; whoever has a destination for it, or takes everything, reads it too."""
     ties: tuple[tuple[str, str], ...] = ()
-    """Names that are tied, each with the one that is there, beside those that the files' metadata tells."""
+    """Ties beside those that the files' metadata tells: each the missing name, and the stored one."""
     scratch_bytes: int = 0
     """Of the memory through which slices are read."""
     tensor_filter: TensorFilter | None = None
     """Which names are wanted, of tied tensors too; None for all."""
+    is_whole: bool = False
+    """Whether its tensors are all that the model has on this rank: neither one file of several nor one stage's."""
 
     def with_tied(self) -> Checkpoint:
         """Return the same with the tied tensors as shards after the others."""
@@ -90,7 +91,7 @@ class Checkpoint(NamedTuple):
     @property
     def bytes_total(self) -> int:
         """Bytes of tensor data."""
-        return sum(shard.meta.size - shard.header.size for shard in self.shards)
+        return sum(shard.data_bytes for shard in self.shards)
 
     def is_wanted(self, name: str) -> bool:
         """Return whether a tensor of this name is wanted, if there is one."""
@@ -124,17 +125,6 @@ class CheckpointInfo(Mapping[str, TensorInfo]):
         return f"<{self._count} tensors in {len(self._shards)} shards>"
 
 
-def ties_of(checkpoint: Checkpoint) -> dict[str, str]:
-    """Return the wanted names that are tied to a tensor that is there, each with the tensor's."""
-    info = CheckpointInfo(checkpoint)
-    told = (shard.header.metadata.items() for shard in checkpoint.shards)
-    return {
-        name: kept
-        for name, kept in chain(*told, checkpoint.ties)
-        if kept in info and name not in info and checkpoint.is_wanted(name)
-    }
-
-
 class ShardNames(NamedTuple):
     """What a path holds, as far as names tell."""
 
@@ -144,6 +134,8 @@ class ShardNames(NamedTuple):
     """Which of them each tensor is in, where an index tells; its own `files` are in another order."""
     index_bytes: int
     """Bytes of the index file."""
+    is_whole: bool = False
+    """Whether they make up a model: neither one file of several nor those of one pipeline stage."""
     are_of_rank: bool = False
     """Whether the files are rank shards."""
 
@@ -173,7 +165,8 @@ async def choose_files(store: Store, selection: Selection, threads: DaemonThread
     if any(is_rank_shard(name, selection.pattern) for name in layout.files):
         refuse_second_cut(selection, store.url)
     if layout.kind != "index":
-        return ShardNames(layout.files, None, 0, are_of_rank=layout.kind == "ranks")
+        is_whole = is_whole_model(layout, is_file=listing.is_file, pattern=selection.pattern)
+        return ShardNames(layout.files, None, 0, is_whole=is_whole, are_of_rank=layout.kind == "ranks")
     (index_name,) = layout.files
     path = store.path_of(index_name)
     data = await store.read(index_name, max_bytes=MAX_INDEX_BYTES)
@@ -181,7 +174,7 @@ async def choose_files(store: Store, selection: Selection, threads: DaemonThread
     files = weight_map.files
     if selection.tensor_filter is not None:
         files = await threads.run(wanted_files, weight_map, selection.tensor_filter, path)
-    return ShardNames(tuple(index_files(files, listing.names, path)), weight_map, len(data))
+    return ShardNames(tuple(index_files(files, listing.names, path)), weight_map, len(data), is_whole=True)
 
 
 async def open_checkpoint(store: Store, selection: Selection, threads: DaemonThreads, account: Account) -> Checkpoint:
@@ -204,12 +197,12 @@ async def open_files(
     if found.are_of_rank:
         await threads.run(require_one_save, shards, store.url)
     await threads.run(_check_names, shards, found, store.url)
-    return Checkpoint(tuple(shards))
+    return Checkpoint(tuple(shards), FileReader(store), is_whole=found.is_whole)
 
 
 def _check_names(shards: Sequence[OpenedFile], found: ShardNames, path: str) -> None:
     """Raise CheckpointError where a tensor stands in two shards, or where the index is wrong. Slow for many tensors."""
-    twice = duplicate_names([shard.header.table for shard in shards], _LISTED)
+    twice = duplicate_names([shard.header.table for shard in shards], limit=LISTED)
     if twice:
         files = found.files
         listed = "; ".join(f"{name!r} in {files[one]} and {files[other]}" for name, one, other in twice)
@@ -217,7 +210,7 @@ def _check_names(shards: Sequence[OpenedFile], found: ShardNames, path: str) -> 
     if found.weight_map is not None:
         numbers = {name: number for number, name in enumerate(found.weight_map.files)}
         for shard in shards:
-            names = found.weight_map.compare(numbers[shard.meta.name], shard.header.table, _LISTED)
+            names = found.weight_map.compare(numbers[shard.meta.name], shard.header.table, limit=LISTED)
             disagreement = index_disagreement(shard.path, *names)
             if disagreement is not None:
                 raise disagreement
@@ -240,10 +233,8 @@ def wanted_files(weight_map: WeightMap, is_wanted: TensorFilter, path: str) -> t
         if is_wanted(name):
             opened.add(file)
             count += 1
-        elif name.endswith(EMBEDDING) and any(
-            is_wanted(output) and weight_map.find(output) < 0 for output in output_names(name)
-        ):
-            opened.add(file)  # the output layer may be tied to it
+        elif may_need(name, is_wanted, lambda output: weight_map.find(output) >= 0):
+            opened.add(file)
     require_wanted(count, [name for name in is_wanted.names if weight_map.find(name) < 0], path)
     return tuple(name for file, name in enumerate(weight_map.files) if file in opened)
 
@@ -253,7 +244,7 @@ def require_wanted(count: int, missing: Sequence[str], path: str) -> None:
     if missing:
         names = tuple(sorted(missing))
         raise NamesError(
-            f"{path}: the tensor_filter names tensors that are not there: {', '.join(map(repr, names[:_LISTED]))}",
+            f"{path}: the tensor_filter names tensors that are not there: {enumerate_names(names, is_quoted=True)}",
             path=path,
             missing=names,
         )
@@ -264,32 +255,15 @@ def require_wanted(count: int, missing: Sequence[str], path: str) -> None:
 async def _open_shards(
     store: Store, found: ShardNames, selection: Selection, threads: DaemonThreads, account: Account
 ) -> list[OpenedFile]:
-    """Open a few at a time; of several failures raise that of the first shard."""
-    files = found.files
-    results: list[OpenedFile | Exception | None] = [None] * len(files)
-    pending = iter(enumerate(files))
+    """Open files, a few at a time; of several failures raise that of the first file."""
 
-    async def work() -> None:
-        for number, name in pending:
-            try:
-                results[number] = await read_header_of(
-                    store,
-                    name,
-                    threads,
-                    max_header_bytes=selection.max_header_bytes,
-                    max_tensors=selection.max_tensors,
-                    account=account,
-                )
-            except Exception as error:
-                is_gone = found.are_of_rank and isinstance(error, ObjectNotFoundError)
-                results[number] = await error_of_missing(store, name, error) if is_gone else error
-                for _ in pending:  # the others finish what they began and stop too
-                    pass
+    async def open_one(name: str) -> OpenedFile:
+        try:
+            return await read_header_of(store, name, threads, selection.limits, account)
+        except ObjectNotFoundError as error:
+            other = await error_of_replaced(store, name) if found.are_of_rank else None
+            if other is None:
+                raise
+            raise other from error
 
-    async with asyncio.TaskGroup() as group:
-        for _ in range(min(_HEADERS_AT_ONCE, len(files))):
-            group.create_task(work())
-    for result in results:
-        if isinstance(result, Exception):
-            raise result
-    return [result for result in results if isinstance(result, OpenedFile)]
+    return await run_bounded(min(_HEADERS_AT_ONCE, len(found.files)), map(open_one, found.files), on_failure="finish")

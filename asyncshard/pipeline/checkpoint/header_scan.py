@@ -6,29 +6,19 @@ import asyncio
 import errno
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from typing import Generic, NamedTuple, TypeGuard, TypeVar
+from typing import Generic, TypeGuard, TypeVar
 
 from asyncshard.errors import AsyncShardError, BudgetError, FormatError, ObjectChangedError, StoreError
-from asyncshard.format.header import Header
+from asyncshard.format.header import Header, HeaderLimits
 from asyncshard.pipeline.checkpoint.opened_file import open_header, parse_opened
 from asyncshard.stores.base import Store
+from asyncshard.tasks.bounded import run_bounded
 from asyncshard.tasks.threads import DaemonThreads
 
 T = TypeVar("T")
 
 _HEADERS_AT_ONCE = 8
 _OF_THIS_PROCESS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-
-
-class HeaderLimits(NamedTuple):
-    """How much of headers is read."""
-
-    memory_bytes: int
-    """Of all that are read and parsed at once."""
-    max_header_bytes: int | None = None
-    """For each file; None for the format's own limit."""
-    max_tensors: int | None = None
-    """For each file."""
 
 
 class HeaderScan(Generic[T]):
@@ -38,15 +28,26 @@ class HeaderScan(Generic[T]):
     ----------
     keep : callable
         Takes the name of a file and its header, in a thread, and returns what is kept of it.
+    limits : HeaderLimits
+        Of each file's header.
+    memory_bytes : int
+        For all headers that are read and parsed at once.
     """
 
     def __init__(
-        self, store: Store, threads: DaemonThreads, limits: HeaderLimits, keep: Callable[[str, Header], T]
+        self,
+        store: Store,
+        threads: DaemonThreads,
+        keep: Callable[[str, Header], T],
+        *,
+        limits: HeaderLimits,
+        memory_bytes: int,
     ) -> None:
         self._store = store
         self._threads = threads
-        self._limits = limits
         self._keep = keep
+        self._limits = limits
+        self._memory_bytes = memory_bytes
         self._taken = 0
         self._given_back = asyncio.Event()
 
@@ -60,45 +61,27 @@ class HeaderScan(Generic[T]):
         BudgetError
             A header takes more than the limit of memory.
         """
-        results: list[T | AsyncShardError | None] = [None] * len(names)
-        failures: list[BaseException] = []
-        pending = iter(enumerate(names))
+        jobs = (self._try(name) for name in names)
+        return await run_bounded(min(_HEADERS_AT_ONCE, len(names)), jobs, on_failure="finish")
 
-        async def work() -> None:
-            for number, name in pending:
-                try:
-                    results[number] = await self._read(name)
-                except Exception as error:
-                    if is_about_the_file(error):
-                        results[number] = error
-                    else:
-                        failures.append(error)
-                        for _ in pending:  # the others finish what they began and stop too
-                            pass
-
-        async with asyncio.TaskGroup() as group:
-            for _ in range(min(_HEADERS_AT_ONCE, len(names))):
-                group.create_task(work())
-        if failures:
-            raise failures[0]
-        return [result for result in results if result is not None]
+    async def _try(self, name: str) -> T | AsyncShardError:
+        try:
+            return await self._read(name)
+        except Exception as error:
+            if is_about_the_file(error):
+                return error
+            raise
 
     async def _read(self, name: str) -> T:
-        limits = self._limits
-        opened = await open_header(self._store, name, max_header_bytes=limits.max_header_bytes)
+        opened = await open_header(self._store, name, self._limits)
         async with self._memory(opened.parse_bytes, opened.path):
             return await parse_opened(
-                self._store,
-                opened,
-                self._threads,
-                lambda header: self._keep(name, header),
-                max_header_bytes=limits.max_header_bytes,
-                max_tensors=limits.max_tensors,
+                self._store, opened, self._threads, lambda header: self._keep(name, header), self._limits
             )
 
     @asynccontextmanager
     async def _memory(self, nbytes: int, path: str) -> AsyncIterator[None]:
-        limit = self._limits.memory_bytes
+        limit = self._memory_bytes
         if nbytes > limit:
             raise BudgetError(
                 f"{path}: its header needs {nbytes:,} bytes, more than the limit of {limit:,} bytes; raise "

@@ -52,8 +52,8 @@ class LoadPlan:
 
 def _with(before: FilePlan | None, shard: OpenedFile, max_gap: int) -> FilePlan:
     """Return what is read of a file when a shard is too; a tied tensor is a shard of its own."""
-    needed = shard.meta.size - shard.header.size
-    read = needed if shard.part is None else shard.part.bytes_read(max_gap)
+    needed = shard.data_bytes
+    read = needed if shard.slice is None else shard.slice.bytes_read(max_gap)
     tensors = len(shard.header)
     if before is None:
         return FilePlan(shard.path, tensors, needed, read)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from asyncshard.format.header import Header, header_size, parse_header
+from asyncshard.format.header import Header, HeaderLimits, header_size, parse_header
 from asyncshard.pipeline.memory.budget import Account
 from asyncshard.plan.file_slices.file_slice import FileSlice
 from asyncshard.stores.base import ObjectMeta, Store
@@ -28,14 +28,41 @@ class OpenedFile(NamedTuple):
     path: str
     """Its full path or URL."""
     header: Header
-    """Of the file; or of the rank's part of it."""
-    part: FileSlice | None = None
-    """What of the file is read, where that is not all of it; `meta` then stands for the part."""
+    """The header of the file; of its slice where it has one."""
+    slice: FileSlice | None = None
+    """What is read of the file, where that is not all of it."""
 
     @property
     def nbytes(self) -> int:
         """Bytes of memory that its facts take."""
-        return self.header.nbytes if self.part is None else self.part.nbytes
+        return self.header.nbytes if self.slice is None else self.slice.nbytes
+
+    @property
+    def data_bytes(self) -> int:
+        """Bytes of its tensors."""
+        return self.header.file_size - self.header.size
+
+    def is_same(self, other: OpenedFile) -> bool:
+        """Return whether the other is the same version of the same object, and the same slice of it."""
+        return (self.meta, self.slice) == (other.meta, other.slice)
+
+
+class FileReader:
+    """Reads the tensors of opened files from the store that they were opened in, which it leaves open."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+
+    def fingerprint(self, file: OpenedFile) -> str | None:
+        """Return text that changes when what is read of a file does; None where the store cannot tell."""
+        return self.store.fingerprint(file.meta)
+
+    async def read_into(self, file: OpenedFile, start: int, buffers: Sequence[memoryview]) -> None:
+        """Fill `buffers`, one after the other, with the bytes from `start` on, an offset as in the file's header.
+
+        Errors, and what holds when it is cancelled, are those of `Store.read_into`.
+        """
+        await self.store.read_into(file.meta, start, buffers)
 
 
 class OpenedHeader(NamedTuple):
@@ -54,12 +81,12 @@ class OpenedHeader(NamedTuple):
         return int(self.size * _PARSE_FACTOR)
 
 
-async def open_header(store: Store, name: str, *, max_header_bytes: int | None = None) -> OpenedHeader:
+async def open_header(store: Store, name: str, limits: HeaderLimits) -> OpenedHeader:
     """Open a file and read the length of its header."""
     path = store.path_of(name)
     meta, head = await store.open(name, _FIRST_READ)
-    limit = {} if max_header_bytes is None else {"max_header_bytes": max_header_bytes}
-    return OpenedHeader(meta, path, head, header_size(head, meta.size, path=path, **limit))
+    size = header_size(head, meta.size, max_header_bytes=limits.max_header_bytes, path=path)
+    return OpenedHeader(meta, path, head, size)
 
 
 async def parse_opened(
@@ -67,9 +94,7 @@ async def parse_opened(
     opened: OpenedHeader,
     threads: DaemonThreads,
     then: Callable[[Header], T],
-    *,
-    max_header_bytes: int | None = None,
-    max_tensors: int | None = None,
+    limits: HeaderLimits,
 ) -> T:
     """Read and validate the rest of a header, and return what `then` makes of it, in the same thread."""
     meta, path, head, size = opened
@@ -85,7 +110,11 @@ async def parse_opened(
 
     def parse() -> T:
         header = parse_header(
-            holder.pop().data, meta.size, max_tensors=max_tensors, max_header_bytes=max_header_bytes, path=path
+            holder.pop().data,
+            meta.size,
+            max_tensors=limits.max_tensors,
+            max_header_bytes=limits.max_header_bytes,
+            path=path,
         )
         return then(header)
 
@@ -93,21 +122,13 @@ async def parse_opened(
 
 
 async def read_header_of(
-    store: Store,
-    name: str,
-    threads: DaemonThreads,
-    *,
-    max_header_bytes: int | None = None,
-    max_tensors: int | None = None,
-    account: Account | None = None,
+    store: Store, name: str, threads: DaemonThreads, limits: HeaderLimits, account: Account | None
 ) -> OpenedFile:
-    """Read and validate the header of one file."""
-    opened = await open_header(store, name, max_header_bytes=max_header_bytes)
+    """Read and validate the header of one file; its memory is charged to `account`, if there is one."""
+    opened = await open_header(store, name, limits)
     if account is not None:
         account.charge_headers(opened.parse_bytes, opened.path)
-    header: Header = await parse_opened(
-        store, opened, threads, lambda parsed: parsed, max_header_bytes=max_header_bytes, max_tensors=max_tensors
-    )
+    header: Header = await parse_opened(store, opened, threads, lambda parsed: parsed, limits)
     if account is not None:
         account.charge_headers(header.nbytes - opened.parse_bytes, opened.path)
     return OpenedFile(opened.meta, opened.path, header)

@@ -13,6 +13,7 @@ from asyncshard.pipeline.checkpoint.checkpoint import (
 )
 from asyncshard.pipeline.checkpoint.config import CONFIG_NAME, read_config
 from asyncshard.pipeline.checkpoint.opened_file import OpenedFile
+from asyncshard.pipeline.checkpoint.slice_reader import SliceReader
 from asyncshard.pipeline.checkpoint.ties import place_ties, ties_with_rules
 from asyncshard.pipeline.memory.budget import Account
 from asyncshard.plan.file_slices.planner import make_file_slice
@@ -20,7 +21,6 @@ from asyncshard.plan.tp.models import auto_plan, require_known
 from asyncshard.plan.tp.plan import TpPlan
 from asyncshard.stores.base import Store
 from asyncshard.stores.ranges import Scratch
-from asyncshard.stores.sliced import SlicedStore, part_meta
 from asyncshard.tasks.pace import yielding_gil
 from asyncshard.tasks.threads import DaemonThreads
 
@@ -33,10 +33,8 @@ _LEAST_SLAB = 4 << 10
 
 async def open_sliced(
     store: Store, selection: Selection, threads: DaemonThreads, account: Account, *, chunk_size: int
-) -> tuple[Store, Checkpoint]:
+) -> Checkpoint:
     """Do what `open_checkpoint` does, and leave of every shard what is this rank's and wanted.
-
-    Returns the store to read it from, which is open as long as `store` is.
 
     Raises
     ------
@@ -59,11 +57,11 @@ async def open_sliced(
         wanted = selection.tensor_filter.names
         missing = [name for name in wanted if not any(name in shard.header for shard in whole.shards)]
         require_wanted(sum(len(shard.header) for shard in shards), missing, store.url)
-    kept = tuple(shard for shard in shards if len(shard.header) or shard.part is None)
-    checkpoint = Checkpoint(kept, tied, tuple(ties.items()), tensor_filter=selection.tensor_filter)
+    kept = tuple(shard for shard in shards if len(shard.header) or shard.slice is None)
+    checkpoint = whole._replace(shards=kept, tied=tied, ties=tuple(ties.items()), tensor_filter=selection.tensor_filter)
     before, after = (sum(shard.nbytes for shard in each.with_tied().shards) for each in (whole, checkpoint))
     account.charge_headers(after - before, store.url)
-    return await with_slice_reader(store, checkpoint, threads, account, chunk_size=chunk_size)
+    return await with_slice_reader(checkpoint, threads, account, chunk_size=chunk_size)
 
 
 async def find_plan(store: Store, selection: Selection, threads: DaemonThreads) -> TpPlan | None:
@@ -114,28 +112,30 @@ def slice_shard(shard: OpenedFile, selection: Selection, plan: TpPlan | None) ->
         path=shard.path,
         paced=yielding_gil,
     )
-    return shard if part is None else OpenedFile(part_meta(shard.meta, part), shard.path, part.header, part)
+    return shard if part is None else shard._replace(header=part.header, slice=part)
 
 
 async def with_slice_reader(
-    store: Store, checkpoint: Checkpoint, threads: DaemonThreads, account: Account, *, chunk_size: int
-) -> tuple[Store, Checkpoint]:
-    """Return the store to read parts from; its scratch is charged like headers, which never wait.
+    checkpoint: Checkpoint, threads: DaemonThreads, account: Account, *, chunk_size: int
+) -> Checkpoint:
+    """Return the checkpoint with a reader of slices, whose scratch is charged like headers, which never wait.
 
     Raises
     ------
     BudgetError
     """
-    if store.has_own_scratch or not await threads.run(_is_covering, checkpoint, store.max_gap_bytes):
-        return SlicedStore(store, threads, Scratch(threads, chunk_size, 1)), checkpoint
+    store = checkpoint.reader.store
+    if store.has_own_scratch or not await threads.run(_is_covering, checkpoint, store.pacing.max_gap_bytes):
+        return checkpoint._replace(reader=SliceReader(store, threads, Scratch(threads, chunk_size, 1)))
     total = min(account.budget.nbytes // _SHARE, _SLABS * chunk_size)
     slab = max(min(chunk_size, total // _LEAST_SLABS), _LEAST_SLAB)
     slabs = max(total // slab, 1)
     account.charge_headers(slab * slabs, store.url)
-    return SlicedStore(store, threads, Scratch(threads, slab, slabs)), checkpoint._replace(scratch_bytes=slab * slabs)
+    reader = SliceReader(store, threads, Scratch(threads, slab, slabs))
+    return checkpoint._replace(reader=reader, scratch_bytes=slab * slabs)
 
 
 def _is_covering(checkpoint: Checkpoint, max_gap: int) -> bool:
     """Return whether something is read that is not wanted."""
-    parts = (shard.part for shard in checkpoint.with_tied().shards if shard.part is not None)
-    return any(part.bytes_read(max_gap) > part.bytes_needed for part in parts)
+    slices = (shard.slice for shard in checkpoint.with_tied().shards)
+    return any(each.bytes_read(max_gap) > each.bytes_needed for each in slices if each is not None)

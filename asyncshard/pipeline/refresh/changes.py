@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from asyncshard._core import Lease
+from asyncshard._typing import Int64Array
 from asyncshard.arrays.base import ArrayLibrary, make_view
 from asyncshard.arrays.memory import is_sink
 from asyncshard.format.dtypes import DTYPES, Dtype
@@ -25,7 +26,7 @@ class StagingLayout(NamedTuple):
     """Where tensors are staged."""
 
     nbytes: int
-    offsets: list[NDArray[np.int64]]
+    offsets: list[Int64Array]
     """For each shard, of each tensor; of no meaning for one that has not changed."""
 
 
@@ -39,7 +40,7 @@ class ChangedTensor(NamedTuple):
     offset: int
     """Where it is in the staged memory."""
     nbytes: int
-    given: Any
+    target: Any
     """Its destination."""
 
 
@@ -92,7 +93,7 @@ class ChangedTensors:
         self.chunk_size = chunk_size
         self.cast = cast
         self.lease: Lease | None = None
-        self.offsets: list[NDArray[np.int64]] = [np.zeros(len(mask), np.int64) for mask in self._wanted]
+        self.offsets: list[Int64Array] = [np.zeros(len(mask), np.int64) for mask in self._wanted]
 
     def lay_out(self, spacing: int) -> StagingLayout:
         """Place the tensors one after the other, each at a multiple of `spacing` bytes."""
@@ -116,7 +117,13 @@ class ChangedTensors:
             for index in yielding_gil(np.flatnonzero(wanted).tolist()):
                 name, code, shape, start, stop = shard.header.table.row(index)
                 yield ChangedTensor(
-                    shard.path, name, DTYPES[code], shape, int(offsets[index]), stop - start, destinations.given[index]
+                    shard.path,
+                    name,
+                    DTYPES[code],
+                    shape,
+                    int(offsets[index]),
+                    stop - start,
+                    destinations.targets[index],
                 )
 
     def view(self, row: ChangedTensor) -> Any:
@@ -137,7 +144,7 @@ class ChangedTensors:
         """
         sinks = []
         for row in self.rows():
-            if is_sink(row.given):
+            if is_sink(row.target):
                 sinks.append(row)
             else:
                 self._share_one(row, shares)
@@ -145,7 +152,7 @@ class ChangedTensors:
 
     def _share_one(self, row: ChangedTensor, shares: Sequence[CopyJob]) -> None:
         shape = self.library.shape_of(row.dtype, row.shape, row.nbytes)
-        memory, strided, _ = fit(self.library, row.name, row.dtype, shape, row.given, cast=self.cast)
+        memory, strided, _ = fit(self.library, row.name, row.dtype, shape, row.target, cast=self.cast)
         if not row.nbytes:
             return
         # Not before the destination fits: an error refers to this frame, and would keep the memory alive.

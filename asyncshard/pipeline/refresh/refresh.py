@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from asyncshard._core import Lease
-from asyncshard.arrays.base import ArrayLibrary
+from asyncshard._typing import Int64Array
 from asyncshard.errors import BudgetError, ChecksumError
 from asyncshard.format.digests import Digest, digests_of, load_digest
-from asyncshard.pipeline.checkpoint.checkpoint import Checkpoint
-from asyncshard.pipeline.checkpoint.version import CheckpointVersion
+from asyncshard.pipeline.checkpoint.version import CheckpointVersion, changes_since, version_of
 from asyncshard.pipeline.memory.budget import Account, MemoryBudget, charge_of
 from asyncshard.pipeline.refresh.changes import ChangedTensors
 from asyncshard.pipeline.refresh.update import Update
-from asyncshard.pipeline.transfer.destinations import MatchedDestinations, ShardDestinations
-from asyncshard.pipeline.transfer.placed import PlacedTransfer
-from asyncshard.pipeline.transfer.transfer import Pacing
+from asyncshard.pipeline.transfer.destinations import MatchedDestinations, ShardDestinations, are_equal
+from asyncshard.pipeline.transfer.load import Delivery, OpenedCheckpoint
+from asyncshard.pipeline.transfer.placed import Matched, PlacedTransfer, ToDestinations
+from asyncshard.pipeline.transfer.second_copies import copies_differ
+from asyncshard.pipeline.transfer.transfer import Reading
 from asyncshard.plan.items import ReadItem
-from asyncshard.stores.base import Store
 from asyncshard.tasks.pace import yielding_gil
-from asyncshard.tasks.threads import DaemonThreads
 
 _SPACING = 64
 """Staged tensors begin at multiples of this, a cache line."""
@@ -31,39 +31,40 @@ _EMPTY: Any = object()
 """Stands for the memory of tensors without bytes."""
 
 
-class Refresh:
+class Refresh(Delivery):
     """One `prepare_refresh`: it plans the transfer, and makes the update when that has ended.
 
     Parameters
     ----------
     since : CheckpointVersion or None
         What the destinations hold; None reads everything.
-    budget : MemoryBudget
+    destinations : mapping of str to array, tensor or Sink
+        The live weights.
+    strict, cast : bool
+        As for `ToDestinations`.
     is_staged : bool
         Whether to read into memory of the budget, rather than into the destinations.
-    cast : bool
-        Whether dtypes may be converted.
     """
 
-    def __init__(self, since: CheckpointVersion | None, budget: MemoryBudget, *, is_staged: bool, cast: bool) -> None:
+    def __init__(
+        self,
+        since: CheckpointVersion | None,
+        destinations: Mapping[str, Any],
+        *,
+        strict: bool,
+        cast: bool,
+        is_staged: bool,
+    ) -> None:
         self._since = since
-        self._budget = budget
-        self.is_staged = is_staged
+        self._into = ToDestinations(destinations, strict=strict, cast=cast)
+        self._is_staged = is_staged
         self._cast = cast
         self._account: Account | None = None
-        self._contents: ChangedTensors | None = None
+        self._changes: ChangedTensors | None = None
         self._changed: tuple[str, ...] = ()
         self._transfer: RefreshTransfer | None = None
 
-    async def plan(
-        self,
-        checkpoint: Checkpoint,
-        store: Store,
-        pacing: Pacing,
-        placement: MatchedDestinations,
-        library: ArrayLibrary,
-        threads: DaemonThreads,
-    ) -> RefreshTransfer:
+    async def plan(self, opened: OpenedCheckpoint) -> RefreshTransfer:
         """Compare, reserve memory for all that differs, and plan how it is read.
 
         Raises
@@ -75,67 +76,70 @@ class Refresh:
         ImportError
             There are digests, and the package that computes them is not installed.
         """
-        current = await threads.run(CheckpointVersion.of, checkpoint, store)
-        await threads.run(self._drop_unchanged, checkpoint, placement, current)
-        contents = ChangedTensors(checkpoint, placement.shards, library, pacing.chunk_size, cast=self._cast)
-        self._changed = await threads.run(contents.names)
-        target = placement
-        if self.is_staged:
-            layout = await threads.run(contents.lay_out, _SPACING)
-            lease = await self._allocate(layout.nbytes, checkpoint, store)
-            target = await threads.run(_stage, placement, layout.offsets, lease)
-            contents.lease, contents.offsets = lease, layout.offsets
-        self._contents = contents
+        budget = opened.load.budget
+        matched = await self._into.match(opened)
+        reading = matched.reading
+        changes = await reading.threads.run(self._compare, matched)
+        into: list[ShardDestinations] | None = None
+        if self._is_staged:
+            layout = await reading.threads.run(changes.lay_out, _SPACING)
+            lease = await self._allocate(layout.nbytes, reading, budget)
+            into = await reading.threads.run(_stage, matched.destinations, layout.offsets, lease)
+            changes.lease, changes.offsets = lease, layout.offsets
+        self._changes = changes
+        # What lies between changed tensors is left out, however narrow: the point is to read little.
+        reading = reading._replace(pacing=reading.pacing._replace(max_gap_bytes=0))
 
         def make() -> RefreshTransfer:
-            # What lies between changed tensors is left out, however narrow: the point is to read little.
-            made = RefreshTransfer(checkpoint, store, pacing._replace(max_gap_bytes=0), target, threads)
-            made.is_staged = self.is_staged
-            made.missing, made.unexpected, made.narrowed = placement.missing, placement.unexpected, placement.narrowed
-            made.plan(self._budget)
-            return made
+            transfer = RefreshTransfer(reading, matched.destinations, into)
+            transfer.plan(budget)
+            return transfer
 
-        self._transfer = await threads.run(make)
+        self._transfer = await reading.threads.run(make)
         return self._transfer
 
-    def _drop_unchanged(
-        self, checkpoint: Checkpoint, placement: MatchedDestinations, current: CheckpointVersion
-    ) -> None:
+    def _compare(self, matched: Matched) -> ChangedTensors:
+        """Leave of the destinations those of tensors that have changed."""
+        checkpoint, pacing, _ = matched.reading
+        shards = matched.destinations.shards
         if self._since is not None:
-            for shard, changed in zip(placement.shards, self._since.changes(checkpoint, current), strict=True):
-                shard.keep(changed)
+            matched.destinations.keep(list(changes_since(self._since, checkpoint, version_of(checkpoint))))
+        changes = ChangedTensors(checkpoint, shards, matched.library, pacing.chunk_size, cast=self._cast)
+        self._changed = changes.names()
+        return changes
 
-    async def _allocate(self, nbytes: int, checkpoint: Checkpoint, store: Store) -> Lease | None:
+    async def _allocate(self, nbytes: int, reading: Reading, budget: MemoryBudget) -> Lease | None:
         if not nbytes:
             return None
+        checkpoint, url = reading.checkpoint, reading.checkpoint.reader.store.url
         needed = charge_of(nbytes) + sum(shard.nbytes for shard in checkpoint.shards) + checkpoint.scratch_bytes
-        if needed > self._budget.nbytes:
+        if needed > budget.nbytes:
             raise BudgetError(
-                f"{store.url}: what has changed and the headers need {needed:,} bytes at once, more than the memory "
-                f"budget of {self._budget.nbytes:,} bytes; raise memory_budget_mb to {-(-needed >> 20)} or more, or "
+                f"{url}: what has changed and the headers need {needed:,} bytes at once, more than the memory "
+                f"budget of {budget.nbytes:,} bytes; raise memory_budget_mb to {-(-needed >> 20)} or more, or "
                 "pass stage=False, which writes into the live weights",
-                path=store.url,
+                path=url,
                 needed_bytes=needed,
-                budget_bytes=self._budget.nbytes,
+                budget_bytes=budget.nbytes,
             )
-        self._account = self._budget.open_account()
+        self._account = budget.open_account()
         return await self._account.allocate_alone(nbytes)
 
     def finish(self) -> Update:
         """Return the update, which owns the memory from now on. All has been read."""
-        transfer, contents, account = self._transfer, self._contents, self._account
+        transfer, changes, account = self._transfer, self._changes, self._account
         assert transfer is not None
-        assert contents is not None
-        self._contents = self._account = None
+        assert changes is not None
+        self._changes = self._account = None
         transfer.let_go()
         return Update(
-            transfer.version, contents, self._changed, account, transfer.bytes_total, is_staged=self.is_staged
+            transfer.version, changes, self._changed, account, transfer.bytes_total, is_staged=self._is_staged
         )
 
     async def abandon(self) -> None:
         """Give the memory back, to the end even when cancelled. Nothing is being read any more."""
-        if self._contents is not None:
-            self._contents.lease = None
+        if self._changes is not None:
+            self._changes.lease = None
         if self._transfer is not None:
             self._transfer.let_go()
         account, self._account = self._account, None
@@ -143,18 +147,17 @@ class Refresh:
             await account.aclose()
 
 
-def _stage(
-    placement: MatchedDestinations, offsets: list[NDArray[np.int64]], lease: Lease | None
-) -> MatchedDestinations:
-    """Return the places in a lease of the tensors that a placement wants."""
-    staged = MatchedDestinations()
+def _stage(matched: MatchedDestinations, offsets: list[Int64Array], lease: Lease | None) -> list[ShardDestinations]:
+    """Return the places in a lease of the tensors that have a destination."""
     base = 0 if lease is None else lease.address
     owner = _EMPTY if lease is None else lease
-    for shard, places in zip(placement.shards, offsets, strict=True):
+    staged = []
+    for shard, places in zip(matched.shards, offsets, strict=True):
         destinations = ShardDestinations.empty()
-        destinations.given = [None if given is None else owner for given in shard.given]
+        destinations.targets = [None if target is None else owner for target in shard.targets]
         destinations.addresses.frombytes((places + base).astype(np.uint64).tobytes())
-        staged.shards.append(destinations)
+        destinations.firsts = shard.firsts
+        staged.append(destinations)
     return staged
 
 
@@ -164,8 +167,11 @@ class RefreshTransfer(PlacedTransfer):
     Not so what goes to a strided destination, one of another dtype or a sink without being staged.
     """
 
-    is_staged = False
-    """Whether it reads into memory that is not the caller's."""
+    def __init__(
+        self, reading: Reading, matched: MatchedDestinations, into: list[ShardDestinations] | None = None
+    ) -> None:
+        super().__init__(reading, matched, into)
+        self._is_staged = into is not None
 
     def plan(self, budget: MemoryBudget) -> None:
         super().plan(budget)
@@ -184,7 +190,9 @@ class RefreshTransfer(PlacedTransfer):
 
     async def read(self, item: ReadItem, lease: Lease | None) -> None:
         await super().read(item, lease)
-        if self._digests[item.shard] is None or self._staged(item) is not None:
+        if self._is_staged and self._destinations[item.shard].firsts:
+            await self._compare_copies(item)
+        if self._digests[item.shard] is None or self._indirect(item) is not None:
             return
         if item.last - item.first == 1:
             self._parts_unread[item.shard, item.first] -= 1
@@ -196,6 +204,21 @@ class RefreshTransfer(PlacedTransfer):
             self._done.discard(item)
             raise
 
+    async def _compare_copies(self, item: ReadItem) -> None:
+        """Compare the second copies in an item with the first ones; both are staged."""
+        shard, destinations = self.checkpoint.shards[item.shard], self._destinations[item.shard]
+        for index in range(item.first, item.last):
+            first = destinations.firsts.get(index)
+            if first is None:
+                continue
+            await self._first_copies.wait_for(first)
+            name, _, _, start, stop = shard.header.table.row(index)
+            offset, nbytes = max(item.start - start, 0), min(item.stop, stop) - max(item.start, start)
+            copies = [self._destinations[first[0]].memory(first[1], offset, nbytes)]
+            copies.append(destinations.memory(index, offset, nbytes))
+            if not await self._threads.run(are_equal, *copies):
+                raise copies_differ(shard.path, self.checkpoint.shards[first[0]].header.at(first[1]).name, name)
+
     def _verify(self, item: ReadItem) -> None:
         """Compare the tensors that are whole with this item."""
         shard, destinations, digests = (
@@ -206,7 +229,7 @@ class RefreshTransfer(PlacedTransfer):
         assert digests is not None
         assert self._digest is not None
         for index in yielding_gil(range(item.first, item.last)):
-            if destinations.given[index] is None:
+            if destinations.targets[index] is None:
                 continue
             name, _, _, start, stop = shard.header.table.row(index)
             if self._digest(destinations.memory(index, 0, stop - start)) != digests[index].tobytes():
@@ -220,4 +243,4 @@ class RefreshTransfer(PlacedTransfer):
                 )
 
     def progress(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        return ((), ()) if self.is_staged else super().progress()
+        return ((), ()) if self._is_staged else super().progress()

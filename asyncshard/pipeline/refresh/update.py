@@ -178,7 +178,7 @@ class _Tensors:
             await self._pace.give_way()
         contents = self._update._open_contents()
         for row in self._rows:
-            return row.name, contents.view(row) if self._update._is_staged else row.given
+            return row.name, contents.view(row) if self._update._is_staged else row.target
         raise StopAsyncIteration
 
 
@@ -224,7 +224,7 @@ async def _write_sinks(contents: ChangedTensors, rows: list[ChangedTensor]) -> N
         try:
             for start in range(0, row.nbytes, contents.chunk_size):
                 stop = min(start + contents.chunk_size, row.nbytes)
-                await row.given.write(start, contents.bytes_of(row, start, stop))
+                await row.target.write(start, contents.bytes_of(row, start, stop))
         except BaseException as error:
             error.filled, error.torn = tuple(filled), (row.name,)  # type: ignore[attr-defined]
             raise

@@ -53,6 +53,11 @@ class CachedFile:
     pins: int = 0
     """Reads in flight: it is not evicted meanwhile."""
 
+    def with_name(self, name: str) -> ShardTensors | None:
+        """Return what has a tensor of this name, if that is in memory."""
+        held = (self.tensors, self.lone.get(name))
+        return next((tensors for tensors in held if tensors is not None and name in tensors), None)
+
     @property
     def has_tensors(self) -> bool:
         return self.tensors is not None or bool(self.lone)
@@ -133,7 +138,7 @@ class ShardCache:
     def _pin(self, key: str, shard: OpenedFile) -> CachedFile:
         with self._lock:
             file = self._files.get(key)
-            if file is None or file.shard.meta != shard.meta:
+            if file is None or not file.shard.is_same(shard):
                 account = self.open_account()
                 try:
                     account.charge_headers(shard.header.nbytes, shard.path)

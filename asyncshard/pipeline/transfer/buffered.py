@@ -8,21 +8,36 @@ from typing import Any
 import numpy as np
 
 from asyncshard._core import Lease, spread
+from asyncshard._typing import Int64Array
 from asyncshard.arrays.base import ArrayLibrary, make_view
 from asyncshard.errors import BudgetError
 from asyncshard.format.dtypes import DTYPES
-from asyncshard.pipeline.checkpoint.checkpoint import Checkpoint
 from asyncshard.pipeline.memory.budget import MemoryBudget, charge_of
-from asyncshard.pipeline.transfer.transfer import Pacing, Transfer
+from asyncshard.pipeline.transfer.load import Delivery, Load, OpenedCheckpoint
+from asyncshard.pipeline.transfer.transfer import Reading, Transfer
 from asyncshard.plan.items import ReadItem, whole_tensors
-from asyncshard.stores.base import Store
-from asyncshard.tasks.threads import DaemonThreads
 
 _ALIGNMENT = 8
 """The widest element of the format has 8 bytes."""
 _MAX_TENSORS = 4096
 """In one item: what `deliver` looks at before the first of them, on the event loop, in about 0.1 ms."""
 _ITEM_BYTES = np.array([max(dtype.bits // 8, 1) for dtype in DTYPES], np.int64)
+
+
+class ToBuffers(Delivery):
+    """Deliver tensors in buffers of the budget: what a stream without destinations does."""
+
+    async def plan(self, opened: OpenedCheckpoint) -> BufferedTransfer:
+        load, reading = opened
+        return await reading.threads.run(self._plan, load, await reading.with_ties())
+
+    def _plan(self, load: Load, reading: Reading) -> BufferedTransfer:
+        transfer = self._transfer(reading, load.library())
+        transfer.plan(load.budget, is_strict=load.is_strict)
+        return transfer
+
+    def _transfer(self, reading: Reading, library: ArrayLibrary) -> BufferedTransfer:
+        return BufferedTransfer(reading, library)
 
 
 class BufferedTransfer(Transfer):
@@ -34,19 +49,11 @@ class BufferedTransfer(Transfer):
 
     is_in_place = False
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        store: Store,
-        pacing: Pacing,
-        library: ArrayLibrary,
-        threads: DaemonThreads,
-    ) -> None:
-        super().__init__(checkpoint, store, pacing)
+    def __init__(self, reading: Reading, library: ArrayLibrary) -> None:
+        super().__init__(reading)
         self._library = library
-        self._threads = threads
-        self.bytes_total = checkpoint.bytes_total
-        self.tensors_total = checkpoint.tensors_total
+        self.bytes_total = self.checkpoint.bytes_total
+        self.tensors_total = self.checkpoint.tensors_total
         self._misaligned: frozenset[ReadItem] = frozenset()
 
     def plan(self, budget: MemoryBudget, *, is_strict: bool) -> None:
@@ -118,7 +125,7 @@ class BufferedTransfer(Transfer):
         offsets = table.starts[item.first : item.last] - item.start
         return bool(np.any(offsets % _ITEM_BYTES[table.dtype_codes[item.first : item.last]]))
 
-    def _offsets(self, item: ReadItem) -> np.ndarray[Any, np.dtype[np.int64]]:
+    def _offsets(self, item: ReadItem) -> Int64Array:
         """Return where each tensor of an item begins in its buffer."""
         offsets = self.checkpoint.shards[item.shard].header.table.starts[item.first : item.last] - item.start
         if self._is_misaligned(item):

@@ -18,12 +18,18 @@ from asyncshard.arrays.memory import Sink
 from asyncshard.format.dtypes import DTYPES
 from asyncshard.pipeline.checkpoint.checkpoint import Checkpoint
 from asyncshard.pipeline.checkpoint.opened_file import OpenedFile
-from asyncshard.tasks.pace import LoopYield
+from asyncshard.tasks.pace import yielding_gil
 
 _CAST_ELEMENTS = 1 << 17
 """Elements converted at once: NumPy converts the types of `ml_dtypes` with the GIL held."""
+_COMPARED_BYTES = 1 << 20
+"""Compared at once: NumPy makes a truth value for each."""
 _SPACING = 64
 """New arrays begin at multiples of this, a cache line."""
+
+
+TensorKey = tuple[int, int]
+"""The number of a shard, and the index of a tensor in it."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -38,16 +44,57 @@ class StridedTarget:
         """Copy elements in, from index `first` on in the file's order. Slow: not for the event loop."""
         elements = np.frombuffer(data, self.source)
         is_cast = elements.dtype != self.target.dtype
-        step = _CAST_ELEMENTS if is_cast else len(elements)
+        for box, part in self._parts(first, elements, _CAST_ELEMENTS if is_cast else len(elements)):
+            with np.errstate(all="ignore"):  # a conversion that overflows gives what the dtype gives: inf
+                box[...] = part
+            if is_cast:
+                time.sleep(0)  # lets go of the GIL
+
+    def holds(self, first: int, data: memoryview) -> bool:
+        """Return whether `store` would change nothing. Slow: not for the event loop."""
+        unsigned = f"u{self.target.itemsize}"
+        for box, part in self._parts(first, np.frombuffer(data, self.source), _CAST_ELEMENTS):
+            with np.errstate(all="ignore"):
+                expected = part.astype(box.dtype)
+            if not np.array_equal(box.view(unsigned), expected.view(unsigned)):  # bits: a NaN equals itself
+                return False
+            time.sleep(0)
+        return True
+
+    def _parts(self, first: int, elements: NDArray[Any], step: int) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
+        """Yield boxes of the target, each with the elements that belong there, at most `step`."""
         for begin in range(0, len(elements), step):
             piece = elements[begin : begin + step]
             at = first + begin
             for index, low, high in boxes(self.target.shape, at, at + len(piece)):
                 box = self.target[index]
-                with np.errstate(all="ignore"):  # a conversion that overflows gives what the dtype gives: inf
-                    box[...] = piece[low - at : high - at].reshape(box.shape)
-            if is_cast:
-                time.sleep(0)  # lets go of the GIL
+                yield box, piece[low - at : high - at].reshape(box.shape)
+
+
+@dataclass(slots=True, frozen=True)
+class SecondCopy:
+    """A destination that another tensor fills: what is read for it is compared with what is there."""
+
+    first: TensorKey
+    """The tensor that fills it."""
+    first_name: str
+    target: StridedTarget | NDArray[np.uint8]
+    """The destination; bytes where it takes those of the file as they are."""
+
+    def holds(self, start: int, data: memoryview) -> bool:
+        """Return whether the destination has these bytes of the tensor, from `start` on. Slow: not for the loop."""
+        if isinstance(self.target, StridedTarget):
+            return self.target.holds(start // self.target.source.itemsize, data)
+        return are_equal(self.target[start : start + data.nbytes].data, data)
+
+
+def are_equal(one: memoryview, other: memoryview) -> bool:
+    """Return whether two buffers have the same bytes. Slow for large ones: not for the event loop."""
+    ours, theirs = np.frombuffer(one, np.uint8), np.frombuffer(other, np.uint8)
+    return len(ours) == len(theirs) and all(
+        np.array_equal(ours[start : start + _COMPARED_BYTES], theirs[start : start + _COMPARED_BYTES])
+        for start in range(0, len(ours), _COMPARED_BYTES)
+    )
 
 
 def boxes(shape: tuple[int, ...], first: int, last: int) -> Iterator[tuple[tuple[Any, ...], int, int]]:
@@ -82,42 +129,55 @@ def boxes(shape: tuple[int, ...], first: int, last: int) -> Iterator[tuple[tuple
 class ShardDestinations:
     """Where the tensors of one shard go, in columns: an object for each would set off the garbage collector."""
 
-    given: list[Any]
+    targets: list[Any]
     """What the caller gave and gets back when it is filled; None for a tensor that nobody wants."""
     addresses: array[int]
     """Of the memory that takes the file's bytes as they are; 0 for all others."""
-    staged: dict[int, StridedTarget | Sink]
+    indirect: dict[int, StridedTarget | Sink | SecondCopy]
     """The others, by the tensor's index."""
+    firsts: dict[int, TensorKey] = field(default_factory=dict)
+    """Of a second copy, by its index, the tensor that is to be the same."""
 
     @classmethod
     def empty(cls) -> ShardDestinations:
         return cls([], array("Q"), {})
 
-    def add(self, given: Any, address: int = 0, staged: StridedTarget | Sink | None = None) -> None:
+    def add(self, target: Any, address: int = 0, indirect: StridedTarget | Sink | None = None) -> None:
         """Append the next tensor's destination."""
-        if staged is not None:
-            self.staged[len(self.given)] = staged
-        self.given.append(given)
+        if indirect is not None:
+            self.indirect[len(self.targets)] = indirect
+        self.targets.append(target)
         self.addresses.append(address)
 
     def is_wanted(self) -> NDArray[np.bool_]:
-        return np.fromiter((given is not None for given in self.given), np.bool_, len(self.given))
+        return np.fromiter((target is not None for target in self.targets), np.bool_, len(self.targets))
 
-    def is_staged(self) -> NDArray[np.bool_]:
-        mask = np.zeros(len(self.given), np.bool_)
-        mask[list(self.staged)] = True
+    def is_indirect(self) -> NDArray[np.bool_]:
+        mask = np.zeros(len(self.targets), np.bool_)
+        mask[list(self.indirect)] = True
         return mask
 
     def keep(self, mask: NDArray[np.bool_]) -> None:
         """Let go of the destinations where `mask` is false, as if nobody wanted these tensors."""
         for index in np.flatnonzero(~mask).tolist():
-            self.given[index] = None
-            self.addresses[index] = 0
-            self.staged.pop(index, None)
+            self.drop(index)
+
+    def drop(self, index: int) -> None:
+        """Let go of one destination, as if nobody wanted the tensor."""
+        self.targets[index] = None
+        self.addresses[index] = 0
+        self.indirect.pop(index, None)
+        self.firsts.pop(index, None)
+
+    def compare_with_first(self, index: int, second: SecondCopy) -> None:
+        """Have a tensor compared with another one, which fills its destination, rather than stored there too."""
+        self.addresses[index] = 0
+        self.indirect[index] = second
+        self.firsts[index] = second.first
 
     def memory(self, index: int, start: int, nbytes: int) -> memoryview:
         """Return the bytes [start, start + nbytes) of a contiguous destination."""
-        return memoryview(Span(self.addresses[index] + start, nbytes, self.given[index]))
+        return memoryview(Span(self.addresses[index] + start, nbytes, self.targets[index]))
 
 
 @dataclass(slots=True)
@@ -130,11 +190,18 @@ class MatchedDestinations:
     narrowed: tuple[str, ...] = ()
     """Names of destinations that are larger than their tensor, which fills their first corner."""
 
+    def keep(self, masks: list[NDArray[np.bool_]]) -> None:
+        """Let go of the destinations where the mask of their shard is false. Of two copies both are kept, or none."""
+        for mask, shard in zip(masks, self.shards, strict=True):
+            for index, (first_shard, first_index) in shard.firsts.items():
+                mask[index] = masks[first_shard][first_index] = mask[index] or masks[first_shard][first_index]
+        for mask, shard in zip(masks, self.shards, strict=True):
+            shard.keep(mask)
 
-async def new_destinations(checkpoint: Checkpoint, library: ArrayLibrary) -> MatchedDestinations:
-    """Make an array for every tensor, in fresh memory that each gives back when it dies."""
-    pace = LoopYield()
-    placement = MatchedDestinations()
+
+def new_destinations(checkpoint: Checkpoint, library: ArrayLibrary) -> MatchedDestinations:
+    """Make an array for every tensor, in fresh memory that each gives back when it dies. For a thread."""
+    matched = MatchedDestinations()
     region = Region(max(sum(map(_spaced_size, checkpoint.shards)), 1))
     returns = ReturnList()
     returns.discards = True
@@ -142,16 +209,14 @@ async def new_destinations(checkpoint: Checkpoint, library: ArrayLibrary) -> Mat
     for shard in checkpoint.shards:
         row = shard.header.table.row
         destinations = ShardDestinations.empty()
-        for index in range(len(shard.header)):
-            if pace.is_due():
-                await pace.give_way()
+        for index in yielding_gil(range(len(shard.header))):
             name, code, shape, start, stop = row(index)
             lease = Lease(region, at, stop - start, returns, 0)
             new = make_view(library, lease, 0, DTYPES[code], shape, stop - start, name=name, path=shard.path)
             destinations.add(new, lease.address)
             at += -(-(stop - start) // _SPACING) * _SPACING
-        placement.shards.append(destinations)
-    return placement
+        matched.shards.append(destinations)
+    return matched
 
 
 def _spaced_size(shard: OpenedFile) -> int:

@@ -6,39 +6,46 @@ before a byte is written.
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Iterator, Mapping
+import contextlib
+import logging
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from asyncshard._core import Span
 from asyncshard.arrays.base import ArrayLibrary, RawArray
 from asyncshard.arrays.memory import is_sink, span
 from asyncshard.errors import DestinationError, NamesError
 from asyncshard.format.dtypes import DTYPES, Dtype
 from asyncshard.pipeline.checkpoint.checkpoint import Checkpoint
-from asyncshard.pipeline.transfer.destinations import MatchedDestinations, ShardDestinations, StridedTarget
-from asyncshard.tasks.pace import LoopYield
-from asyncshard.tasks.threads import DaemonThreads
+from asyncshard.pipeline.transfer.covered import CoveredMemory
+from asyncshard.pipeline.transfer.destinations import (
+    MatchedDestinations,
+    SecondCopy,
+    ShardDestinations,
+    StridedTarget,
+    TensorKey,
+)
+from asyncshard.pipeline.transfer.second_copies import CopyDigests, difference
+from asyncshard.plan.text import enumerate_names
+from asyncshard.tasks.pace import yielding_gil
 
-_LISTED = 20
-_OVERLAP_WORK: Any = 100_000  # any number, for stubs of NumPy before 2.5
-"""How hard NumPy tries to tell whether two strided views share memory, before we assume that they do."""
+logger = logging.getLogger("asyncshard")
 
 
-async def match_destinations(
+def match_destinations(
     checkpoint: Checkpoint,
     mapping: Mapping[str, Any],
     library: ArrayLibrary,
-    threads: DaemonThreads,
     *,
     strict: bool,
     cast: bool,
     path: str,
 ) -> MatchedDestinations:
-    """Find the destination of every tensor that is wanted.
+    """Find the destination of every tensor that is wanted. Slow for many: not for the event loop.
+
+    Names that do not match are logged where they are no error.
 
     Raises
     ------
@@ -46,90 +53,143 @@ async def match_destinations(
         With `strict`: names are missing or unexpected. A name is not missing if its memory is covered by a destination
         that is filled (tied weights), or if it has no elements.
     DestinationError
-        Shape, dtype or layout do not fit, or two destinations share memory.
+        Shape, dtype or layout do not fit, or two destinations share memory; not so if they are the same memory, and
+        their tensors are alike: the second one is compared with the first when it is read.
     """
-    matching = _Matching(mapping, library, cast=cast)
-    pace = LoopYield()
+    matching = _Matching(checkpoint, mapping, library, cast=cast)
     for shard in checkpoint.shards:
         row = shard.header.table.row
-        matching.placement.shards.append(ShardDestinations.empty())
-        for index in range(len(shard.header)):
-            if pace.is_due():
-                await pace.give_way()
+        matching.matched.shards.append(ShardDestinations.empty())
+        for index in yielding_gil(range(len(shard.header))):
             name, code, shape, start, stop = row(index)
             matching.add(name, DTYPES[code], shape, stop - start)
-    await threads.run(matching.finish)
-    placement = matching.placement
-    if strict and (placement.missing or placement.unexpected):
-        raise _names_error(path, placement)
+    matching.finish()
+    matched = matching.matched
+    if strict and (matched.missing or matched.unexpected):
+        raise _names_error(path, matched, matching.faults)
     faults = matching.faults
     if faults:
-        more = f" (and {len(faults) - _LISTED} more)" if len(faults) > _LISTED else ""
-        raise DestinationError(f"{path}: {'; '.join(faults[:_LISTED])}{more}. Nothing was written.", path=path)
-    return placement
+        listed = enumerate_names(faults, separator="; ")
+        raise DestinationError(f"{path}: {listed}. Nothing was written.", path=path)
+    _warn(path, matched)
+    return matched
+
+
+def _warn(path: str, matched: MatchedDestinations) -> None:
+    for names, what in (
+        (matched.missing, "are missing from the checkpoint and keep their values"),
+        (matched.unexpected, "are in the checkpoint and were not asked for"),
+        (matched.narrowed, "are smaller than their destinations and fill their first corner"),
+    ):
+        if names:
+            logger.warning("%s: %d tensors %s: %s", path, len(names), what, enumerate_names(names))
 
 
 class _Matching:
     """The state of matching, tensor by tensor."""
 
-    def __init__(self, mapping: Mapping[str, Any], library: ArrayLibrary, *, cast: bool) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, mapping: Mapping[str, Any], library: ArrayLibrary, *, cast: bool
+    ) -> None:
+        self._checkpoint = checkpoint
         self._mapping = mapping
         self._library = library
         self._cast = cast
-        self._covered = _Covered()
-        self._matched: set[str] = set()
+        self._covered = CoveredMemory()
+        self._unfit = CoveredMemory()
+        """The memory of destinations that do not fit: what lies within it is not missing as well."""
+        self._found: set[str] = set()
         self._unexpected: list[str] = []
         self._narrowed: list[str] = []
         self.faults: list[str] = []
-        self.placement = MatchedDestinations()
+        self.matched = MatchedDestinations()
 
     def add(self, name: str, dtype: Dtype, shape: tuple[int, ...], nbytes: int) -> None:
         """Find the next tensor's destination; what is wrong with it goes to `faults`."""
-        destinations = self.placement.shards[-1]
+        destinations = self.matched.shards[-1]
         if name not in self._mapping:
             self._unexpected.append(name)
             destinations.add(None)
             return
-        self._matched.add(name)
+        self._found.add(name)
         try:
             self._fit(destinations, name, dtype, self._library.shape_of(dtype, shape, nbytes), self._mapping[name])
         except DestinationError as error:
             self.faults.append(str(error))
+            self._note_unfit(name)
             destinations.add(None)
 
+    def _note_unfit(self, name: str) -> None:
+        with contextlib.suppress(DestinationError):
+            memory = self._library.memory_of(name, self._mapping[name]).array
+            if memory.size:
+                self._unfit.add((0, 0), *span(memory), memory)
+
     def _fit(
-        self, destinations: ShardDestinations, name: str, dtype: Dtype, shape: tuple[int, ...], given: Any
+        self, destinations: ShardDestinations, name: str, dtype: Dtype, shape: tuple[int, ...], target: Any
     ) -> None:
-        if is_sink(given):
-            destinations.add(given, staged=given)
+        if is_sink(target):
+            destinations.add(target, indirect=target)
             return
-        memory, strided, is_narrowed = fit(self._library, name, dtype, shape, given, cast=self._cast)
+        memory, strided, is_narrowed = fit(self._library, name, dtype, shape, target, cast=self._cast)
         if is_narrowed:
             self._narrowed.append(name)
         low, high = span(memory)
         if memory.size:
-            self._covered.add(name, low, high, memory)
-        destinations.add(given, low if strided is None else 0, strided)
+            self._covered.add((len(self.matched.shards) - 1, len(destinations.targets)), low, high, memory)
+        destinations.add(target, low if strided is None else 0, strided)
 
     def finish(self) -> None:
         """Check what needs all of them. Slow for many: not for the event loop."""
         self._covered.sort()
-        self.faults.extend(self._covered.overlaps())
-        missing = [name for name in self._mapping if name not in self._matched]
-        self.placement.missing = tuple(name for name in missing if not self._is_filled_anyway(name))
-        self.placement.unexpected = tuple(self._unexpected)
-        self.placement.narrowed = tuple(self._narrowed)
+        self._unfit.sort()
+        self._find_second_copies()
+        missing = [name for name in self._mapping if name not in self._found]
+        self.matched.missing = tuple(name for name in missing if not self._is_filled_anyway(name))
+        self.matched.unexpected = tuple(self._unexpected)
+        self.matched.narrowed = tuple(self._narrowed)
+
+    def _find_second_copies(self) -> None:
+        """Compare, or have compared, what shares a destination; other memory that is shared is a fault."""
+        digests = CopyDigests(self._checkpoint)
+        for first, second, is_exact in self._covered.overlaps(self._are_alike):
+            names = self._name(first), self._name(second)
+            are_equal = digests.are_equal(first, second) if is_exact else None
+            if not is_exact:
+                one, other = sorted(names)
+                self.faults.append(f"the destinations of {one!r} and {other!r} share memory")
+            elif are_equal is None:
+                self.matched.shards[second[0]].compare_with_first(second[1], self._second_copy(first, second))
+            elif are_equal:
+                self.matched.shards[second[0]].drop(second[1])
+            else:
+                self.faults.append(difference(*names))
+
+    def _second_copy(self, first: TensorKey, second: TensorKey) -> SecondCopy:
+        name, code, shape, start, stop = self._checkpoint.shards[second[0]].header.table.row(second[1])
+        dtype = DTYPES[code]
+        shape = self._library.shape_of(dtype, shape, stop - start)
+        memory, strided, _ = fit(self._library, name, dtype, shape, self._mapping[name], cast=self._cast)
+        return SecondCopy(first, self._name(first), strided or memory.reshape(-1).view(np.uint8))
+
+    def _are_alike(self, one: TensorKey, other: TensorKey) -> bool:
+        """Return whether two tensors have the same dtype and shape."""
+        facts = [self._checkpoint.shards[shard].header.table.row(index)[1:3] for shard, index in (one, other)]
+        return facts[0] == facts[1]
+
+    def _name(self, key: TensorKey) -> str:
+        return self._checkpoint.shards[key[0]].header.table.name(key[1])
 
     def _is_filled_anyway(self, name: str) -> bool:
         """Return whether a destination without a tensor is filled by another one, or has nothing to fill."""
-        given = self._mapping[name]
-        if is_sink(given):
+        target = self._mapping[name]
+        if is_sink(target):
             return False
         try:
-            memory = self._library.memory_of(name, given).array
+            memory = self._library.memory_of(name, target).array
         except DestinationError:
             return False
-        return memory.size == 0 or self._covered.has_inside(*span(memory))
+        return memory.size == 0 or any(each.has_inside(*span(memory)) for each in (self._covered, self._unfit))
 
 
 class Fit(NamedTuple):
@@ -143,14 +203,14 @@ class Fit(NamedTuple):
     """Whether the destination is larger."""
 
 
-def fit(library: ArrayLibrary, name: str, dtype: Dtype, shape: tuple[int, ...], given: Any, *, cast: bool) -> Fit:
+def fit(library: ArrayLibrary, name: str, dtype: Dtype, shape: tuple[int, ...], target: Any, *, cast: bool) -> Fit:
     """Find the memory of an array that a tensor of this dtype, and of this shape in the library, fills.
 
     Raises
     ------
     DestinationError
     """
-    raw = library.memory_of(name, given)
+    raw = library.memory_of(name, target)
     memory: NDArray[Any] = raw.array
     is_narrowed = memory.shape != shape
     if is_narrowed:
@@ -209,79 +269,18 @@ def _require_no_self_overlap(name: str, memory: NDArray[Any]) -> None:
             reach += stride * (size - 1)
 
 
-class _Covered:
-    """The memory that destinations cover, by address."""
-
-    def __init__(self) -> None:
-        self._names: list[str] = []
-        self._low_list, self._high_list, self._whole_list = array("Q"), array("Q"), array("b")
-        self._strided: dict[int, NDArray[Any]] = {}
-        """Views that do not fill what they span, by place."""
-
-    def add(self, name: str, low: int, high: int, memory: NDArray[Any]) -> None:
-        is_whole = memory.flags.c_contiguous
-        if not is_whole:
-            self._strided[len(self._names)] = memory
-        self._names.append(name)
-        self._low_list.append(low)
-        self._high_list.append(high)
-        self._whole_list.append(is_whole)
-
-    def sort(self) -> None:
-        """Order by address; to be called once, after the last `add`."""
-        lows, highs = np.array(self._low_list, np.uint64), np.array(self._high_list, np.uint64)
-        whole = np.array(self._whole_list, np.bool_)
-        self._order = np.lexsort((highs, lows))
-        self._lows, self._highs = lows[self._order], highs[self._order]
-        # How far those before and at each place reach, at most.
-        self._reach = np.maximum.accumulate(self._highs)
-        self._whole_reach = np.maximum.accumulate(np.where(whole[self._order], self._highs, 0))
-
-    def has_inside(self, low: int, high: int) -> bool:
-        """Return whether one contiguous destination covers [low, high)."""
-        place = int(np.searchsorted(self._lows, np.uint64(low), side="right"))
-        return place > 0 and int(self._whole_reach[place - 1]) >= high
-
-    def overlaps(self) -> Iterator[str]:
-        """Yield a sentence for each destination that shares memory with one before it by address."""
-        suspects = np.flatnonzero(self._lows[1:] < self._reach[:-1]) + 1
-        for place in suspects.tolist():
-            for other in range(place - 1, -1, -1):
-                if self._reach[other] <= self._lows[place]:
-                    break
-                if self._highs[other] > self._lows[place] and self._share_memory(place, other):
-                    names = sorted(self._names[self._order[index]] for index in (place, other))
-                    yield f"the destinations of {names[0]!r} and {names[1]!r} share memory"
-                    break
-
-    def _share_memory(self, place: int, other: int) -> bool:
-        """Whether two whose spans overlap really meet; not so for views of interleaved columns."""
-        one, two = self._memory(place), self._memory(other)
-        try:
-            return np.shares_memory(one, two, max_work=_OVERLAP_WORK)
-        except np.exceptions.TooHardError:
-            return True
-
-    def _memory(self, place: int) -> NDArray[Any]:
-        low, high = int(self._lows[place]), int(self._highs[place])
-        strided = self._strided.get(int(self._order[place]))
-        return np.frombuffer(memoryview(Span(low, high - low, None)), np.uint8) if strided is None else strided
-
-
-def _names_error(path: str, placement: MatchedDestinations) -> NamesError:
+def _names_error(path: str, matched: MatchedDestinations, faults: list[str]) -> NamesError:
     parts = []
-    if placement.missing:
-        parts.append(f"missing from the checkpoint: {_listed(placement.missing)}")
-    if placement.unexpected:
-        parts.append(f"in the checkpoint but not in the state dict: {_listed(placement.unexpected)}")
+    if matched.missing:
+        parts.append(f"missing from the checkpoint: {enumerate_names(matched.missing, is_quoted=True)}")
+    if matched.unexpected:
+        listed = enumerate_names(matched.unexpected, is_quoted=True)
+        parts.append(f"in the checkpoint but not in the state dict: {listed}")
+    if faults:
+        parts.append(enumerate_names(faults, separator="; "))
     return NamesError(
         f"{path}: the names do not match: {'; '.join(parts)}. Nothing was written; strict=False loads what matches.",
         path=path,
-        missing=placement.missing,
-        unexpected=placement.unexpected,
+        missing=matched.missing,
+        unexpected=matched.unexpected,
     )
-
-
-def _listed(names: tuple[str, ...]) -> str:
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(map(repr, names[:_LISTED])) + more

@@ -8,61 +8,143 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 from asyncshard._core import Lease
+from asyncshard.arrays.base import ArrayLibrary
 from asyncshard.arrays.memory import Sink
-from asyncshard.pipeline.checkpoint.checkpoint import Checkpoint
+from asyncshard.pipeline.checkpoint.ties import add_ties
 from asyncshard.pipeline.memory.budget import MemoryBudget
-from asyncshard.pipeline.transfer.destinations import MatchedDestinations, StridedTarget
-from asyncshard.pipeline.transfer.transfer import Pacing, Transfer
+from asyncshard.pipeline.transfer.destinations import (
+    MatchedDestinations,
+    SecondCopy,
+    ShardDestinations,
+    StridedTarget,
+    TensorKey,
+    new_destinations,
+)
+from asyncshard.pipeline.transfer.load import Delivery, Load, OpenedCheckpoint
+from asyncshard.pipeline.transfer.matching import match_destinations
+from asyncshard.pipeline.transfer.second_copies import FirstCopies, copies_differ
+from asyncshard.pipeline.transfer.transfer import Reading, Transfer
 from asyncshard.plan.items import GRAIN, ReadItem, placed_tensors
-from asyncshard.stores.base import Store
-from asyncshard.tasks.threads import DaemonThreads
 
 _MAX_TENSORS = 4096
 """In one item: what reading into separate buffers handles in one call without holding the GIL for long."""
 _MANY_TENSORS = 256
 """From as many in an item on, their memory is looked up in a thread: it takes a microsecond for each."""
 
-_Key = tuple[int, int]
-"""Shard and index of a tensor."""
+
+class ToNewArrays(Delivery):
+    """Make a new array for every tensor, outside of the budget, and fill it."""
+
+    async def plan(self, opened: OpenedCheckpoint) -> PlacedTransfer:
+        load, reading = opened
+        return await reading.threads.run(self._plan, load, await reading.with_ties())
+
+    def _plan(self, load: Load, reading: Reading) -> PlacedTransfer:
+        transfer = PlacedTransfer(reading, new_destinations(reading.checkpoint, load.library()))
+        transfer.plan(load.budget)
+        return transfer
+
+
+class ToDestinations(Delivery):
+    """Fill arrays, tensors and sinks of the caller.
+
+    Parameters
+    ----------
+    destinations : mapping of str to array, tensor or Sink
+    strict : bool
+        Whether names that are missing or unexpected are an error.
+    cast : bool
+        Whether dtypes may be converted.
+    """
+
+    def __init__(self, destinations: Mapping[str, Any], *, strict: bool, cast: bool) -> None:
+        self._destinations = destinations
+        self._strict = strict
+        self._cast = cast
+
+    async def plan(self, opened: OpenedCheckpoint) -> PlacedTransfer:
+        load, reading = opened
+        matched = await self.match(opened)
+        return await reading.threads.run(self._place, matched, load.budget)
+
+    async def match(self, opened: OpenedCheckpoint) -> Matched:
+        """Find the destination of every tensor, tied ones among them.
+
+        Raises
+        ------
+        NamesError, DestinationError
+            See `match_destinations`.
+        """
+        load, reading = opened
+        library = await reading.threads.run(load.library, self._destinations)
+        checkpoint = await add_ties(reading.checkpoint, self._destinations, library, reading.threads)
+        destinations = await reading.threads.run(
+            lambda: match_destinations(
+                checkpoint,
+                self._destinations,
+                library,
+                strict=self._strict,
+                cast=self._cast,
+                path=checkpoint.reader.store.url,
+            )
+        )
+        return Matched(reading._replace(checkpoint=checkpoint), destinations, library)
+
+    @staticmethod
+    def _place(matched: Matched, budget: MemoryBudget) -> PlacedTransfer:
+        transfer = PlacedTransfer(matched.reading, matched.destinations)
+        transfer.plan(budget)
+        return transfer
+
+
+class Matched(NamedTuple):
+    """A checkpoint whose tensors have their destinations."""
+
+    reading: Reading
+    destinations: MatchedDestinations
+    library: ArrayLibrary
 
 
 class PlacedTransfer(Transfer):
-    """Read into the caller's memory, or into new arrays."""
+    """Read into the caller's memory, or into new arrays.
+
+    Parameters
+    ----------
+    reading : Reading
+    matched : MatchedDestinations
+    into : list of ShardDestinations, optional
+        Where the bytes go instead: memory in which they wait for the destinations.
+    """
 
     is_in_place = True
 
     def __init__(
-        self,
-        checkpoint: Checkpoint,
-        store: Store,
-        pacing: Pacing,
-        placement: MatchedDestinations,
-        threads: DaemonThreads,
+        self, reading: Reading, matched: MatchedDestinations, into: list[ShardDestinations] | None = None
     ) -> None:
-        super().__init__(checkpoint, store, pacing)
-        self._destinations = placement.shards
-        self._threads = threads
-        self.missing = placement.missing
-        self.unexpected = placement.unexpected
-        self.narrowed = placement.narrowed
+        super().__init__(reading)
+        self._destinations = matched.shards if into is None else into
+        self.missing = matched.missing
+        self.unexpected = matched.unexpected
+        self.narrowed = matched.narrowed
         self._begun: set[ReadItem] = set()
         self._done: set[ReadItem] = set()
-        self._parts_left: Counter[_Key] = Counter()
+        self._parts_left: Counter[TensorKey] = Counter()
         """Items still to be delivered of the tensors that are split."""
-        self._written: Counter[_Key] = Counter()
+        self._written: Counter[TensorKey] = Counter()
         """Bytes that each sink has taken."""
         self._sink_advanced = asyncio.Condition()
+        self._first_copies = FirstCopies()
         self._unwanted = memoryview(b"")
         """Takes what lies between wanted tensors, of all reads at once: nobody looks at it."""
 
     def plan(self, budget: MemoryBudget) -> None:
         """Make the items. Slow for large checkpoints: not for the event loop."""
         limit = self.pacing.chunk_size
-        if any(shard.staged for shard in self._destinations):
+        if any(shard.indirect for shard in self._destinations):
             limit = max(min(limit, budget.nbytes // 4), GRAIN)
         items: list[ReadItem] = []
         for number, (shard, destinations) in enumerate(zip(self.checkpoint.shards, self._destinations, strict=True)):
@@ -74,7 +156,7 @@ class PlacedTransfer(Transfer):
                     table.starts,
                     table.stops,
                     is_wanted=wanted,
-                    is_alone=destinations.is_staged(),
+                    is_alone=destinations.is_indirect(),
                     limit=limit,
                     max_tensors=_MAX_TENSORS,
                     max_gap=self.pacing.max_gap_bytes,
@@ -85,29 +167,31 @@ class PlacedTransfer(Transfer):
         if self.pacing.max_gap_bytes and not all(shard.is_wanted().all() for shard in self._destinations):
             self._unwanted = memoryview(bytearray(self.pacing.max_gap_bytes))
         self.items = items
+        self._first_copies.expect({key for shard in self._destinations for key in shard.firsts.values()}, items)
         self._parts_left.update((item.shard, item.first) for item in items if item.last - item.first == 1)
 
     def buffer_bytes(self, item: ReadItem) -> int:
-        return item.nbytes if self._staged(item) is not None else 0
+        return item.nbytes if self._indirect(item) is not None else 0
 
-    def _staged(self, item: ReadItem) -> StridedTarget | Sink | None:
+    def _indirect(self, item: ReadItem) -> StridedTarget | Sink | SecondCopy | None:
         """Return the destination of an item that goes through a buffer; such a tensor is alone in its items."""
-        return self._destinations[item.shard].staged.get(item.first)
+        return self._destinations[item.shard].indirect.get(item.first)
 
     async def read(self, item: ReadItem, lease: Lease | None) -> None:
         self._begun.add(item)
-        staged = self._staged(item)
-        if staged is None:
+        indirect = self._indirect(item)
+        if indirect is None:
             if item.nbytes:
-                meta = self.checkpoint.shards[item.shard].meta
+                shard = self.checkpoint.shards[item.shard]
                 is_long = item.last - item.first >= _MANY_TENSORS
                 memory = await self._threads.run(self._memory, item) if is_long else self._memory(item)
-                await self._store.read_into(meta, item.start, memory)
+                await self.checkpoint.reader.read_into(shard, item.start, memory)
         elif lease is not None:
             data = memoryview(lease)[: item.nbytes]
             await self._read_range(item, data)
-            await self._pass_on(item, staged, data)
+            await self._pass_on(item, indirect, data)
         self._done.add(item)
+        await self._first_copies.note(item)
 
     def _memory(self, item: ReadItem) -> list[memoryview]:
         """Return the destinations' memory that an item fills, in the file's order."""
@@ -115,10 +199,10 @@ class PlacedTransfer(Transfer):
         if item.last - item.first == 1:
             return [memory(item.first, self._offset(item), item.nbytes)]
         table = self.checkpoint.shards[item.shard].header.table
-        given = self._destinations[item.shard].given
+        targets = self._destinations[item.shard].targets
         sizes = (table.stops[item.first : item.last] - table.starts[item.first : item.last]).tolist()
         return [
-            memory(index, 0, size) if given[index] is not None else self._unwanted[:size]
+            memory(index, 0, size) if targets[index] is not None else self._unwanted[:size]
             for index, size in enumerate(sizes, item.first)
             if size
         ]
@@ -127,15 +211,21 @@ class PlacedTransfer(Transfer):
         """Return where in its tensor an item begins."""
         return item.start - int(self.checkpoint.shards[item.shard].header.table.starts[item.first])
 
-    async def _pass_on(self, item: ReadItem, staged: StridedTarget | Sink, data: memoryview) -> None:
+    async def _pass_on(self, item: ReadItem, target: StridedTarget | Sink | SecondCopy, data: memoryview) -> None:
         offset = self._offset(item)
-        if isinstance(staged, StridedTarget):
-            await self._threads.run(staged.store, offset // staged.source.itemsize, data)
+        if isinstance(target, SecondCopy):
+            await self._first_copies.wait_for(target.first)
+            if not await self._threads.run(target.holds, offset, data):
+                shard = self.checkpoint.shards[item.shard]
+                raise copies_differ(shard.path, target.first_name, shard.header.at(item.first).name)
+            return
+        if isinstance(target, StridedTarget):
+            await self._threads.run(target.store, offset // target.source.itemsize, data)
             return
         key = item.shard, item.first
         async with self._sink_advanced:
             await self._sink_advanced.wait_for(lambda: self._written[key] == offset)
-        await staged.write(offset, data)
+        await target.write(offset, data)
         async with self._sink_advanced:
             self._written[key] = offset + item.nbytes
             self._sink_advanced.notify_all()
@@ -147,15 +237,15 @@ class PlacedTransfer(Transfer):
             if self._parts_left[key]:
                 return
         row = self.checkpoint.shards[item.shard].header.table.row
-        given = self._destinations[item.shard].given
+        targets = self._destinations[item.shard].targets
         for index in range(item.first, item.last):
-            if given[index] is not None:
+            if targets[index] is not None:
                 name, _, _, start, stop = row(index)
-                yield name, given[index], stop - start
+                yield name, targets[index], stop - start
 
     def progress(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        parts: Counter[_Key] = Counter()
-        parts_done: Counter[_Key] = Counter()
+        parts: Counter[TensorKey] = Counter()
+        parts_done: Counter[TensorKey] = Counter()
         for item in self.items:
             if item in self._begun:
                 keys = self._keys(item)
@@ -169,6 +259,6 @@ class PlacedTransfer(Transfer):
         torn = tuple(name_of[key] for key, count in parts.items() if key in begun and parts_done[key] < count)
         return filled, torn
 
-    def _keys(self, item: ReadItem) -> list[_Key]:
-        given = self._destinations[item.shard].given
-        return [(item.shard, index) for index in range(item.first, item.last) if given[index] is not None]
+    def _keys(self, item: ReadItem) -> list[TensorKey]:
+        targets = self._destinations[item.shard].targets
+        return [(item.shard, index) for index in range(item.first, item.last) if targets[index] is not None]

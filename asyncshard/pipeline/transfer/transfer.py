@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from asyncshard._core import Lease
-from asyncshard.pipeline.checkpoint.checkpoint import Checkpoint, ties_of
-from asyncshard.pipeline.checkpoint.version import CheckpointVersion
+from asyncshard.pipeline.checkpoint.checkpoint import Checkpoint
+from asyncshard.pipeline.checkpoint.ties import find_ties, ties_of
+from asyncshard.pipeline.checkpoint.version import version_of
 from asyncshard.plan.items import ReadItem
-from asyncshard.stores.base import Store
-from asyncshard.tasks.threads import all_of
+from asyncshard.stores.base import Pacing
+from asyncshard.tasks.bounded import run_bounded
+from asyncshard.tasks.threads import DaemonThreads
 
 
-class Pacing(NamedTuple):
-    """How much is read at once, and how far ahead."""
+class Reading(NamedTuple):
+    """What a transfer reads, and how."""
 
-    chunk_size: int
-    """Bytes of one read at most."""
-    prefetch_count: int
-    """Read items ahead of the consumer."""
-    max_gap_bytes: int
-    """Unwanted bytes between two wanted tensors that are rather read than left out."""
+    checkpoint: Checkpoint
+    pacing: Pacing
+    threads: DaemonThreads
+
+    async def with_ties(self) -> Reading:
+        """Return the reading of all that there is: tied tensors too, and the ties of ``config.json``."""
+        checkpoint = await find_ties(self.checkpoint, self.threads)
+        return self._replace(checkpoint=checkpoint.with_tied())
 
 
 class Transfer(ABC):
@@ -32,38 +35,17 @@ class Transfer(ABC):
     is_in_place: bool
     """Whether reads write into the caller's own memory: cancelled ones must end before the caller goes on."""
 
-    def __init__(self, checkpoint: Checkpoint, store: Store, pacing: Pacing) -> None:
-        self.checkpoint = checkpoint
-        self._store = store
-        self.pacing = pacing
+    def __init__(self, reading: Reading) -> None:
+        self.checkpoint, self.pacing, self._threads = reading
+        self._reader = self.checkpoint.reader
         self.items: Sequence[ReadItem] = ()
         self.bytes_total = 0
         self.tensors_total = 0
         self.missing: tuple[str, ...] = ()
         self.unexpected: tuple[str, ...] = ()
         self.narrowed: tuple[str, ...] = ()
-        self.version = CheckpointVersion.of(checkpoint, store)
-        self.ties = ties_of(checkpoint)
-
-    @property
-    def retries(self) -> int:
-        """Requests that the store made again."""
-        return self._store.retries
-
-    @property
-    def max_gap_bytes(self) -> int:
-        """Unwanted bytes between slices that are rather read than left out."""
-        return self._store.max_gap_bytes
-
-    @property
-    def verified(self) -> tuple[str, ...]:
-        """Objects that match their checksums."""
-        return self._store.verified
-
-    @property
-    def unverified(self) -> tuple[str, ...]:
-        """Objects that were to be compared with their checksums and have not been."""
-        return self._store.unverified
+        self.version = version_of(self.checkpoint)
+        self.ties = ties_of(self.checkpoint)
 
     @abstractmethod
     def buffer_bytes(self, item: ReadItem) -> int:
@@ -87,16 +69,12 @@ class Transfer(ABC):
 
     async def _read_range(self, item: ReadItem, buffer: memoryview) -> None:
         """Read an item's bytes into one buffer, in chunks that are in flight together."""
-        meta = self.checkpoint.shards[item.shard].meta
+        file, read_into = self.checkpoint.shards[item.shard], self._reader.read_into
         chunk = self.pacing.chunk_size
         if item.nbytes <= chunk:
             if item.nbytes:
-                await self._store.read_into(meta, item.start, [buffer[: item.nbytes]])
+                await read_into(file, item.start, [buffer[: item.nbytes]])
             return
-        reads = [
-            asyncio.ensure_future(
-                self._store.read_into(meta, item.start + at, [buffer[at : min(at + chunk, item.nbytes)]])
-            )
-            for at in range(0, item.nbytes, chunk)
-        ]
-        await all_of(reads)
+        starts = range(0, item.nbytes, chunk)
+        reads = (read_into(file, item.start + at, [buffer[at : min(at + chunk, item.nbytes)]]) for at in starts)
+        await run_bounded(len(starts), reads, on_failure="cancel")

@@ -25,6 +25,7 @@ from asyncshard.format.save_id import SAVE_KEY, SaveId
 from asyncshard.pipeline.writing.directory import DirectoryWriter, Role
 from asyncshard.pipeline.writing.state_tensors import StateTensor, split_state
 from asyncshard.plan.files.incomplete import INCOMPLETE_NAME, incomplete, rank_mark
+from asyncshard.plan.ties import tie_metadata
 from asyncshard.stores.local.files import translated
 from asyncshard.tasks.exit_gate import EXIT_GATE
 from asyncshard.tasks.threads import DaemonThreads, wait_to_end
@@ -143,7 +144,7 @@ class Save:
 
     def _metadata_of(self, tensors: list[StateTensor], save: SaveId) -> dict[str, str]:
         """Return the metadata of a part; digests are not known before the order of its tensors is."""
-        ties = {other: tensor.name for tensor in tensors for other in tensor.other_names}
+        ties = tie_metadata({other: tensor.name for tensor in tensors for other in tensor.other_names})
         digests = {DIGESTS_KEY: _NO_DIGEST * len(tensors)} if self._digest is not None else {}
         return ties | self._metadata | digests | {SAVE_KEY: str(save)}
 

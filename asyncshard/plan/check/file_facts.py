@@ -16,13 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from asyncshard._core import WeightMap
+from asyncshard._typing import Int64Array
 from asyncshard.format.dtypes import DTYPES
 from asyncshard.format.header import Header
 from asyncshard.format.save_id import STEP_KEY, SaveId, save_id_of
 from asyncshard.plan.text import LISTED
-
-EMBEDDING, OUTPUT = "embed_tokens.weight", "lm_head.weight"
-"""How the names end of the two tensors that a model may share."""
+from asyncshard.plan.ties import EMBEDDING, OUTPUT, told_ties
 
 MOST = 4096
 """How many names are kept of those that disagree with the index, or are tied, in one file."""
@@ -33,7 +32,7 @@ _BLOCK = 256  # names at once: the GIL is held for some tens of microseconds
 class PackedNames:
     """The names of one file's tensors, in file order."""
 
-    hashes: NDArray[np.int64]
+    hashes: Int64Array
     _lengths: NDArray[np.uint32]
     _text: bytes
 
@@ -52,12 +51,12 @@ class FileFacts:
     names: PackedNames
     dtype_codes: NDArray[np.uint8]
     """Of each tensor: its place in `DTYPES`."""
-    dtype_bytes: NDArray[np.int64]
+    dtype_bytes: Int64Array
     """Bytes of the tensors of each of the `DTYPES`."""
     nbytes: int
     """Bytes of all tensors."""
     ties: tuple[tuple[str, str], ...] = ()
-    """Names that the metadata ties to a tensor of the file, each with the tensor's."""
+    """Ties that the metadata tells, at most `MOST`: each the missing name, and that of a tensor of the file."""
     embeddings: tuple[str, ...] = ()
     """Names that end like `EMBEDDING` or `OUTPUT`."""
     absent: tuple[str, ...] = ()
@@ -90,11 +89,12 @@ def facts_of(
         The place of the file in its ``files``. A file that it does not name is not compared.
     """
     packed, embeddings = _pack(iter(names), len(header))
-    ties = dict(_ties(header))
     absent: Sequence[str] = ()
     unexpected: Sequence[str] = ()
     if weight_map is not None and number is not None:
-        absent, unexpected = weight_map.compare(number, header.table, MOST)
+        absent, unexpected = weight_map.compare(number, header.table, limit=MOST)
+    asked = frozenset(absent)
+    ties = dict(islice(told_ties(header.metadata, header.__contains__, asked.__contains__), MOST))
     codes = np.array(header.table.dtype_codes)  # a copy: the header is let go of
     sizes = header.table.stops - header.table.starts
     return FileFacts(
@@ -128,12 +128,6 @@ def _pack(names: Iterator[str], count: int) -> tuple[PackedNames, tuple[str, ...
         start = stop
     pieces.append(packer.flush())
     return PackedNames(hashes, lengths, b"".join(pieces)), tuple(embeddings[:MOST])
-
-
-def _ties(header: Header) -> Iterator[tuple[str, str]]:
-    """Yield the names that safetensors left out because another tensor is the same: ``{"absent": "present"}``."""
-    found = ((name, kept) for name, kept in header.metadata.items() if kept in header and name not in header)
-    return islice(found, MOST)
 
 
 class Duplicate(NamedTuple):
@@ -189,7 +183,7 @@ class Tensors:
             retyped = own[self._codes[own] != other._codes[their]]
         return Difference(self._first(lacking), other._first(added), self._first(retyped))
 
-    def _first(self, rows: NDArray[np.int64]) -> tuple[list[str], int]:
+    def _first(self, rows: Int64Array) -> tuple[list[str], int]:
         return self._names(np.sort(rows)[:LISTED].tolist()), len(rows)
 
     def _file_of(self, row: int) -> FileFacts:
@@ -204,16 +198,10 @@ class Tensors:
         return [name for number, own in by_file.items() for name in self._files[number].names.at(own)]
 
 
-def _is_in(values: NDArray[np.int64], others: NDArray[np.int64]) -> NDArray[np.bool_]:
+def _is_in(values: Int64Array, others: Int64Array) -> NDArray[np.bool_]:
     """Return which of the values are among the others; both are sorted."""
     if not len(others):
         return np.zeros(len(values), np.bool_)
     places = np.minimum(np.searchsorted(others, values), len(others) - 1)
     found: NDArray[np.bool_] = others[places] == values
     return found
-
-
-def output_names(embedding: str) -> tuple[str, ...]:
-    """Return the names that the output layer may have beside an embedding: it stands in one of the modules above."""
-    above = embedding.removesuffix(EMBEDDING).split(".")[:-1]
-    return tuple(".".join([*above[:depth], OUTPUT]) for depth in range(len(above) + 1))

@@ -8,7 +8,7 @@ from asyncshard.format.save_id import STEP_KEY
 from asyncshard.plan.check.file_facts import FileFacts
 from asyncshard.plan.files.saves import save_fault
 from asyncshard.plan.files.survey import Group
-from asyncshard.plan.text import LISTED, listing
+from asyncshard.plan.text import enumerate_names
 
 
 def save_faults(ranks: Sequence[tuple[Group, Sequence[FileFacts]]], path: str) -> Iterator[str]:
@@ -30,8 +30,8 @@ def save_faults(ranks: Sequence[tuple[Group, Sequence[FileFacts]]], path: str) -
         for step in dict.fromkeys(facts.step for facts in files if facts.step is not None):
             steps.setdefault(step, []).append(group.label)
     if len(steps) > 1:
-        found = [f"{step!r} of {listing(labels, LISTED)}" for step, labels in steps.items()]
+        found = [f"{step!r} of {enumerate_names(labels)}" for step, labels in steps.items()]
         yield (
-            f"{path}: by the metadata {STEP_KEY!r} the ranks were saved at different steps: {listing(found, LISTED)}. "
+            f"{path}: by the metadata {STEP_KEY!r} the ranks were saved at different steps: {enumerate_names(found)}. "
             "Save or fetch the ranks that are behind again."
         )

@@ -7,6 +7,7 @@ share a pattern of runs (:mod:`asyncshard.plan.division.slices`).
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
@@ -15,35 +16,35 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from asyncshard._typing import Int64Array
 from asyncshard.format.header import Header
 from asyncshard.plan.division.slices import Slice
-
-Offsets = NDArray[np.int64]
+from asyncshard.plan.ranges import merge_ranges
 
 
 class Ranges(NamedTuple):
     """Byte ranges of the real file, which ascend and do not touch."""
 
-    offsets: Offsets
-    lengths: Offsets
+    offsets: Int64Array
+    lengths: Int64Array
 
 
 class Patterns(NamedTuple):
     """Slices as columns, a row for each; the runs of all stand in columns of their own."""
 
-    outer: Offsets
+    outer: Int64Array
     """Rows."""
-    strides: Offsets
+    strides: Int64Array
     """Bytes of a row of the whole tensor."""
-    row_bytes: Offsets
+    row_bytes: Int64Array
     """Bytes of a row of the rank's."""
-    first_runs: Offsets
+    first_runs: Int64Array
     """Index of the first run of a row; one more than there are patterns."""
-    run_offsets: Offsets
+    run_offsets: Int64Array
     """In a row of the whole tensor."""
-    run_locals: Offsets
+    run_locals: Int64Array
     """In a row of the rank's."""
-    run_lengths: Offsets
+    run_lengths: Int64Array
 
     @classmethod
     def of(cls, slices: Iterable[Slice]) -> Patterns:
@@ -62,10 +63,10 @@ class Patterns(NamedTuple):
         return cls(*(np.array(column, np.int64) for column in columns))
 
     @property
-    def runs_in_row(self) -> Offsets:
+    def runs_in_row(self) -> Int64Array:
         return np.diff(self.first_runs)
 
-    def gaps(self, max_gap: int) -> Offsets:
+    def gaps(self, max_gap: int) -> Int64Array:
         """Return for each pattern the bytes between its runs, of the gaps that are no longer than `max_gap`."""
         of = np.repeat(np.arange(len(self.outer)), self.runs_in_row)
         ends = self.run_offsets + self.run_lengths
@@ -86,15 +87,15 @@ class FileSlice:
 
     header: Header
     """Of the part: names, and shapes of the rank's tensors."""
-    starts: Offsets
+    starts: Int64Array
     """Where each tensor, whole, begins in the real file."""
     kinds: NDArray[np.int32]
     """The row in `patterns` of each."""
     patterns: Patterns
-    runs_before: Offsets
+    runs_before: Int64Array
     """How many runs the tensors before each one have; one more than there are tensors."""
     digest: str
-    """Of all this: parts of equal digests are the same slices."""
+    """Tells which tensors of the file these are and how they are divided: equal for equal slices of one file."""
 
     def __eq__(self, other: object) -> bool:
         return self.digest == other.digest if isinstance(other, FileSlice) else NotImplemented
@@ -183,16 +184,19 @@ class FileSlice:
         return int(self.header.table.starts[index]) + row * int(self.patterns.row_bytes[kind])
 
 
-def _clipped(real: Offsets, local: Offsets, lengths: Offsets, start: int, stop: int) -> tuple[Offsets, Offsets]:
+def _clipped(
+    real: Int64Array, local: Int64Array, lengths: Int64Array, start: int, stop: int
+) -> tuple[Int64Array, Int64Array]:
     cut = np.maximum(start - local, 0)
     left = np.minimum(lengths, stop - local) - cut
     kept = left > 0
     return (real + cut)[kept], left[kept]
 
 
-def _joined(offsets: Offsets, lengths: Offsets) -> Ranges:
+def _joined(offsets: Int64Array, lengths: Int64Array) -> Ranges:
     """Make one range of those that touch."""
     if len(offsets) < 2:
         return Ranges(offsets, lengths)
-    begins = np.flatnonzero(np.concatenate([[True], offsets[1:] != offsets[:-1] + lengths[:-1]]))
+    bounds = merge_ranges(offsets, lengths, max_gap=0, max_bytes=sys.maxsize, max_count=sys.maxsize)
+    begins = bounds[:-1]
     return Ranges(offsets[begins], np.add.reduceat(lengths, begins))

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+from asyncshard._typing import Int64Array
 from asyncshard.errors import CheckpointError
 from asyncshard.format.digests import DIGESTS_KEY, DIGITS
 from asyncshard.format.dtypes import DTYPES
-from asyncshard.format.header import Header, format_header, parse_header
+from asyncshard.format.header import Header
 from asyncshard.plan.division.placements import Placement
 from asyncshard.plan.division.slices import Slice, slice_tensor, whole_tensor
-from asyncshard.plan.file_slices.file_slice import FileSlice, Offsets, Patterns
+from asyncshard.plan.file_slices.file_slice import FileSlice, Patterns
 from asyncshard.plan.tp.plan import Paced, TpPlan
 
 
@@ -51,7 +52,7 @@ def make_file_slice(
     """
     table = header.table
     if is_wanted is None:
-        rows = np.arange(len(header))
+        rows = np.arange(len(header), dtype=np.int64)
     else:
         rows = np.fromiter((row for row in paced(range(len(header))) if is_wanted(table.name(row))), np.int64)
     alike = table.kinds("")[0] if plan is None else plan.kinds(table)
@@ -64,16 +65,10 @@ def make_file_slice(
     if len(rows) == len(header) and planner.are_whole:
         return None
     kinds = np.array(found, np.int32)[numbers]
-    sizes = np.array([piece.nbytes for piece in planner.slices], np.int64)[kinds]
-
-    def tensors() -> Iterator[tuple[str, str, tuple[int, ...], int]]:
-        # One at a time: a list of such tuples would set off the garbage collector.
-        for row, kind, nbytes in zip(paced(rows.tolist()), kinds.tolist(), sizes.tolist(), strict=True):
-            yield table.name(row), planner.dtypes[kind], planner.slices[kind].shape, nbytes
-
-    text = format_header(tensors(), _metadata(header, rows, are_whole=planner.are_whole))
-    virtual = parse_header(text, len(text) + int(sizes.sum()), path=path)
-    return _finish(virtual, text, table.starts[rows], kinds, Patterns.of(planner.slices))
+    shapes = [piece.shape for piece in planner.slices]
+    virtual = header.take(rows, shapes, kinds, metadata=_metadata(header, rows, are_whole=planner.are_whole))
+    facts = _digest_of(shapes, rows)
+    return _finish(virtual, facts, table.starts[rows], kinds, Patterns.of(planner.slices))
 
 
 def alias_slice(header: Header, part: FileSlice | None, name: str, other: str) -> FileSlice:
@@ -83,8 +78,8 @@ def alias_slice(header: Header, part: FileSlice | None, name: str, other: str) -
     if part is None:
         return _alone(header, index, other, whole_tensor(shape, DTYPES[code].bits))
     one = slice(index, index + 1)
-    virtual, text = _header_of_one(other, code, shape, header.at(index).nbytes)
-    return _finish(virtual, text, part.starts[one], part.kinds[one], part.patterns)
+    virtual = _header_of_one(header, index, other, shape)
+    return _finish(virtual, _digest_of([shape], other), part.starts[one], part.kinds[one], part.patterns)
 
 
 def alias_slice_by_plan(
@@ -114,14 +109,14 @@ def alias_slice_by_plan(
 
 
 def _alone(header: Header, index: int, other: str, piece: Slice) -> FileSlice:
-    virtual, text = _header_of_one(other, int(header.table.dtype_codes[index]), piece.shape, piece.nbytes)
+    virtual = _header_of_one(header, index, other, piece.shape)
     starts = header.table.starts[index : index + 1]
-    return _finish(virtual, text, starts, np.zeros(1, np.int32), Patterns.of([piece]))
+    facts = _digest_of([piece.shape], other)
+    return _finish(virtual, facts, starts, np.zeros(1, np.int32), Patterns.of([piece]))
 
 
-def _header_of_one(name: str, code: int, shape: tuple[int, ...], nbytes: int) -> tuple[Header, bytearray]:
-    text = format_header([(name, DTYPES[code].name, shape, nbytes)])
-    return parse_header(text, len(text) + nbytes), text
+def _header_of_one(header: Header, index: int, name: str, shape: tuple[int, ...]) -> Header:
+    return header.take(np.array([index], np.int64), [shape], np.zeros(1, np.int32), names=[name])
 
 
 def _numbered(values: NDArray[np.int32]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
@@ -131,18 +126,26 @@ def _numbered(values: NDArray[np.int32]) -> tuple[NDArray[np.intp], NDArray[np.i
     return firsts[order], np.argsort(order)[numbers]
 
 
+def _digest_of(shapes: Sequence[tuple[int, ...]], named: Int64Array | str) -> hashlib.blake2b:
+    """Begin a slice's digest with its distinct shapes, and its rows in the file or the one name that it has instead."""
+    digest = hashlib.blake2b(digest_size=16)
+    for shape in shapes:
+        digest.update(repr(shape).encode("ascii"))
+    digest.update(f"name {named}".encode() if isinstance(named, str) else named.tobytes())
+    return digest
+
+
 def _finish(
-    virtual: Header, text: bytearray, starts: Offsets, kinds: NDArray[np.int32], patterns: Patterns
+    virtual: Header, digest: hashlib.blake2b, starts: Int64Array, kinds: NDArray[np.int32], patterns: Patterns
 ) -> FileSlice:
     counts = (patterns.outer * patterns.runs_in_row)[kinds] if len(kinds) else np.empty(0, np.int64)
-    digest = hashlib.blake2b(text, digest_size=16)
-    for column in (starts, kinds, *patterns):
+    for column in (virtual.table.dtype_codes, starts, kinds, *patterns):
         digest.update(column.tobytes())
     runs_before = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
     return FileSlice(virtual, starts, kinds, patterns, runs_before, digest.hexdigest())
 
 
-def _metadata(header: Header, rows: Offsets, *, are_whole: bool) -> dict[str, str]:
+def _metadata(header: Header, rows: Int64Array, *, are_whole: bool) -> dict[str, str]:
     metadata = header.metadata
     digests = metadata.pop(DIGESTS_KEY, None)
     if digests is None or not are_whole:
@@ -162,8 +165,6 @@ class _Planner:
         self._world_size = world_size
         self._kinds: dict[tuple[int, tuple[int, ...], Placement | None], int] = {}
         self.slices: list[Slice] = []
-        self.dtypes: list[str] = []
-        """Of the tensors of each slice."""
         self.are_whole = True
 
     def kind_of(self, name: str, code: int, shape: tuple[int, ...]) -> int:
@@ -180,5 +181,4 @@ class _Planner:
             self.are_whole = self.are_whole and made.shape == shape
             kind = self._kinds[code, shape, placement] = len(self.slices)
             self.slices.append(made)
-            self.dtypes.append(DTYPES[code].name)
         return kind

@@ -23,10 +23,13 @@ from asyncshard.format.pattern import ShardName, ShardPattern
 from asyncshard.plan.division.chunks import whole_number
 from asyncshard.plan.files.incomplete import INCOMPLETE_NAME, incomplete, incomplete_rank, marked_ranks
 from asyncshard.plan.files.rank_shards import KNOWN_PATTERNS, faults_of_rank, find_rank_shards, two_patterns
-from asyncshard.plan.text import count_of, listing
+from asyncshard.plan.text import count_of, enumerate_names
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+
+NUMBERED = re.compile(r"(?P<prefix>.*)-(?P<number>[0-9]{1,18})-of-(?P<count>[0-9]{1,18})\.safetensors", re.DOTALL)
+"""The names of one file of several."""
 
 _SHOWN = 10  # how many files it shows of those that are there
 
@@ -143,6 +146,20 @@ def is_rank_shard(name: str, pattern: ShardPattern | None = None) -> bool:
     return any(known.parse(name) is not None for known in (KNOWN_PATTERNS if pattern is None else (pattern,)))
 
 
+def is_one_of_several(name: str, pattern: ShardPattern | None = None) -> bool:
+    """Return whether a file is by its name one of those that make up a checkpoint."""
+    return NUMBERED.fullmatch(name) is not None or is_rank_shard(name, pattern)
+
+
+def is_whole_model(layout: Layout, *, is_file: bool, pattern: ShardPattern | None = None) -> bool:
+    """Return whether files hold all that a model has on a rank: neither one file of several nor a pipeline stage."""
+    name = layout.files[0]
+    if is_file:
+        return not is_one_of_several(name, pattern)
+    patterns = KNOWN_PATTERNS if pattern is None else (pattern,)
+    return layout.kind != "ranks" or not any(each.has_pp_rank and each.parse(name) is not None for each in patterns)
+
+
 def index_files(weight_map_files: Iterable[str], names: Iterable[str], path: str) -> tuple[str, ...]:
     """Order the shards that an index names: ``model-00002-of-00010`` before ``model-00010-of-00010``.
 
@@ -176,8 +193,8 @@ def absent_files(files: Iterable[str], names: Iterable[str]) -> list[str]:
 def files_not_found(absent: Sequence[str], path: str) -> ObjectNotFoundError:
     """Return the error for files that only the index knows."""
     return ObjectNotFoundError(
-        f"{path}: {INDEX_NAME} names {count_of(len(absent), 'file')} that the directory lacks: {listing(absent)}. "
-        "Download them, or mend the index.",
+        f"{path}: {INDEX_NAME} names {count_of(len(absent), 'file')} that the directory lacks: "
+        f"{enumerate_names(absent)}. Download them, or mend the index.",
         path=path,
     )
 
@@ -190,5 +207,5 @@ def nothing_found(names: Sequence[str], path: str, pattern: ShardPattern | None)
     else:
         wanted = pattern.template
     others = sorted((name for name in set(names) if name.endswith(".safetensors")), key=natural_key)
-    there = f"has {listing(others, _SHOWN)}" if others else "has no .safetensors file"
+    there = f"has {enumerate_names(others, _SHOWN)}" if others else "has no .safetensors file"
     return ObjectNotFoundError(f"{path} holds no checkpoint: looked for {wanted}; the directory {there}.", path=path)

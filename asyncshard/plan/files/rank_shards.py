@@ -11,7 +11,7 @@ from itertools import chain, islice
 
 from asyncshard.errors import CheckpointError, ObjectNotFoundError
 from asyncshard.format.pattern import DEFAULT_TEMPLATE, PP_TEMPLATE, ShardName, ShardPattern
-from asyncshard.plan.text import LISTED, count_of, listing, ranks_of
+from asyncshard.plan.text import LISTED, count_of, enumerate_names, ranks_of
 
 KNOWN_PATTERNS = (ShardPattern(DEFAULT_TEMPLATE), ShardPattern(PP_TEMPLATE))
 
@@ -98,7 +98,7 @@ def faults_of_world(shards: RankShards, world_size: int) -> Iterator[Fault]:
     if twice:
         groups = [" and ".join(names) for names in twice]
         yield CheckpointError(
-            f"{shards.path} holds more than one file for the same rank and part: {listing(groups)}. Remove the "
+            f"{shards.path} holds more than one file for the same rank and part: {enumerate_names(groups)}. Remove the "
             "ones that do not belong.",
             path=shards.path,
         )
@@ -111,7 +111,7 @@ def faults_of_parts(shards: RankShards, own: ShardName, parts: Iterable[int]) ->
     if total:
         yield CheckpointError(
             f"{shards.path}: {shards.called(own)} lacks {count_of(total, 'part')} of 0 to {present[-1]}: "
-            f"{listing([str(part) for part in first], LISTED, total)}. The checkpoint is incomplete.",
+            f"{enumerate_names([str(part) for part in first], total=total)}. The checkpoint is incomplete.",
             path=shards.path,
         )
 
@@ -136,7 +136,7 @@ def missing_ranks(shards: RankShards, world_size: int) -> Iterator[Fault]:
     stages = list(_stages(shards))
     first, total = gaps(stages, stages[-1] + 1)
     if total:
-        listed = listing([str(stage) for stage in first], LISTED, total)
+        listed = enumerate_names([str(stage) for stage in first], total=total)
         yield CheckpointError(
             f"{shards.path}: there is no file of pp_rank {listed}, though there are files of pp_rank {stages[-1]}. "
             "The checkpoint is incomplete.",
@@ -164,7 +164,7 @@ def gaps(present: Sequence[int], count: int) -> tuple[list[int], int]:
 def _rank_not_found(shards: RankShards, own: ShardName) -> ObjectNotFoundError:
     if shards.pattern.has_pp_rank:
         pairs = [f"pp_rank {other.pp_rank} rank {other.rank}" for other in shards.owners]
-        there = listing(pairs)
+        there = enumerate_names(pairs)
     else:
         there = ranks_of([other.rank for other in shards.owners])
     message = (

@@ -15,6 +15,7 @@ from asyncshard.format.pattern import ShardPattern
 from asyncshard.plan.files.incomplete import INCOMPLETE_NAME, incomplete, incomplete_rank, marked_ranks
 from asyncshard.plan.files.layout import (
     INDEX_NAME,
+    NUMBERED,
     SINGLE_NAME,
     absent_files,
     files_not_found,
@@ -32,11 +33,10 @@ from asyncshard.plan.files.rank_shards import (
     missing_ranks,
     two_patterns,
 )
-from asyncshard.plan.text import LISTED, count_of, listing
+from asyncshard.plan.text import count_of, enumerate_names
 
 Kind = Literal["ranks", "index", "single", "shards"]
 
-_NUMBERED = re.compile(r"(?P<prefix>.*)-(?P<number>[0-9]{1,18})-of-(?P<count>[0-9]{1,18})\.safetensors", re.DOTALL)
 _CONSOLIDATED = re.compile(r"consolidated.*\.safetensors", re.DOTALL)
 
 
@@ -169,7 +169,7 @@ def _survey_numbered(names: Sequence[str], path: str, pattern: ShardPattern | No
     fault = str(nothing_found(names, path, pattern))
     sets: dict[tuple[str, str], dict[int, str]] = {}
     for name in sorted(names, key=natural_key) if pattern is None else ():
-        if match := _NUMBERED.fullmatch(name):
+        if match := NUMBERED.fullmatch(name):
             sets.setdefault((match["prefix"], match["count"]), {})[int(match["number"])] = name
     if not sets:
         return Survey(None, faults=(fault,))
@@ -181,7 +181,7 @@ def _survey_numbered(names: Sequence[str], path: str, pattern: ShardPattern | No
     if total:
         faults.append(
             f"{path}: of the {int(count)} shards, {count_of(total, 'file')} {'is' if total == 1 else 'are'} missing: "
-            f"{listing(missing, LISTED, total)}. Download them."
+            f"{enumerate_names(missing, total=total)}. Download them."
         )
     return Survey("shards", (Group("", tuple(shards.values())),), tuple(missing), total, faults=tuple(faults))
 
@@ -197,6 +197,6 @@ def _is_copy(name: str) -> bool:
     return (
         name == SINGLE_NAME
         or _CONSOLIDATED.fullmatch(name) is not None
-        or _NUMBERED.fullmatch(name) is not None
+        or NUMBERED.fullmatch(name) is not None
         or any(known.parse(name) is not None for known in KNOWN_PATTERNS)
     )

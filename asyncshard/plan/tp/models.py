@@ -16,12 +16,10 @@ from typing import Any, NoReturn
 from asyncshard.errors import CheckpointError
 from asyncshard.plan.division.chunks import whole_number
 from asyncshard.plan.division.placements import Placement, Shard
-from asyncshard.plan.text import listing
+from asyncshard.plan.text import enumerate_names
 from asyncshard.plan.tp.plan import TpPlan
 
-_GEMMA = frozenset({"gemma", "gemma2", "gemma3_text"})
-_MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"}) | _GEMMA
-_TIED_UNLESS_SAID = _GEMMA | {"gemma3"}
+_MODEL_TYPES = frozenset({"gemma", "gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3"})
 _EXPERTS = (
     "moe_intermediate_size",
     "moe_num_experts",
@@ -98,33 +96,11 @@ def require_known(plan: TpPlan, names: Iterable[str], *, path: str | None = None
     others = [name for name in plan.match(names).unmatched if _PROJECTION.search(name)]
     if others:
         raise CheckpointError(
-            f"{path or 'the checkpoint'}: tp_plan='auto' does not know how {listing(others)} are divided; pass an "
-            "explicit tp_plan",
+            f"{path or 'the checkpoint'}: tp_plan='auto' does not know how {enumerate_names(others)} are divided; pass "
+            "an explicit tp_plan",
             path=path,
             tensor=others[0],
         )
-
-
-def ties_embeddings(config: Mapping[str, Any], *, path: str | None = None) -> bool:
-    """Return whether the model's head is its embedding, so that a checkpoint need not hold both.
-
-    Without a word of the config Gemma's is, and no other.
-
-    Raises
-    ------
-    CheckpointError
-        The config is not a mapping, or ``tie_word_embeddings`` is neither true nor false.
-    """
-    _check_config(config, path)
-    tied = config.get("tie_word_embeddings")
-    if tied is None:
-        model_type = config.get("model_type")
-        return isinstance(model_type, str) and model_type in _TIED_UNLESS_SAID
-    if not isinstance(tied, bool):
-        raise CheckpointError(
-            f"{path or 'config.json'}: tie_word_embeddings must be true or false, got {short_repr(tied)}", path=path
-        )
-    return tied
 
 
 def _check_config(config: object, path: str | None) -> None:

@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 from asyncshard._core import HeaderTable, WeightMap
 from asyncshard.errors import NamesError
 from asyncshard.plan.division.placements import PackedShard, Placement, Replicate, Shard
+from asyncshard.plan.text import enumerate_names
 from asyncshard.plan.tp.rules import PREFIX, RuleIndex
 from asyncshard.plan.tp.styles import check_word, placement_of_word
 
 Paced = Callable[[Iterable[int]], Iterable[int]]
 """Passes numbers on, and lets others have their turn now and then."""
 
-_LISTED = 20
 _UNMATCHED = ("replicate", "error")
 _WHOLE = Replicate()
 
@@ -156,8 +156,9 @@ class TpPlan:
         unused, unmatched = self.match(chain(self.samples(tables, paced), others))
         if unused:
             raise NamesError(
-                f"{_of(path)}the tp_plan has rules that match no tensor of the checkpoint: {_listing(unused)}. Mend "
-                "or remove them: '*' stands for a number, and the name is a parameter's or its module's.",
+                f"{_of(path)}the tp_plan has rules that match no tensor of the checkpoint: "
+                f"{enumerate_names(unused, is_quoted=True)}. Mend or remove them: '*' stands for a number, and the "
+                "name is a parameter's or its module's.",
                 path=path,
                 missing=unused,
             )
@@ -246,8 +247,8 @@ def _check_conflicts(rules: Mapping[str, str | Placement]) -> None:
 
 def _unmatched_error(names: Sequence[str], path: str | None) -> NamesError:
     return NamesError(
-        f"{_of(path)}no rule of the tp_plan matches {_listing(names)}. Add rules for them, or pass "
-        "unmatched='replicate' to have them whole on every rank.",
+        f"{_of(path)}no rule of the tp_plan matches {enumerate_names(names, is_quoted=True)}. Add rules for them, or "
+        "pass unmatched='replicate' to have them whole on every rank.",
         path=path,
         unexpected=tuple(names),
     )
@@ -255,8 +256,3 @@ def _unmatched_error(names: Sequence[str], path: str | None) -> NamesError:
 
 def _of(path: str | None) -> str:
     return "" if path is None else f"{path}: "
-
-
-def _listing(names: Sequence[str]) -> str:
-    rest = len(names) - _LISTED
-    return ", ".join(map(repr, names[:_LISTED])) + (f" and {rest} more" if rest > 0 else "")

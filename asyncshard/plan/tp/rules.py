@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from asyncshard._core import HeaderTable, WeightMap
+from asyncshard._typing import Int64Array
 from asyncshard.plan.division.placements import Placement
 
 PREFIX = "model."
@@ -62,7 +63,7 @@ class RuleIndex:
             return self._rules.get(alike, ()) + self._rules.get(alike_module, ())
         return self._matching(name, alike) + self._matching(name.rpartition(".")[0], alike_module)
 
-    def kinds(self, tensors: HeaderTable | WeightMap) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    def kinds(self, tensors: HeaderTable | WeightMap) -> tuple[NDArray[np.int32], Int64Array]:
         """Number the tensors by kinds: those of a kind have one dtype and shape, and are matched by the same rules.
 
         Returns the kind of each tensor, and the index of the first tensor of each kind. A weight map knows names alone.

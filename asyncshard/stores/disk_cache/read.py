@@ -6,17 +6,15 @@ import errno
 import time
 from collections.abc import Iterator, Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from asyncshard._core import StopFlag
 from asyncshard.stores.base import ObjectMeta
 from asyncshard.stores.disk_cache.entry import ABSENT, CorruptEntryError, Entry, Layout, digest_of
+from asyncshard.stores.disk_cache.session import CacheSession
 from asyncshard.stores.scatter import Scatter
-
-if TYPE_CHECKING:
-    from asyncshard.stores.disk_cache.store import CachedStore
 
 
 class _Run(NamedTuple):
@@ -32,8 +30,8 @@ class _Run(NamedTuple):
 class CachedRead:
     """Fill a caller's buffers with the bytes [start, stop) of an object."""
 
-    def __init__(self, store: CachedStore, meta: ObjectMeta, key: bytes, start: int, stop: int) -> None:
-        self._store = store
+    def __init__(self, session: CacheSession, meta: ObjectMeta, key: bytes, start: int, stop: int) -> None:
+        self._session = session
         self._meta = meta
         self._key = key
         self._start = start
@@ -42,62 +40,62 @@ class CachedRead:
         self._scatter: Scatter
 
     async def fill(self, buffers: Sequence[memoryview]) -> None:
-        """Do it; nothing writes into the buffers once this has returned or raised."""
-        store = self._store
-        self._scatter = await store.threads.run(Scatter, buffers)  # not on the loop: there may be thousands
+        """Fill the buffers; nothing writes into them once this has returned or raised."""
+        session = self._session
+        self._scatter = await session.threads.run(Scatter, buffers)  # not on the loop: there may be thousands
         missing = await self._serve(list(self._layout.blocks_of(self._start, self._stop)))
         while missing:
             claimed = await self._claim(missing) if self._can_keep else []
-            if not claimed and self._can_keep and store.can_wait:
+            if not claimed and self._can_keep and session.can_wait:
                 missing, claimed = await self._wait(missing)
             if claimed:
                 await self._keep(claimed)
                 missing = await self._serve(sorted(set(missing) - set(claimed)))
-            elif not (self._can_keep and store.can_wait):
+            elif not (self._can_keep and session.can_wait):
                 for run in _runs(missing):
                     await self._fetch(_Run(run, {}, False))
                 return
 
     @property
     def _can_keep(self) -> bool:
-        return self._store.can_write and self._store.cache.can_keep(self._key)
+        return self._session.can_keep(self._key)
 
     async def _claim(self, blocks: list[int]) -> list[int]:
         try:
-            return await self._store.locks.claim(self._key, blocks)
+            return await self._session.locks.claim(self._key, blocks)
         except (OSError, NotImplementedError) as error:
-            self._store.fail(error)
+            self._session.fail(error)
             return []
 
     async def _wait(self, missing: list[int]) -> tuple[list[int], list[int]]:
         """Wait for blocks that others fetch; return what is missing once some have come, or may be claimed, and those.
 
-        One read of a store looks at a time. The others wait behind it: all together they would take from whoever
+        One read of a session looks at a time. The others wait behind it: all together they would take from whoever
         fetches the cores that it needs.
         """
-        store = self._store
-        async with store.turn:
+        session = self._session
+        async with session.wait_turn:
             since, turn = time.monotonic(), 0
             changed_ns = await self._changed_ns()
-            while self._can_keep and store.can_wait:
+            while self._can_keep and session.can_wait:
                 left = await self._serve(missing)
                 claimed = await self._claim(left) if left else []
                 if claimed or len(left) < len(missing):
                     return left, claimed
-                if store.locks.stalled_s(since) > store.cache.lock_timeout_s:
+                if session.locks.stalled_s(since) > session.cache.lock_timeout_s:
                     before, changed_ns, since = changed_ns, await self._changed_ns(), time.monotonic()
                     if changed_ns == before:
-                        store.stop_waiting(
-                            f"{store.path_of(self._meta.name)} is being fetched by another process, "
-                            f"which has got nowhere for {store.cache.lock_timeout_s:g} s"
+                        session.stop_waiting(
+                            f"{session.origin.path_of(self._meta.name)} is being fetched by another process, "
+                            f"which has got nowhere for {session.cache.lock_timeout_s:g} s"
                         )
-                await store.locks.wait(self._key, missing, turn)
+                await session.locks.wait(self._key, missing, turn)
                 turn += 1
         return missing, []
 
     async def _changed_ns(self) -> int:
         try:
-            return await self._store.threads.run(self._store.cache.changed_ns, self._key)
+            return await self._session.threads.run(self._session.cache.changed_ns, self._key)
         except OSError:
             return 0
 
@@ -105,13 +103,13 @@ class CachedRead:
 
     async def _serve(self, blocks: list[int]) -> list[int]:
         """Fill what the entry has of these blocks; return those that it lacks."""
-        if not blocks or not self._store.can_read:
+        if not blocks or not self._session.can_read:
             return blocks
         stop = StopFlag()
-        return await self._store.threads.run(self._copy_present, blocks, stop, on_cancel=stop.set)
+        return await self._session.threads.run(self._copy_present, blocks, stop, on_cancel=stop.set)
 
     def _copy_present(self, blocks: list[int], stop: StopFlag) -> list[int]:
-        cache = self._store.cache
+        cache = self._session.cache
         try:
             entry = cache.open(self._key, self._meta.size)
             if entry is None:
@@ -127,13 +125,13 @@ class CachedRead:
                     raise entry.corrupt(f"the disk cannot read it: {error}") from error
                 return [block for block in blocks if block not in present]
         except CorruptEntryError as error:
-            cache.drop(self._key, self._store.path_of(self._meta.name), error)
+            cache.drop(self._key, self._session.origin.path_of(self._meta.name), error)
         except OSError as error:
-            self._store.fail(error, can_read=False)
+            self._session.fail(error, can_read=False)
         return blocks
 
     def _copy(self, entry: Entry, present: dict[int, bytes], stop: StopFlag) -> None:
-        flags = self._store.cache.checked(self._key, entry)
+        flags = self._session.cache.checked(self._key, entry)
         checked = [block for block in present if flags[block]]  # once: other threads set flags too
         for run in _runs(checked):
             start, end = self._wanted(run)
@@ -172,37 +170,37 @@ class CachedRead:
             self._release(open_claims, set(open_claims))
 
     def _release(self, open_claims: set[int], blocks: set[int]) -> None:
-        self._store.locks.release(self._key, blocks)
+        self._session.locks.release(self._key, blocks)
         open_claims -= blocks
 
     async def _fetch_and_keep(self, blocks: range, open_claims: set[int]) -> None:
         ends = [block for block in {blocks[0], blocks[-1]} if self._is_partial(block)]
-        images = await self._store.buffers.take(len(ends)) if ends else []
+        images = await self._session.buffers.take(len(ends)) if ends else []
         run = _Run(blocks, dict(zip(ends, images or [], strict=False)), images is not None)
         lent = dict(run.images)
         try:
             await self._fetch(run)
             if lent:
-                await self._store.threads.run(self._copy_out, lent)
+                await self._session.threads.run(self._copy_out, lent)
                 self._hand_over(lent, open_claims)
             inner = [block for block in blocks if block not in ends]
-            while inner and self._store.can_write:
-                count = max(min(self._store.buffers.free_count, len(inner)), 1)
-                taken = await self._store.buffers.take(count)
+            while inner and self._session.can_write:
+                count = max(min(self._session.buffers.free_count, len(inner)), 1)
+                taken = await self._session.buffers.take(count)
                 if taken is None:
                     return
                 lent.update(zip(inner, taken, strict=False))
-                await self._store.threads.run(self._copy_out, lent)
+                await self._session.threads.run(self._copy_out, lent)
                 self._hand_over(lent, open_claims)
                 del inner[:count]
         finally:
             if lent:
-                self._store.buffers.give(list(lent.values()))
+                self._session.buffers.give(list(lent.values()))
 
     def _hand_over(self, lent: dict[int, memoryview], open_claims: set[int]) -> None:
         """Let the store write blocks; their buffers and claims are now its own to give back."""
         open_claims.difference_update(lent)
-        self._store.begin_write(self._meta, self._key, list(lent.items()))
+        self._session.begin_write(self._meta, self._key, list(lent.items()))
         lent.clear()
 
     async def _fetch(self, run: _Run) -> None:
@@ -215,7 +213,7 @@ class CachedRead:
             start = first[0]
         if run.keeps_ends and end < last[1]:
             views.append(run.images[run.blocks[-1]][end - last[0] : last[1] - last[0]])
-        await self._store.store.read_into(self._meta, start, views)
+        await self._session.origin.read_into(self._meta, start, views)
 
     def _copy_out(self, images: dict[int, memoryview]) -> None:
         """Copy what the caller wants of some blocks into their buffers: by NumPy, which lets go of the GIL."""

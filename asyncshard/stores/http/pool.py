@@ -11,8 +11,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from asyncshard.errors import StoreTimeoutError
-from asyncshard.stores.http.connection import Headers, HttpConnection, Limits, Receive, Response
+from asyncshard.stores.http.connection import HttpConnection
+from asyncshard.stores.http.exchange import Headers, Limits, Receive
 from asyncshard.stores.http.failures import Action, Failed, Failure
+from asyncshard.stores.http.response import Response
 
 _STAGING_BYTES = 256 << 10
 
@@ -49,12 +51,12 @@ class HttpPool:
     async def exchange(self, origin: Origin, target: str, headers: Headers, receive: Receive) -> Response:
         """Send a GET on an idle or a new connection; see `HttpConnection.exchange`."""
         connection = self._take_idle(origin) or await self._connect(origin)
-        answer = await connection.exchange(target, headers, receive)
+        response = await connection.exchange(target, headers, receive)
         if connection.is_usable():
             self._idle.setdefault(origin, []).append((connection, time.monotonic()))
         else:
             connection.abort()
-        return answer
+        return response
 
     async def aclose(self) -> None:
         """Close all connections; no exchange is in progress any more."""

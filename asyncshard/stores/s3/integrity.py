@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from asyncshard.events import Listener, Unverified, Verified
 from asyncshard.stores.http.response import Pin
 from asyncshard.stores.s3.checksums import Coverage, Stored, crc_of, matches, stored
 from asyncshard.stores.scatter import Scatter
@@ -16,13 +17,19 @@ class _Object:
     pin: Pin
     stored: Stored | None
     coverage: Coverage | None
-    is_verified: bool = False
 
 
 class Integrity:
-    """Follows the reads of a store's objects. Computes in a thread of its own; asked for results from any thread."""
+    """Follows the reads of a store's objects, and reports which match their checksums. Computes in a thread of its own.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    report : Listener
+        Called in the event loop that this is used in.
+    """
+
+    def __init__(self, report: Listener) -> None:
+        self._report = report
         self._objects: dict[str, _Object] = {}
         self._threads = DaemonThreads(1, "asyncshard-checksum")
 
@@ -34,6 +41,7 @@ class Integrity:
         known = stored(headers) if headers.get("etag") == pin.etag else None
         coverage = None if known is None or known.crc is None else Coverage(known.crc, pin.size, first)
         self._objects[path] = _Object(pin, known, coverage)
+        self._report(Unverified(path))
 
     async def is_right(self, path: str, pin: Pin, start: int, scatter: Scatter) -> bool:
         """Take a range that was read; False if it, or with it the whole object, does not match."""
@@ -42,9 +50,7 @@ class Integrity:
             return True
         views = scatter.views(0, scatter.nbytes)
         if scatter.nbytes == pin.size:
-            is_right = await self._threads.run(matches, known.stored, views)
-            known.is_verified = is_right
-            return is_right
+            return self._tell(path, await self._threads.run(matches, known.stored, views))
         if known.coverage is None:
             return True
         crc = await self._threads.run(crc_of, known.coverage.algorithm, views)
@@ -52,8 +58,11 @@ class Integrity:
         whole = known.coverage.whole()
         if whole is None:
             return True
-        known.is_verified = whole.to_bytes(known.coverage.algorithm.nbytes, "big") == known.stored.value
-        return known.is_verified
+        return self._tell(path, whole.to_bytes(known.coverage.algorithm.nbytes, "big") == known.stored.value)
+
+    def _tell(self, path: str, is_right: bool) -> bool:
+        self._report(Verified(path) if is_right else Unverified(path))
+        return is_right
 
     async def crc_of(self, path: str, scatter: Scatter) -> int:
         """Return the CRC of what was read, by the object's algorithm."""
@@ -65,11 +74,3 @@ class Integrity:
         """Return start, stop and CRC of what was read of an object in ranges."""
         coverage = self._objects[path].coverage
         return [] if coverage is None else coverage.ranges()
-
-    def verified(self) -> tuple[str, ...]:
-        """Return the objects that matched as a whole."""
-        return tuple(path for path, known in list(self._objects.items()) if known.is_verified)
-
-    def unverified(self) -> tuple[str, ...]:
-        """Return the objects that were opened and could not be compared, or not yet."""
-        return tuple(path for path, known in list(self._objects.items()) if not known.is_verified)

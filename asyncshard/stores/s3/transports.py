@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from urllib.parse import SplitResult, parse_qsl, urlencode, urljoin, urlsplit
 
 from asyncshard.errors import StoreTimeoutError, TruncatedError
-from asyncshard.stores.http.connection import Limits, Receive, Response
+from asyncshard.stores.http.exchange import Limits, Receive
 from asyncshard.stores.http.failures import Action, Failed, Failure
 from asyncshard.stores.http.pool import HttpPool, Origin
-from asyncshard.stores.http.response import MAX_ERROR_BYTES, Head
+from asyncshard.stores.http.response import MAX_ERROR_BYTES, Response, ResponseHead
 from asyncshard.stores.s3.client import S3Client
 
 _MAX_REDIRECTS = 3
@@ -26,12 +26,12 @@ class Transport(ABC):
 
     @abstractmethod
     async def get(self, key: str, headers: Mapping[str, str], receive: Receive) -> Response:
-        """Send one request; `receive` decides from the answer's head where its body goes.
+        """Send one request; `receive` decides from the head of the response where its body goes.
 
         Raises
         ------
         Failed
-            There is no whole answer, or `receive` raised. Nothing is written into the scatter any more.
+            There is no whole response, or `receive` raised. Nothing is written into the scatter any more.
         """
 
     @abstractmethod
@@ -47,16 +47,16 @@ class SocketTransport(Transport):
         self._pool = pool
 
     async def get(self, key: str, headers: Mapping[str, str], receive: Receive) -> Response:
-        signed = await self._client.url_for(key)
+        signed = await self._client.urls.get(key)
         url = signed.url
         for _ in range(_MAX_REDIRECTS + 1):
             origin = origin_of(url)
             sent = {"Host": host_of(origin), **headers, **signed.headers, "Accept-Encoding": "identity"}
-            answer = await self._pool.exchange(origin, target_of(url), list(sent.items()), receive)
-            region = answer.head.headers.get("x-amz-bucket-region", self._client.region)
-            if answer.head.status != 307 or region != self._client.region:
-                return answer  # in another region the signature has to be another one
-            url = redirected(signed.url, url, answer.head)
+            response = await self._pool.exchange(origin, target_of(url), list(sent.items()), receive)
+            region = response.head.headers.get("x-amz-bucket-region", self._client.region)
+            if response.head.status != 307 or region != self._client.region:
+                return response  # in another region the signature has to be another one
+            url = redirected(signed.url, url, response.head)
         raise Failed(Failure(f"the server redirects more than {_MAX_REDIRECTS} times", status=307))
 
     async def aclose(self) -> None:
@@ -81,7 +81,7 @@ def target_of(url: SplitResult) -> str:
     return (url.path or "/") + (f"?{url.query}" if url.query else "")
 
 
-def redirected(signed: SplitResult, current: SplitResult, head: Head) -> SplitResult:
+def redirected(signed: SplitResult, current: SplitResult, head: ResponseHead) -> SplitResult:
     """Return where a redirect leads, without our signature where that is another server.
 
     Raises

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asyncshard.errors import CheckpointError
-from asyncshard.plan import blocks
+from asyncshard.plan.division import blocks
 from asyncshard.plan.division.blocks import TensorMap, cut_blocks
 from asyncshard.plan.division.divisions import divide, fitted, whole_shape
 from asyncshard.plan.division.placements import PackedShard, Replicate, Shard
@@ -50,7 +50,7 @@ def test_moves_bring_each_byte_of_a_rank_to_its_place(given: Any, limit: int, is
         memory = np.concatenate(tensors[block.first : block.last])[block.start : block.stop]
         assert len(memory) == block.nbytes
         for rank in range(side.world_size):
-            moves = side.moves(block, sizes, rank, is_read=is_read)
+            moves = side.rank_runs(block, sizes, rank, is_read=is_read)
             assert moves.nbytes == moves.lengths.sum()
             for extent in moves.extents:
                 place = extent.start
@@ -68,7 +68,7 @@ def test_moves_bring_each_byte_of_a_rank_to_its_place(given: Any, limit: int, is
     for rank in range(side.world_size):
         expected = np.full(100_000, -1, np.int64)
         for tensor, values in enumerate(tensors):
-            piece = side.divisions[side.which[tensor]].slices[rank]
+            piece = side.divisions[side.division_of[tensor]].slices[rank]
             place = int(side.starts[rank, tensor])
             for row in range(piece.outer):
                 for offset, length in piece.runs:
@@ -85,7 +85,7 @@ def test_tensors_of_many_runs_are_cut_so_that_a_block_has_few() -> None:
     cut = list(cut_blocks(sizes, side.most_runs(), 8 << 20))
     assert sum(block.nbytes for block in cut) == 8 << 20
     for block in cut:
-        assert len(side.moves(block, sizes, 3, is_read=False).lengths) <= blocks.MAX_RUNS
+        assert len(side.rank_runs(block, sizes, 3, is_read=False).lengths) <= blocks.MAX_RUNS
 
 
 def test_long_runs_are_moved_one_by_one_and_short_ones_together() -> None:
@@ -94,7 +94,7 @@ def test_long_runs_are_moved_one_by_one_and_short_ones_together() -> None:
         sizes = np.array([4 * columns], np.int64)
         side = TensorMap([division], np.zeros(1, np.int32), np.zeros((2, 1), np.int64), np.zeros((2, 1), np.int64))
         (block,) = cut_blocks(sizes, side.most_runs(), 1 << 30)
-        moves = side.moves(block, sizes, 1, is_read=True)
+        moves = side.rank_runs(block, sizes, 1, is_read=True)
         assert moves.is_direct == is_direct
         assert len(moves.extents) == 1
 

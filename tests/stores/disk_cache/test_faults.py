@@ -10,10 +10,10 @@ import filelock
 import pytest
 
 from asyncshard._core import StopFlag
-from asyncshard.stores.disk_cache import CachedStore
 from asyncshard.stores.disk_cache import entry as entry_module
 from asyncshard.stores.disk_cache.entry import Layout
 from asyncshard.stores.disk_cache.eviction import make_room
+from asyncshard.stores.disk_cache.store import CachedStore
 from asyncshard.stores.disk_cache.verification import verify
 from asyncshard.testing import GatedStore
 
@@ -317,7 +317,7 @@ async def test_more_than_the_buffers_hold_goes_on_without_them(make_cache, origi
     store = CachedStore(inner, make_cache())
     try:
         assert await read_all(store, step=4 * MIB) == content
-        assert store.buffers.free_count == 0
+        assert store.session.buffers.free_count == 0
     finally:
         goes_on.set()
         await store.aclose()

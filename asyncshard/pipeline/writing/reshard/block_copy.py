@@ -16,7 +16,7 @@ from asyncshard.pipeline.writing.reshard.source import Source
 from asyncshard.pipeline.writing.reshard.target import Target
 from asyncshard.plan.division.blocks import Block, RankRuns, TensorMap, cut_blocks
 from asyncshard.plan.files.target_files import TargetFiles
-from asyncshard.tasks.bounded import run_all
+from asyncshard.tasks.bounded import run_bounded
 from asyncshard.tasks.threads import DaemonThreads
 
 
@@ -56,7 +56,8 @@ class Copy:
         blocks = cut_blocks(self._sizes, most_runs, len(rooms[0].memory))
         planning = DaemonThreads(1, "asyncshard-work")  # one, since a generator runs in one thread at a time
         try:
-            await run_all(len(rooms), (self._work(blocks, room, planning) for room in rooms))
+            jobs = (self._work(blocks, room, planning) for room in rooms)
+            await run_bounded(len(rooms), jobs, on_failure="finish")
         finally:
             await planning.aclose()
 
@@ -70,13 +71,13 @@ class Copy:
 
     def _reads(self, block: Block) -> list[RankRuns]:
         side = self._source
-        ranks = (side.moves(block, self._sizes, rank, is_read=True) for rank in range(side.world_size))
+        ranks = (side.rank_runs(block, self._sizes, rank, is_read=True) for rank in range(side.world_size))
         return [moves for moves in ranks if moves.nbytes]
 
     def _write(self, block: Block, room: BlockBuffers, stop: StopFlag) -> int:
         written = 0
         for rank in range(self._side.world_size):
-            moves = self._side.moves(block, self._sizes, rank, is_read=False)
+            moves = self._side.rank_runs(block, self._sizes, rank, is_read=False)
             gathered = None if moves.is_direct else room.staging
             if gathered is not None:
                 copy_runs(room.memory.data, gathered.data, moves.offsets, local_offsets(moves), moves.lengths)

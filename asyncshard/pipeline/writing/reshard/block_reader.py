@@ -10,12 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from asyncshard._core import Lease, copy_runs
+from asyncshard._typing import Int64Array
 from asyncshard.errors import BudgetError
 from asyncshard.pipeline.checkpoint.opened_file import OpenedFile
 from asyncshard.pipeline.memory.budget import Account
 from asyncshard.plan.division.blocks import Extent, RankRuns
 from asyncshard.stores.base import Store
-from asyncshard.tasks.bounded import run_all
+from asyncshard.tasks.bounded import run_bounded
 from asyncshard.tasks.threads import DaemonThreads
 
 Bytes = NDArray[np.uint8]
@@ -99,7 +100,7 @@ class BlockReader:
             self._add_reads(reads, moves, memory, own)
         read_into, shards = self._store.read_into, self._shards
         jobs = (read_into(shards[read.file].meta, read.start, read.views) for read in reads)
-        await run_all(min(_READS_AT_ONCE, len(reads)), jobs)
+        await run_bounded(min(_READS_AT_ONCE, len(reads)), jobs, on_failure="finish")
         if scattered:
             await self._threads.run(_scatter, scattered, memory)
 
@@ -126,7 +127,7 @@ def views_of(moves: RankRuns, memory: Bytes, gathered: Bytes | None) -> list[tup
     return [(extent, [gathered[local[extent.first] : local[extent.last]].data]) for extent in moves.extents]
 
 
-def local_offsets(moves: RankRuns) -> NDArray[np.int64]:
+def local_offsets(moves: RankRuns) -> Int64Array:
     """Return where the runs begin when they lie one after the other."""
     return np.cumsum(moves.lengths) - moves.lengths
 

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
-from numpy.typing import NDArray
-
+from asyncshard._typing import Int64Array
 from asyncshard.errors import CheckpointError
 from asyncshard.format.dtypes import DTYPES
 from asyncshard.pipeline.checkpoint.opened_file import OpenedFile
-from asyncshard.plan.division.chunks import validate_shard_shapes
 from asyncshard.plan.division.divisions import Division, Shape, divide, fitted, whole_shape
 from asyncshard.plan.division.placements import PackedShard, Placement, Replicate, Shard
 from asyncshard.plan.text import LISTED, Problems
 
-Numbers = NDArray[np.int64]
 PlaceTensor = Callable[[str, Shape], Placement]
 """The placement of a tensor, by its name and the shape of the whole."""
 
@@ -26,8 +22,8 @@ class Divider:
     def __init__(
         self,
         shards: Sequence[OpenedFile],
-        files: Numbers,
-        rows: Numbers,
+        files: Int64Array,
+        rows: Int64Array,
         written: dict[str, Placement] | None,
         place: PlaceTensor | None,
         faults: Problems,
@@ -87,23 +83,13 @@ class Divider:
         wrong = [rank for rank, piece in enumerate(division.slices) if piece.shape != locals_[rank]]
         if wrong:
             for rank in wrong:
-                self._faults.add(f"rank {rank}: {_complaint(name, shape, locals_, fit, rank, division)}")
+                self._faults.add(
+                    f"rank {rank}: tensor {name!r} has shape {locals_[rank]}, must be {division.slices[rank].shape}: "
+                    f"its piece of {shape} by {fit}"
+                )
             return -1
         self.divisions.append(division)
         self.placements.append(placement)
         self.shapes.append(shape)
         self.codes.append(code)
         return len(self.divisions) - 1
-
-
-def _complaint(
-    name: str, shape: Shape, locals_: tuple[Shape, ...], placement: Placement, rank: int, division: Division
-) -> str:
-    """Say what is wrong with a rank's shape."""
-    if isinstance(placement, Replicate) or (isinstance(placement, Shard) and placement.pieces is None):
-        dim, pieces = (0, 1) if isinstance(placement, Replicate) else (placement.dim, len(locals_))
-        spec = {"name": name, "shape": shape, "shard_dim": dim, "num_shards": pieces, "local_shape": locals_[rank]}
-        sentences = validate_shard_shapes([spec], rank, len(locals_))
-        if sentences:
-            return " ".join(sentences).replace("Spec 0 (", "tensor ", 1).replace("): ", ": ", 1)
-    return f"tensor {name!r} has shape {locals_[rank]}, must be {division.slices[rank].shape} by {placement}"

@@ -11,6 +11,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from asyncshard._typing import Int64Array
 from asyncshard.format.digests import digests_of
 from asyncshard.pipeline.writing.reshard.block_reader import BlockBuffers, BlockReader, Bytes
 from asyncshard.pipeline.writing.reshard.source import Source
@@ -18,10 +19,8 @@ from asyncshard.plan.division.blocks import Block, TensorMap, cut_blocks
 from asyncshard.plan.division.divisions import Division
 from asyncshard.plan.division.slices import Slice
 from asyncshard.plan.text import Problems
-from asyncshard.tasks.bounded import run_all
+from asyncshard.tasks.bounded import run_bounded
 from asyncshard.tasks.threads import DaemonThreads
-
-Numbers = NDArray[np.int64]
 
 _STEP = 1 << 20
 
@@ -39,9 +38,9 @@ class Copies:
                 sizes[number] = division.slices[rank].nbytes
         self.source = source
         self.rank = rank
-        self.tensors: Numbers = np.flatnonzero(firsts[side.which] >= 0)
-        self.first_ranks: Numbers = firsts[side.which][self.tensors]
-        self.sizes: Numbers = sizes[side.which][self.tensors]
+        self.tensors: Int64Array = np.flatnonzero(firsts[side.division_of] >= 0)
+        self.first_ranks: Int64Array = firsts[side.division_of][self.tensors]
+        self.sizes: Int64Array = sizes[side.division_of][self.tensors]
 
     def keep(self, chosen: NDArray[np.bool_]) -> None:
         """Leave out those that are not chosen."""
@@ -59,12 +58,12 @@ class Copies:
     def both(self) -> TensorMap:
         """Return where they are: on two ranks, that of the first copy and that of the second."""
         side = self.source.side
-        distinct, which = np.unique(self.sizes, return_inverse=True)
+        distinct, division_of = np.unique(self.sizes, return_inverse=True)
         slices = [Slice((size,), 1, size, ((0, size),)) for size in distinct.tolist()]
         divisions = [Division((piece, piece), frozenset((0,))) for piece in slices]
         ranks = np.stack([self.first_ranks, np.full(len(self.tensors), self.rank)])
         return TensorMap(
-            divisions, which.astype(np.int32), side.files[ranks, self.tensors], side.starts[ranks, self.tensors]
+            divisions, division_of.astype(np.int32), side.files[ranks, self.tensors], side.starts[ranks, self.tensors]
         )
 
 
@@ -115,7 +114,8 @@ class Comparison:
         differing: set[int] = set()
         planning = DaemonThreads(1, "asyncshard-work")
         try:
-            await run_all(len(rooms), (self._work(copies, side, blocks, room, planning, differing) for room in rooms))
+            jobs = (self._work(copies, side, blocks, room, planning, differing) for room in rooms)
+            await run_bounded(len(rooms), jobs, on_failure="finish")
         finally:
             await planning.aclose()
         for index in sorted(differing):
@@ -133,14 +133,14 @@ class Comparison:
         while (block := await planning.run(next, blocks, None)) is not None:
             for rank, memory in enumerate(room):
                 moves = await planning.run(
-                    lambda block, rank: side.moves(block, copies.sizes, rank, is_read=False), block, rank
+                    lambda block, rank: side.rank_runs(block, copies.sizes, rank, is_read=False), block, rank
                 )
                 await self._reader.read([moves], memory, None)
             self.bytes_compared += 2 * block.nbytes
             differing |= await self._threads.run(_differing, copies.sizes, block, room)
 
 
-def _differing(sizes: Numbers, block: Block, room: BlockBuffers) -> set[int]:
+def _differing(sizes: Int64Array, block: Block, room: BlockBuffers) -> set[int]:
     """Return the tensors of a block whose copies differ."""
     one, other = room.memory[: block.nbytes], room.staging[: block.nbytes]
     if _is_same(one, other):

@@ -5,18 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from asyncshard._core import HeaderTable, StopFlag
+from asyncshard._typing import Int64Array
 from asyncshard.errors import CheckpointError
 from asyncshard.format.pattern import ShardPattern
 from asyncshard.pipeline.checkpoint.checkpoint import Checkpoint, Selection
 from asyncshard.pipeline.checkpoint.opened_file import OpenedFile
+from asyncshard.pipeline.checkpoint.opening import Opening
 from asyncshard.pipeline.checkpoint.slicing import find_plan
 from asyncshard.pipeline.checkpoint.ties import place_ties, ties_with_rules
-from asyncshard.pipeline.memory.budget import Account
 from asyncshard.pipeline.writing.reshard.block_copy import Copy
 from asyncshard.pipeline.writing.reshard.block_reader import BlockBuffers, BlockReader, take_block_buffers
 from asyncshard.pipeline.writing.reshard.companions import companion_files, copy_companions
@@ -31,10 +32,8 @@ from asyncshard.plan.files.survey import Survey, survey_names
 from asyncshard.plan.text import Problems
 from asyncshard.plan.tp.models import require_known
 from asyncshard.plan.tp.plan import TpPlan
-from asyncshard.stores import Store
-from asyncshard.tasks.bounded import run_all
+from asyncshard.tasks.bounded import run_bounded
 from asyncshard.tasks.pace import yielding_gil
-from asyncshard.tasks.threads import DaemonThreads
 
 WRITERS = 1
 """Threads that gather and write: with two or three it was no faster on two cores, and the event loop waited longer."""
@@ -72,21 +71,19 @@ class ReshardRequest:
 class Reshard:
     """The steps of one reshard: look, check, copy, put in place."""
 
-    def __init__(
-        self, store: Store, target: Target, wanted: ReshardRequest, threads: DaemonThreads, account: Account
-    ) -> None:
-        self._store = store
+    def __init__(self, opening: Opening, target: Target, wanted: ReshardRequest) -> None:
+        self._store = opening.store
+        self._threads = opening.threads
+        self._account = opening.account
         self._target = target
         self._wanted = wanted
-        self._threads = threads
-        self._account = account
 
     async def run(self) -> ReshardReport:
         names, source = await self._open()
         plan = await self._plan(source)
         self._account.charge_headers(source.side.nbytes + plan.nbytes, self._store.url)
         rooms = await take_block_buffers(
-            self._account, self._wanted.chunk_size or min(self._store.chunk_size, _BLOCK_BYTES)
+            self._account, self._wanted.chunk_size or min(self._store.pacing.chunk_size, _BLOCK_BYTES)
         )
         reader = BlockReader(self._store, source.shards, self._threads)
         bytes_compared = await self._compare(source, reader, rooms)
@@ -99,7 +96,8 @@ class Reshard:
         if not plan.is_ranks and files != [SINGLE_NAME]:
             await self._threads.run(self._write_index, source, plan)
             files.append(INDEX_NAME)
-        await run_all(WRITERS, (self._threads.run(self._target.flush, name) for name in [*others, *files]))
+        flushes = (self._threads.run(self._target.flush, name) for name in [*others, *files])
+        await run_bounded(WRITERS, flushes, on_failure="finish")
         await self._threads.run(self._target.commit, [*others, *files])
         return ReshardReport(
             tuple(os.path.join(self._target.directory, name) for name in files),
@@ -144,8 +142,8 @@ class Reshard:
             tied = await self._threads.run(next, place_ties(first, ties, selection, plan), None)
             if tied is not None:
                 raise CheckpointError(
-                    f"{url}: {tied.name!r} is tied to {tied.kept!r}, and the tp_plan divides them differently: reshard "
-                    "keeps tied tensors one. Leave the rule for the former out; a load may still have it",
+                    f"{url}: {tied.name!r} is tied to {tied.stored_name!r}, and the tp_plan divides them differently: "
+                    "reshard keeps tied tensors one. Leave the rule for the former out; a load may still have it",
                     path=url,
                     tensor=tied.name,
                 )
@@ -197,7 +195,7 @@ class Reshard:
         await copy.run(rooms)
         return copy
 
-    def _write_headers(self, plan: TargetPlan, stop: StopFlag) -> np.ndarray[Any, np.dtype[np.int64]]:
+    def _write_headers(self, plan: TargetPlan, stop: StopFlag) -> Int64Array:
         sizes = np.zeros(len(plan.files.files), np.int64)
         for number, file in enumerate(plan.files.files):
             header = plan.header(number)

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
+from asyncshard._typing import Int64Array
 from asyncshard.errors import CheckpointError, FormatError
 from asyncshard.format.digests import DIGESTS_KEY
 from asyncshard.format.pattern import ShardPattern
@@ -27,14 +27,11 @@ from asyncshard.plan.division.placements import Placement
 from asyncshard.plan.files.survey import Survey
 from asyncshard.plan.text import Problems
 from asyncshard.stores.base import Store
-from asyncshard.tasks.bounded import run_all
+from asyncshard.tasks.bounded import run_bounded
 from asyncshard.tasks.pace import yielding_gil
 from asyncshard.tasks.threads import DaemonThreads
 
-Numbers = NDArray[np.int64]
-
 _RANKS_AT_ONCE = 4
-_LISTED = 20
 _OUR_KEYS = (DIGESTS_KEY, PLACEMENT_KEY, WORLD_SIZE_KEY, SAVE_KEY)
 
 
@@ -43,9 +40,9 @@ class Tensors(NamedTuple):
 
     shards: tuple[OpenedFile, ...]
     """The first rank's."""
-    files: Numbers
+    files: Int64Array
     """The index of each tensor's shard."""
-    rows: Numbers
+    rows: Int64Array
     """Its row there."""
 
     def name(self, tensor: int) -> str:
@@ -70,17 +67,17 @@ class Source(NamedTuple):
     """What all files say, but for the keys that are ours."""
     is_ranks: bool
     """Whether it is of rank shards, be it of one rank."""
-    rank_rows: Numbers
+    rank_rows: Int64Array
     """For each rank, the row of each tensor in its shard."""
 
     @property
-    def sizes(self) -> Numbers:
+    def sizes(self) -> Int64Array:
         """Bytes of each whole tensor."""
         sizes = [
             sum(piece.nbytes for rank, piece in enumerate(division.slices) if rank in division.first_ranks)
             for division in self.side.divisions
         ]
-        return np.array(sizes, np.int64)[self.side.which]
+        return np.array(sizes, np.int64)[self.side.division_of]
 
 
 async def open_source(
@@ -111,7 +108,7 @@ async def open_source(
         except (CheckpointError, FormatError) as error:
             faults.add(str(error))
 
-    await run_all(_RANKS_AT_ONCE, (open_rank(rank) for rank in range(world_size)))
+    await run_bounded(_RANKS_AT_ONCE, (open_rank(rank) for rank in range(world_size)), on_failure="finish")
     faults.require_none()
     return [found[rank] for rank in range(world_size)]
 
@@ -147,14 +144,14 @@ def join_source(checkpoints: Sequence[Checkpoint], place: PlaceTensor | None, *,
         )
     divider = Divider(shards, files, rows, written, place, faults)
     count = len(tensors.rows)
-    which = np.fromiter((divider.find(each, tensors.name(each)) for each in yielding_gil(range(count))), np.int32)
+    division_of = np.fromiter((divider.find(each, tensors.name(each)) for each in yielding_gil(range(count))), np.int32)
     faults.require_none()
     tables = [shard.header.table for shard in shards]
     starts = np.empty(files.shape, np.int64)
     for number, table in enumerate(tables):
         chosen = files == number
         starts[chosen] = table.starts[rows[chosen]]
-    side = TensorMap(divider.divisions, which, files, starts)
+    side = TensorMap(divider.divisions, division_of, files, starts)
     return Source(
         shards,
         tensors,
@@ -175,7 +172,7 @@ def _list_tensors(checkpoint: Checkpoint) -> Tensors:
     return Tensors(checkpoint.shards, files, rows)
 
 
-def _match(checkpoints: Sequence[Checkpoint], tensors: Tensors, faults: Problems) -> tuple[Numbers, Numbers]:
+def _match(checkpoints: Sequence[Checkpoint], tensors: Tensors, faults: Problems) -> tuple[Int64Array, Int64Array]:
     """Find every tensor with every rank; return the files, counted over all ranks, and the rows in them."""
     count = len(tensors.rows)
     files = np.zeros((len(checkpoints), count), np.int64)
