@@ -76,5 +76,5 @@ def test_the_digest_of_an_array_is_that_of_its_bytes():
 
 def test_missing_xxhash_is_an_error_with_its_remedy(monkeypatch):
     monkeypatch.setitem(sys.modules, "xxhash", None)
-    with pytest.raises(ImportError, match=r"xxhash: pip install 'asyncshard\[cache\]'"):
+    with pytest.raises(ImportError, match=r"xxhash is not installed: pip install 'asyncshard\[cache\]'"):
         load_digest()

@@ -225,22 +225,6 @@ class MemoryBudget:
         """Give unused pages back to the system if no account is open. This is slow: call it off the event loop."""
         self._discard(self._take_idle())
 
-    async def trim_in_thread(self, threads: DaemonThreads | None = None) -> None:
-        """Give unused pages back to the system in a thread, if no account is open.
-
-        A cancel does not interrupt it: it finishes, and then raises. Without `threads` a new thread does the work; no
-        thread is started if there is nothing to give back.
-        """
-        idle = self._take_idle()
-        if not idle:
-            return
-        worker = threads or DaemonThreads(1, "asyncshard-work")
-        try:
-            await wait_to_end(asyncio.wrap_future(worker.submit(self._discard, idle)))
-        finally:
-            if worker is not threads:
-                await worker.aclose()
-
     def _take_idle(self) -> list[Extent]:
         with self._lock:
             self._settle()
@@ -532,7 +516,7 @@ class Account:
     async def aclose(self, threads: DaemonThreads | None = None) -> None:
         """Close the account, and give unused pages back to the system. A cancel does not interrupt it."""
         self.close()
-        await self.budget.trim_in_thread(threads)
+        await trim_in_thread(self.budget, threads)
 
 
 def _megabytes(nbytes: int) -> str:
@@ -542,3 +526,20 @@ def _megabytes(nbytes: int) -> str:
 def charge_of(nbytes: int) -> int:
     """Return the bytes that a buffer of `nbytes` takes of the budget: whole pages, at least one."""
     return round_up(max(nbytes, 1))
+
+
+async def trim_in_thread(budget: MemoryBudget, threads: DaemonThreads | None = None) -> None:
+    """Give the unused pages of a budget back to the system in a thread, if no account is open.
+
+    A cancel does not interrupt it: it finishes, and then raises. Without `threads` a new thread does the work; no
+    thread is started if there is nothing to give back.
+    """
+    idle = budget._take_idle()
+    if not idle:
+        return
+    worker = threads or DaemonThreads(1, "asyncshard-work")
+    try:
+        await wait_to_end(asyncio.wrap_future(worker.submit(budget._discard, idle)))
+    finally:
+        if worker is not threads:
+            await worker.aclose()

@@ -154,12 +154,18 @@ def test_a_large_header_is_planned_with_few_objects_and_lets_others_run(checkpoi
     header = parse_header(text, len(text) + count * 64 * 64 * 4)
     seen = []
 
-    def paced(numbers):
+    def yielding_gil(numbers):
         seen.append(len(numbers))
         return iter(numbers)
 
     part = make_file_slice(
-        header, TpPlan({name: Shard(0) for name in header}), None, rank=3, world_size=64, path="x", paced=paced
+        header,
+        TpPlan({name: Shard(0) for name in header}),
+        None,
+        rank=3,
+        world_size=64,
+        path="x",
+        yielding_gil=yielding_gil,
     )
     assert seen == [count]
     assert part.bytes_needed == part.bytes_read(0) == count * 64 * 4
