@@ -38,6 +38,24 @@ def span(memory: NDArray[Any]) -> tuple[int, int]:
     return low, high
 
 
+class Within(NamedTuple):
+    """Which bytes of another array's memory an array spans."""
+
+    start: int
+    stop: int
+    nbytes: int
+    """Bytes that the other array spans."""
+
+
+def within(memory: NDArray[Any], other: NDArray[Any]) -> Within | None:
+    """Return where an array lies in the memory of another one; None if it does not."""
+    low, high = span(memory)
+    other_low, other_high = span(other)
+    if other_low <= low and high <= other_high:
+        return Within(low - other_low, high - other_low, other_high - other_low)
+    return None
+
+
 class MemoryBounds(NamedTuple):
     """The address range that the elements of a tensor span."""
 

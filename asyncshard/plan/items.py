@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from asyncshard._typing import Int64Array
+from asyncshard.plan.ranges import merge_ranges
 
 GRAIN = 64
 """Parts of a split tensor are multiples of this many bytes, so that no element is cut."""
@@ -52,13 +53,9 @@ def whole_tensors(
     max_tensors : int
         How many tensors an item holds at most.
     """
-    count = len(starts)
-    first = 0
-    while first < count:
-        last = int(np.searchsorted(stops, starts[first] + limit, side="right"))
-        last = max(min(last, first + max_tensors), first + 1)
+    bounds = merge_ranges(starts, stops - starts, max_gap=0, max_bytes=limit, max_count=max_tensors)
+    for first, last in itertools.pairwise(bounds.tolist()):
         yield ReadItem(shard, int(starts[first]), int(stops[last - 1]), first, last)
-        first = last
 
 
 def placed_tensors(

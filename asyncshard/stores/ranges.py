@@ -7,14 +7,15 @@ copied out of it. A range alone is read straight to where it belongs.
 from __future__ import annotations
 
 import asyncio
+import itertools
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from typing import NamedTuple
 
-import numpy as np
-
 from asyncshard._core import gather_runs
 from asyncshard._typing import Int64Array
+from asyncshard.plan.ranges import merge_ranges
 from asyncshard.tasks.bounded import run_bounded
 from asyncshard.tasks.threads import DaemonThreads
 
@@ -88,9 +89,10 @@ async def read_ranges(
 
     All or an error; nothing writes into the buffers after this has returned or raised.
     """
-    groups = _groups(offsets, lengths, buffers, max_gap=max_gap, max_bytes=scratch.slab_bytes)
+    bounds = merge_ranges(offsets, lengths, max_gap=max_gap, max_bytes=scratch.slab_bytes, max_count=sys.maxsize)
+    groups = _groups(bounds, lengths, buffers)
     reads = (_read_group(read_into, offsets[group.first : group.last], lengths, group, scratch) for group in groups)
-    await run_bounded(min(_GROUPS_AT_ONCE, len(offsets)), reads, on_failure="cancel")
+    await run_bounded(min(_GROUPS_AT_ONCE, len(bounds) - 1), reads, on_failure="cancel")
 
 
 async def _read_group(
@@ -107,21 +109,12 @@ async def _read_group(
         await scratch.gather(cover, offsets - start, lengths[group.first : group.last], group.buffers)
 
 
-def _groups(
-    offsets: Int64Array, lengths: Int64Array, buffers: Sequence[memoryview], *, max_gap: int, max_bytes: int
-) -> Iterator[_Group]:
+def _groups(bounds: Int64Array, lengths: Int64Array, buffers: Sequence[memoryview]) -> Iterator[_Group]:
+    """Yield the groups between `bounds`, with their share of the buffers."""
     cut = cutter(buffers)
     next(cut)
-    ends = offsets + lengths
-    # The indexes at which a new group begins because of what lies before.
-    far = np.flatnonzero(np.concatenate([offsets[1:] - ends[:-1] > max_gap, [True]])) + 1
-    first = 0
-    while first < len(offsets):
-        last = int(far[np.searchsorted(far, first, side="right")])
-        last = min(last, int(np.searchsorted(ends, offsets[first] + max_bytes, side="right")))
-        last = max(last, first + 1)
+    for first, last in itertools.pairwise(bounds.tolist()):
         yield _Group(first, last, cut.send(int(lengths[first:last].sum())))
-        first = last
 
 
 def cutter(buffers: Sequence[memoryview]) -> Generator[list[memoryview], int, None]:

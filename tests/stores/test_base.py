@@ -6,7 +6,8 @@ import pytest
 from asyncshard.errors import FormatError
 from asyncshard.events import Unverified
 from asyncshard.stores import LocalStore, Pacing, Store
-from asyncshard.stores.disk_cache import CachedStore, DiskCache
+from asyncshard.stores.disk_cache.directory import DiskCache
+from asyncshard.stores.disk_cache.store import CachedStore
 from asyncshard.stores.s3 import S3Store
 from asyncshard.testing import FaultyStore, GatedStore, MemoryStore
 

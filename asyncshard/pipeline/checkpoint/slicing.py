@@ -58,7 +58,7 @@ async def open_sliced(
         missing = [name for name in wanted if not any(name in shard.header for shard in whole.shards)]
         require_wanted(sum(len(shard.header) for shard in shards), missing, store.url)
     kept = tuple(shard for shard in shards if len(shard.header) or shard.slice is None)
-    checkpoint = Checkpoint(kept, whole.reader, tied, tuple(ties.items()), tensor_filter=selection.tensor_filter)
+    checkpoint = whole._replace(shards=kept, tied=tied, ties=tuple(ties.items()), tensor_filter=selection.tensor_filter)
     before, after = (sum(shard.nbytes for shard in each.with_tied().shards) for each in (whole, checkpoint))
     account.charge_headers(after - before, store.url)
     return await with_slice_reader(checkpoint, threads, account, chunk_size=chunk_size)

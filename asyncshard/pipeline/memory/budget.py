@@ -209,21 +209,6 @@ class MemoryBudget:
         """Give unused pages back to the system if no account is open. Slow: not for the event loop."""
         self._discard(self._take_idle())
 
-    async def trim_in_thread(self, threads: DaemonThreads | None = None) -> None:
-        """Give unused pages back to the system in a thread, if no account is open; to the end, even when cancelled.
-
-        No thread is started where there is nothing to give back. By default it has a thread of its own.
-        """
-        idle = self._take_idle()
-        if not idle:
-            return
-        worker = threads or DaemonThreads(1, "asyncshard-work")
-        try:
-            await wait_to_end(asyncio.wrap_future(worker.submit(self._discard, idle)))
-        finally:
-            if worker is not threads:
-                await worker.aclose()
-
     def _take_idle(self) -> list[Extent]:
         with self._lock:
             self._settle()
@@ -509,7 +494,7 @@ class Account:
     async def aclose(self, threads: DaemonThreads | None = None) -> None:
         """End the count, and give unused pages back to the system; to the end, even when cancelled."""
         self.close()
-        await self.budget.trim_in_thread(threads)
+        await trim_in_thread(self.budget, threads)
 
 
 def _megabytes(nbytes: int) -> str:
@@ -519,3 +504,19 @@ def _megabytes(nbytes: int) -> str:
 def charge_of(nbytes: int) -> int:
     """What a buffer of `nbytes` is charged: whole pages."""
     return round_up(max(nbytes, 1))
+
+
+async def trim_in_thread(budget: MemoryBudget, threads: DaemonThreads | None = None) -> None:
+    """Trim a budget in a thread, by default one of its own; to the end, even when cancelled.
+
+    No thread is started where there is nothing to give back.
+    """
+    idle = budget._take_idle()
+    if not idle:
+        return
+    worker = threads or DaemonThreads(1, "asyncshard-work")
+    try:
+        await wait_to_end(asyncio.wrap_future(worker.submit(budget._discard, idle)))
+    finally:
+        if worker is not threads:
+            await worker.aclose()

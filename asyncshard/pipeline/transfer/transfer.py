@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from asyncshard._core import Lease
-from asyncshard.pipeline.checkpoint.checkpoint import Checkpoint, ties_of
-from asyncshard.pipeline.checkpoint.version import CheckpointVersion
+from asyncshard.pipeline.checkpoint.checkpoint import Checkpoint
+from asyncshard.pipeline.checkpoint.ties import find_ties, ties_of
+from asyncshard.pipeline.checkpoint.version import version_of
 from asyncshard.plan.items import ReadItem
 from asyncshard.stores.base import Pacing
 from asyncshard.tasks.bounded import run_bounded
@@ -22,9 +23,10 @@ class Reading(NamedTuple):
     pacing: Pacing
     threads: DaemonThreads
 
-    def with_tied(self) -> Reading:
-        """Return the same reading, of the tied tensors too (`Checkpoint.with_tied`)."""
-        return self._replace(checkpoint=self.checkpoint.with_tied())
+    async def with_ties(self) -> Reading:
+        """Return the reading of all that there is: tied tensors too, and the ties of ``config.json``."""
+        checkpoint = await find_ties(self.checkpoint, self.threads)
+        return self._replace(checkpoint=checkpoint.with_tied())
 
 
 class Transfer(ABC):
@@ -42,7 +44,7 @@ class Transfer(ABC):
         self.missing: tuple[str, ...] = ()
         self.unexpected: tuple[str, ...] = ()
         self.narrowed: tuple[str, ...] = ()
-        self.version = CheckpointVersion.of(self.checkpoint)
+        self.version = version_of(self.checkpoint)
         self.ties = ties_of(self.checkpoint)
 
     @abstractmethod

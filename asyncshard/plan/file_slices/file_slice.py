@@ -7,6 +7,7 @@ share a pattern of runs (:mod:`asyncshard.plan.division.slices`).
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from asyncshard._typing import Int64Array
 from asyncshard.format.header import Header
 from asyncshard.plan.division.slices import Slice
+from asyncshard.plan.ranges import merge_ranges
 
 
 class Ranges(NamedTuple):
@@ -195,5 +197,6 @@ def _joined(offsets: Int64Array, lengths: Int64Array) -> Ranges:
     """Make one range of those that touch."""
     if len(offsets) < 2:
         return Ranges(offsets, lengths)
-    begins = np.flatnonzero(np.concatenate([[True], offsets[1:] != offsets[:-1] + lengths[:-1]]))
+    bounds = merge_ranges(offsets, lengths, max_gap=0, max_bytes=sys.maxsize, max_count=sys.maxsize)
+    begins = bounds[:-1]
     return Ranges(offsets[begins], np.add.reduceat(lengths, begins))

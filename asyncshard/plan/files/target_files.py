@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import sys
 from typing import NamedTuple
 
 import numpy as np
@@ -9,6 +11,7 @@ import numpy as np
 from asyncshard._typing import Int64Array
 from asyncshard.format.pattern import ShardPattern
 from asyncshard.plan.files.layout import SINGLE_NAME
+from asyncshard.plan.ranges import merge_ranges
 
 
 class TargetFile(NamedTuple):
@@ -67,15 +70,8 @@ def lay_out(
 
 def _parts(sizes: Int64Array, limit: int) -> list[tuple[int, int]]:
     """Return the first and last index (half-open) of the tensors of each file: at most `limit` bytes, or one tensor."""
-    before = np.concatenate(([0], np.cumsum(sizes)))
-    bounds: list[tuple[int, int]] = []
-    first = 0
-    while first < len(sizes) or not bounds:
-        last = int(np.searchsorted(before, before[first] + limit, side="right")) - 1
-        last = min(max(last, first + 1), len(sizes))
-        bounds.append((first, last))
-        first = last
-    return bounds
+    bounds = merge_ranges(np.cumsum(sizes) - sizes, sizes, max_gap=0, max_bytes=limit, max_count=sys.maxsize)
+    return list(itertools.pairwise(bounds.tolist())) or [(0, 0)]
 
 
 def _hugging_face_name(part: int, count: int) -> str:

@@ -19,9 +19,7 @@ from asyncshard.plan.division.placements import Placement, Shard
 from asyncshard.plan.text import enumerate_names
 from asyncshard.plan.tp.plan import TpPlan
 
-_GEMMA = frozenset({"gemma", "gemma2", "gemma3_text"})
-_MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"}) | _GEMMA
-_TIED_UNLESS_SAID = _GEMMA | {"gemma3"}
+_MODEL_TYPES = frozenset({"gemma", "gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3"})
 _EXPERTS = (
     "moe_intermediate_size",
     "moe_num_experts",
@@ -103,28 +101,6 @@ def require_known(plan: TpPlan, names: Iterable[str], *, path: str | None = None
             path=path,
             tensor=others[0],
         )
-
-
-def ties_embeddings(config: Mapping[str, Any], *, path: str | None = None) -> bool:
-    """Return whether the model's head is its embedding, so that a checkpoint need not hold both.
-
-    Without a word of the config Gemma's is, and no other.
-
-    Raises
-    ------
-    CheckpointError
-        The config is not a mapping, or ``tie_word_embeddings`` is neither true nor false.
-    """
-    _check_config(config, path)
-    tied = config.get("tie_word_embeddings")
-    if tied is None:
-        model_type = config.get("model_type")
-        return isinstance(model_type, str) and model_type in _TIED_UNLESS_SAID
-    if not isinstance(tied, bool):
-        raise CheckpointError(
-            f"{path or 'config.json'}: tie_word_embeddings must be true or false, got {short_repr(tied)}", path=path
-        )
-    return tied
 
 
 def _check_config(config: object, path: str | None) -> None:

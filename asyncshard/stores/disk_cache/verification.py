@@ -3,25 +3,11 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 
 from asyncshard._core import StopFlag
 from asyncshard.stores.disk_cache.directory import DiskCache
 from asyncshard.stores.disk_cache.entry import ABSENT, BLOCK_BYTES, TEMPORARY, CorruptEntryError, Entry, digest_of
-
-
-@dataclass(frozen=True, slots=True)
-class CacheReport:
-    """Result of the verification of a cache."""
-
-    entries: int
-    """Objects of which the cache has some or all blocks."""
-    blocks: int
-    """Blocks of these objects; all match their digests."""
-    nbytes: int
-    """Bytes of these blocks."""
-    dropped: tuple[str, ...]
-    """Paths of entries that were wrong and have been removed."""
+from asyncshard.stores.disk_cache.report import CacheReport
 
 
 def verify(cache: DiskCache, stop: StopFlag) -> CacheReport:

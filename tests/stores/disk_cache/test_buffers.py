@@ -6,9 +6,9 @@ import threading
 
 import pytest
 
-from asyncshard.stores.disk_cache import CachedStore
 from asyncshard.stores.disk_cache.buffers import BlockBuffers
 from asyncshard.stores.disk_cache.entry import BLOCK_BYTES
+from asyncshard.stores.disk_cache.store import CachedStore
 
 MIB = 1 << 20
 

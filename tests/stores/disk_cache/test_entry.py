@@ -7,9 +7,9 @@ import stat
 import pytest
 
 from asyncshard._core import StopFlag
-from asyncshard.stores.disk_cache import CachedStore
 from asyncshard.stores.disk_cache.entry import Layout
 from asyncshard.stores.disk_cache.eviction import make_room
+from asyncshard.stores.disk_cache.store import CachedStore
 from asyncshard.stores.disk_cache.verification import verify
 
 MIB = 1 << 20

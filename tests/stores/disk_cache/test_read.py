@@ -2,8 +2,8 @@
 
 import asyncio
 
-from asyncshard.stores.disk_cache import CachedStore
 from asyncshard.stores.disk_cache import entry as entry_module
+from asyncshard.stores.disk_cache.store import CachedStore
 from asyncshard.testing import GatedStore
 
 MIB = 1 << 20

@@ -7,8 +7,8 @@ import threading
 
 import pytest
 
-from asyncshard.stores.disk_cache import CachedStore
 from asyncshard.stores.disk_cache.session import CacheSession
+from asyncshard.stores.disk_cache.store import CachedStore
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])

@@ -8,9 +8,9 @@ import pytest
 
 from asyncshard.errors import ObjectChangedError, StoreError
 from asyncshard.stores.base import Pacing
-from asyncshard.stores.disk_cache import CachedStore
 from asyncshard.stores.disk_cache.directory import key_of
 from asyncshard.stores.disk_cache.entry import ABSENT, BLOCK_BYTES, Entry
+from asyncshard.stores.disk_cache.store import CachedStore
 from asyncshard.testing import Fault, FaultyStore, GatedStore, MemoryStore, StoreTests
 
 MIB = 1 << 20

@@ -11,9 +11,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from asyncshard._core import StopFlag, copy_runs
-from asyncshard.pipeline.writing.directory import Target
 from asyncshard.pipeline.writing.reshard.block_reader import BlockBuffers, BlockReader, local_offsets, views_of
 from asyncshard.pipeline.writing.reshard.source import Source
+from asyncshard.pipeline.writing.reshard.target import Target
 from asyncshard.plan.division.blocks import Block, RankRuns, TensorMap, cut_blocks
 from asyncshard.plan.files.target_files import TargetFiles
 from asyncshard.tasks.bounded import run_bounded

@@ -18,7 +18,6 @@ from asyncshard.pipeline.checkpoint.opened_file import OpenedFile
 from asyncshard.pipeline.checkpoint.opening import Opening
 from asyncshard.pipeline.checkpoint.slicing import find_plan
 from asyncshard.pipeline.checkpoint.ties import place_ties, ties_with_rules
-from asyncshard.pipeline.writing.directory import Target, index_text
 from asyncshard.pipeline.writing.reshard.block_copy import Copy
 from asyncshard.pipeline.writing.reshard.block_reader import BlockBuffers, BlockReader, take_block_buffers
 from asyncshard.pipeline.writing.reshard.companions import companion_files, copy_companions
@@ -26,6 +25,7 @@ from asyncshard.pipeline.writing.reshard.divider import PlaceTensor
 from asyncshard.pipeline.writing.reshard.plan import TargetPlan, plan_target
 from asyncshard.pipeline.writing.reshard.replicas import Comparison, compare_digests
 from asyncshard.pipeline.writing.reshard.source import Source, join_source, open_source
+from asyncshard.pipeline.writing.reshard.target import Target, index_text
 from asyncshard.pipeline.writing.reshard.written_placements import has_placements
 from asyncshard.plan.files.layout import INDEX_NAME, SINGLE_NAME
 from asyncshard.plan.files.survey import Survey, survey_names
@@ -142,8 +142,8 @@ class Reshard:
             tied = await self._threads.run(next, place_ties(first, ties, selection, plan), None)
             if tied is not None:
                 raise CheckpointError(
-                    f"{url}: {tied.name!r} is tied to {tied.kept!r}, and the tp_plan divides them differently: reshard "
-                    "keeps tied tensors one. Leave the rule for the former out; a load may still have it",
+                    f"{url}: {tied.name!r} is tied to {tied.stored_name!r}, and the tp_plan divides them differently: "
+                    "reshard keeps tied tensors one. Leave the rule for the former out; a load may still have it",
                     path=url,
                     tensor=tied.name,
                 )

@@ -14,6 +14,7 @@ from asyncshard._typing import Int64Array
 from asyncshard.errors import CheckpointError, FormatError
 from asyncshard.format.digests import DIGESTS_KEY
 from asyncshard.format.pattern import ShardPattern
+from asyncshard.format.save_id import SAVE_KEY
 from asyncshard.pipeline.checkpoint.checkpoint import Checkpoint, Selection, open_checkpoint
 from asyncshard.pipeline.checkpoint.opened_file import OpenedFile
 from asyncshard.pipeline.memory.budget import Account
@@ -31,7 +32,7 @@ from asyncshard.tasks.pace import yielding_gil
 from asyncshard.tasks.threads import DaemonThreads
 
 _RANKS_AT_ONCE = 4
-_OUR_KEYS = (DIGESTS_KEY, PLACEMENT_KEY, WORLD_SIZE_KEY)
+_OUR_KEYS = (DIGESTS_KEY, PLACEMENT_KEY, WORLD_SIZE_KEY, SAVE_KEY)
 
 
 class Tensors(NamedTuple):
