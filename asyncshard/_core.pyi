@@ -77,23 +77,23 @@ def read_ranges(
 
 @final
 class HeaderTable:
-    """The tensors of one header as columns, in file order: by (start, stop, place in the header)."""
+    """The tensors of one header as columns, in file order: sorted by start, stop, and position in the header."""
 
     def __init__(self, *args: Never, **kwargs: Never) -> None: ...
     def __len__(self) -> int: ...
     def find(self, name: str) -> int:
-        """Return the index of the tensor, or -1."""
+        """Return the index of the tensor with this name, or -1 if there is none."""
 
     def name(self, index: int) -> str: ...
     def row(self, index: int) -> tuple[str, int, tuple[int, ...], int, int]:
-        """Return name, code of the dtype, shape, and the half-open byte range of the file."""
+        """Return a tensor's name, dtype code, shape, and the start and stop of its byte range in the file."""
 
     def kinds(self, spelling: _Spelling) -> tuple[NDArray[np.int32], Int64Array]:
-        """Number the tensors that have the same dtype and shape, and whose names are alike.
+        """Number the kinds of tensors: tensors of one kind have the same dtype and shape, and similar names.
 
-        Returns the number of each tensor, and the index of the first tensor of each number; numbers ascend with these.
-        Names are looked at with ``*`` for each part that is a number ("parts"), with ``*`` for each run of digits
-        ("digits"), or not at all ("").
+        Returns the kind of each tensor, and the index of the first tensor of each kind; kinds are numbered in the order
+        of their first tensors. Two names are similar if they are equal after each dot-separated part that is a number
+        ("parts"), or each run of digits ("digits"), is replaced by ``*``. With "" names are not compared.
         """
 
     def take(
@@ -115,53 +115,56 @@ class HeaderTable:
     def metadata(self) -> dict[str, str]: ...
     @property
     def starts(self) -> Int64Array:
-        """First byte of each tensor, from the beginning of the file; read-only."""
+        """Offset of each tensor's first byte in the file; read-only."""
 
     @property
     def stops(self) -> Int64Array: ...
     @property
     def dtype_codes(self) -> NDArray[np.uint8]:
-        """Places in ``asyncshard.format.dtypes.DTYPES``; read-only."""
+        """Index of each tensor's dtype in ``asyncshard.format.dtypes.DTYPES``; read-only."""
 
     @property
     def nbytes(self) -> int: ...
 
 def parse_header_table(data: Buffer, *, data_start: int, file_size: int, max_tensors: int) -> HeaderTable:
-    """Parse the JSON text of a header, which ends where the data starts. Raises FormatError, without a path."""
+    """Parse the JSON text of a header, which ends at the offset `data_start` of the file.
+
+    Raises FormatError without a path.
+    """
 
 def duplicate_names(tables: Sequence[HeaderTable], *, limit: int) -> list[tuple[str, int, int]]:
-    """Return at most `limit` names that are in two tables, each with the places of both in `tables`."""
+    """Return at most `limit` names that are in two tables, each with the indexes of the two in `tables`."""
 
 # --- weight_map
 
 @final
 class WeightMap:
-    """The file of each tensor, as an index.json tells it."""
+    """The file of each tensor, as an index.json says."""
 
     def __init__(self, *args: Never, **kwargs: Never) -> None: ...
     @property
     def files(self) -> tuple[str, ...]:
-        """The distinct files, in order of first mention, as they are written: not confined."""
+        """The distinct files, in the order of their first mention, as they are written: unchecked."""
 
     def __len__(self) -> int: ...
     def find(self, name: str) -> int:
-        """Return the place in `files` of the tensor's file, or -1."""
+        """Return the index in `files` of the file of a tensor, or -1 if the tensor is not mapped."""
 
     def entry(self, index: int) -> tuple[str, int]:
-        """Return a tensor's name, and the place in `files` of its file, for each index below the length."""
+        """Return the name of the tensor at `index`, and the index in `files` of its file."""
 
     def name(self, index: int) -> str: ...
     def kinds(self, spelling: _Spelling) -> tuple[NDArray[np.int32], Int64Array]:
-        """Number the names that are alike, as `HeaderTable.kinds` does."""
+        """Number the kinds of names as `HeaderTable.kinds` does, by the names alone."""
 
     def first_name(self, file_index: int) -> str:
-        """Return the first tensor that is mapped to the file."""
+        """Return the name of the first tensor that is mapped to a file."""
 
     def compare(self, file_index: int, table: HeaderTable, *, limit: int) -> tuple[list[str], list[str]]:
-        """Return the names mapped to the file that its header lacks, and those it has that are not mapped to it."""
+        """Return the names that are mapped to a file but not in its header, and those in its header but not mapped."""
 
 def parse_weight_map(data: Buffer, *, max_entries: int) -> WeightMap:
-    """Parse the text of an index.json. Raises FormatError, without a path."""
+    """Parse the text of an index.json. Raises FormatError without a path."""
 
 # --- subtensors
 

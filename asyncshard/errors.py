@@ -1,14 +1,14 @@
 """Every error that asyncshard raises, in families that say whose fault it is and whether a retry helps.
 
 ``AsyncShardError``
-    ``FormatError``        the bytes of a file are not a valid checkpoint: fix the file
-    ``CheckpointError``    each file is valid, the set of them is not what was asked for
-    ``DestinationError``   the caller's arrays or state dict cannot take what the checkpoint holds
-    ``BudgetError``        the memory budget is too small for what was asked
+    ``FormatError``        a file is not valid: write or fetch the file again
+    ``CheckpointError``    each file is valid, but the files together are not the checkpoint that was asked for
+    ``DestinationError``   the caller's arrays or state dict cannot take the tensors of the checkpoint
+    ``BudgetError``        the memory budget is too small for the call
     ``StreamClosedError``  a stream was used after it had been closed
-    ``StoreError``         the bytes could not be got; ``retryable`` says whether trying again may help
+    ``StoreError``         the bytes could not be read or written; ``retryable`` says whether a retry may help
 
-Each also inherits the built-in exception that a caller would otherwise catch, and pickles.
+Each error also inherits from the built-in exception that a caller would otherwise catch. All errors can be pickled.
 """
 
 from __future__ import annotations
@@ -22,15 +22,16 @@ class AsyncShardError(Exception):
     Attributes
     ----------
     path : str or None
-        The file, object or directory concerned.
+        The file, object or directory that the error is about.
     tensor : str or None
-        The tensor concerned, where there is one.
+        The name of the tensor that the error is about, if it is about one.
     filled, torn : tuple of str
-        After a failed load into the caller's own memory: the tensors that are whole, and those partly written.
+        After a failed load into the caller's own memory: the names of the tensors that are completely written, and of
+        those that are partly written.
     """
 
     retryable: bool = False
-    """Whether the same call may succeed if it is made again."""
+    """Whether the same call may succeed when it is repeated."""
 
     def __init__(self, message: str, *, path: str | None = None, tensor: str | None = None) -> None:
         super().__init__(message)
@@ -41,12 +42,12 @@ class AsyncShardError(Exception):
         self.torn: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return self.message  # KeyError would show its repr, OSError its errno
+        return self.message  # KeyError would show the repr of the message, OSError its errno
 
     def __reduce__(self) -> tuple[Any, ...]:
         state = dict(self.__dict__)
         if isinstance(self, OSError):
-            state["errno"] = self.errno  # OSError keeps it outside of __dict__
+            state["errno"] = self.errno  # OSError stores it outside of __dict__
         return _rebuild, (type(self), self.args, state)
 
 
@@ -59,7 +60,13 @@ def _rebuild(cls: type[AsyncShardError], args: tuple[Any, ...], state: dict[str,
 
 
 class FormatError(AsyncShardError, ValueError):
-    """A file breaks a rule of its format; ``offset`` is the byte of the file where that shows, if known."""
+    """A file breaks a rule of its format.
+
+    Attributes
+    ----------
+    offset : int or None
+        The byte of the file at which the rule is broken, if it is known.
+    """
 
     def __init__(
         self, message: str, *, path: str | None = None, tensor: str | None = None, offset: int | None = None
@@ -73,15 +80,16 @@ class UnsupportedTensorError(FormatError):
 
 
 class CheckpointError(AsyncShardError, ValueError):
-    """The files of a checkpoint do not make up a whole: a gap, a duplicate, a disagreement."""
+    """The files of a checkpoint do not fit together: some are missing, or duplicate or contradict each other."""
 
 
 class NamesError(CheckpointError, KeyError):
-    """Names of tensors are missing from the checkpoint, or are there and were not expected.
+    """Tensors are missing from a checkpoint, or it has tensors that were not expected.
 
     Attributes
     ----------
     missing, unexpected : tuple of str
+        The names of these tensors; for a ``tp_plan``, `missing` holds the rules that match no tensor.
     """
 
     def __init__(
@@ -102,11 +110,12 @@ class DestinationError(AsyncShardError, ValueError):
 
 
 class BudgetError(AsyncShardError, ValueError):
-    """The memory budget cannot hold what the call needs at once.
+    """The memory budget is smaller than the memory that the call needs at one time.
 
     Attributes
     ----------
     needed_bytes, budget_bytes : int
+        The bytes that the call needs, and the bytes of the budget.
     """
 
     def __init__(
@@ -124,24 +133,24 @@ class BudgetError(AsyncShardError, ValueError):
 
 
 class StreamClosedError(AsyncShardError, RuntimeError):
-    """A stream was closed before its end, and then asked for more."""
+    """A stream was closed before its end, and then asked for another tensor."""
 
 
 class StoreError(AsyncShardError, OSError):
-    """The bytes could not be read or written.
+    """Bytes could not be read from storage, or written to it.
 
     Attributes
     ----------
     start, stop : int or None
-        The byte range of the file that was asked for, half-open.
+        The half-open byte range of the file that was requested.
     bucket, key : str or None
-        Of an object in S3.
+        The bucket and key of an object in S3.
     status : int or None
-        Of the HTTP answer.
+        The status code of the HTTP response.
     request_id : str or None
-        What the server calls the request.
+        The identifier that the server gave the request.
     attempts : int or None
-        How often it was made.
+        How many times the request was made.
     """
 
     bucket: str | None = None
@@ -167,23 +176,23 @@ class StoreError(AsyncShardError, OSError):
 
 
 class ObjectNotFoundError(StoreError, FileNotFoundError):
-    """There is no such file, object or directory."""
+    """The file, object or directory does not exist."""
 
 
 class TargetExistsError(StoreError, FileExistsError):
-    """Something stands where a checkpoint is to be written, and it was not asked to be replaced."""
+    """A file or directory exists at the place of a new checkpoint, and the caller did not ask to replace it."""
 
 
 class AccessDeniedError(StoreError, PermissionError):
-    """The file or object may not be read, or lies outside the directory that was named."""
+    """Access to the file or object is denied, or it lies outside of the directory that was named."""
 
 
 class NotRegularFileError(StoreError):
-    """A directory, FIFO, device or socket stands where a regular file should be."""
+    """The path of a regular file leads to a directory, FIFO, device or socket."""
 
 
 class ObjectChangedError(StoreError):
-    """The file or object is not the one that the load began with; nothing of the new one was delivered."""
+    """The file or object was replaced or changed during a load; no bytes of the new version were delivered."""
 
     retryable = True
 
@@ -199,10 +208,10 @@ class StoreTimeoutError(StoreError, TimeoutError):
 
 
 class ThrottledError(StoreError):
-    """The storage asks for fewer requests, and went on doing so after pauses."""
+    """The storage asked for fewer requests, and still did so after pauses."""
 
     retryable = True
 
 
 class ChecksumError(StoreError):
-    """What was read does not match the checksum of the object; ``retryable`` says whether a new read may."""
+    """The bytes that were read do not match their checksum; ``retryable`` says whether another read may help."""

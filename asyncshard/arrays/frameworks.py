@@ -1,4 +1,4 @@
-"""The array library of each ``framework=``, loaded when it is first asked for: nothing else imports a framework."""
+"""The array library of each value of ``framework=``, imported when it is first used: nothing else imports one."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from asyncshard.arrays.base import ArrayLibrary
+from asyncshard.extras import require
 
 FRAMEWORKS = {"np": "asyncshard.arrays.numpy", "pt": "asyncshard.arrays.torch"}
-"""The module of each library; each has its `ArrayLibrary` under the name ``library``."""
+"""The module of each framework's array library. Each module has an `ArrayLibrary` under the name ``library``."""
 _PACKAGES = {"pt": "torch"}
+"""The optional package that a framework needs."""
 
 
 def load_library(framework: str, destinations: Mapping[str, Any] | None = None) -> ArrayLibrary:
-    """Return the array library of a framework; torch's where a destination is a torch tensor, whatever `framework` is.
+    """Return the array library of a framework, or torch's if one of the `destinations` is a torch tensor.
 
-    The framework is imported here: call it off the event loop the first time.
+    The first call for a framework imports it: make that call off the event loop.
 
     Raises
     ------
@@ -27,12 +29,6 @@ def load_library(framework: str, destinations: Mapping[str, Any] | None = None) 
     torch = sys.modules.get("torch")
     if destinations and torch and any(isinstance(target, torch.Tensor) for target in destinations.values()):
         framework = "pt"
-    try:
-        return cast(ArrayLibrary, importlib.import_module(FRAMEWORKS[framework]).library)
-    except ImportError as error:
-        if error.name != _PACKAGES.get(framework):
-            raise
-        raise ImportError(
-            f"framework={framework!r}: {error.name} is not installed: pip install 'asyncshard[{error.name}]'",
-            name=error.name,
-        ) from error
+    if framework in _PACKAGES:
+        require(f"framework={framework!r}", _PACKAGES[framework])
+    return cast(ArrayLibrary, importlib.import_module(FRAMEWORKS[framework]).library)

@@ -1,4 +1,4 @@
-"""The memory behind arrays and tensors of any library, and destinations that have none: sinks."""
+"""The memory behind arrays and tensors, and sinks: destinations that have no memory of their own."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ from numpy.typing import NDArray
 
 @runtime_checkable
 class Sink(Protocol):
-    """Takes a tensor chunk by chunk: one larger than the budget, or one bound for a device."""
+    """A destination that takes its tensor chunk by chunk, such as one larger than the budget or bound for a device."""
 
     async def write(self, offset: int, buffer: memoryview) -> None:
-        """Take the tensor's bytes from `offset` on. They ascend without gaps; `buffer` is valid until this returns."""
+        """Take the chunk of the tensor's bytes that begins at `offset`.
+
+        Chunks come in order and without gaps. `buffer` is valid until `write` returns.
+        """
 
 
 def is_sink(target: Any) -> bool:
-    """Return whether a destination is a `Sink`, rather than an array."""
+    """Return whether a destination is a `Sink` rather than an array."""
     return not hasattr(target, "shape") and callable(getattr(target, "write", None))
 
 
@@ -35,21 +38,39 @@ def span(memory: NDArray[Any]) -> tuple[int, int]:
     return low, high
 
 
+class Within(NamedTuple):
+    """Which bytes of another array's memory an array spans."""
+
+    start: int
+    stop: int
+    nbytes: int
+    """Bytes that the other array spans."""
+
+
+def within(memory: NDArray[Any], other: NDArray[Any]) -> Within | None:
+    """Return where an array lies in the memory of another one; None if it does not."""
+    low, high = span(memory)
+    other_low, other_high = span(other)
+    if other_low <= low and high <= other_high:
+        return Within(low - other_low, high - other_low, other_high - other_low)
+    return None
+
+
 class MemoryBounds(NamedTuple):
-    """The memory that a tensor's elements span."""
+    """The address range that the elements of a tensor span."""
 
     space: Hashable
-    """Addresses compare only within one: all NumPy memory, or one torch storage of one device."""
+    """Identifies all NumPy memory, or one torch storage on one device. Only addresses in the same space compare."""
     start: int
-    """Address of the lowest byte of an element."""
+    """Address of the lowest byte of all elements."""
     stop: int
-    """Address after the highest one."""
+    """Address after the highest byte of all elements."""
     is_contiguous: bool
-    """Whether the elements fill it, in C order."""
+    """Whether the elements fill the address range, in C order."""
 
 
 def memory_bounds(tensor: Any) -> MemoryBounds | None:
-    """Return the memory that a NumPy array or torch tensor spans, whatever its strides.
+    """Return the address range that a NumPy array or torch tensor spans, whatever its strides.
 
     Returns
     -------
@@ -59,7 +80,7 @@ def memory_bounds(tensor: Any) -> MemoryBounds | None:
     Raises
     ------
     TypeError
-        It is neither.
+        `tensor` is neither a NumPy array nor a torch tensor.
     """
     if isinstance(tensor, np.ndarray):
         start: int = tensor.__array_interface__["data"][0]
@@ -73,12 +94,12 @@ def memory_bounds(tensor: Any) -> MemoryBounds | None:
         return None
     try:
         storage = tensor.untyped_storage()
-        # Not tensor.is_meta: a fake tensor claims a device, only its storage owns up.
+        # Not tensor.is_meta: a fake tensor reports a real device, and only its storage says "meta".
         if storage.device.type == "meta":
             return None
         address = storage.data_ptr()
         start = tensor.data_ptr()
-    except RuntimeError:  # a wrapper around other tensors has no address to give
+    except RuntimeError:  # a wrapper around other tensors has no address
         return None
     if not address and tensor.numel():
         return None
@@ -91,7 +112,7 @@ def memory_bounds(tensor: Any) -> MemoryBounds | None:
 
 
 def _strided_bounds(start: int, shape: Any, strides: Any, itemsize: int) -> tuple[int, int]:
-    """Bounds of elements at ``start`` with strides in bytes, which may be negative or 0."""
+    """Return the address range of elements, the first of them at ``start``; strides in bytes may be negative or 0."""
     stop = start + itemsize
     for size, stride in zip(shape, strides, strict=True):
         if size == 0:

@@ -1,4 +1,4 @@
-"""NumPy arrays: ``framework="np"``, and NumPy destinations."""
+"""NumPy arrays: the tensors of ``framework="np"``, and NumPy destinations."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from asyncshard.format.dtypes import Dtype, from_numpy
 
 
 class NumpyArrays:
-    """NumPy arrays, with `ml_dtypes` for the types that NumPy lacks; F4 and F6 are raw bytes."""
+    """The array library of ``framework="np"``: `ml_dtypes` adds types that NumPy lacks; F4 and F6 are raw bytes."""
 
     def view(self, lease: Lease | None, offset: int, dtype: Dtype, shape: tuple[int, ...], nbytes: int) -> Any:
         buffer: Any = lease

@@ -1,11 +1,11 @@
-"""Leave out the tensors whose memory another tensor holds already, as before a state dict is written.
+"""A filter that drops tensors whose memory another tensor holds already, for use before a state dict is written.
 
-A tensor is dropped when another one of the same storage is contiguous and reaches from its first byte to its last, or
-further. Of two contiguous tensors over the very same bytes the one with the smaller name stays; a contiguous one beats
-one that is not. Tensors that overlap in part stay both.
+A tensor is dropped when another tensor of the same storage is contiguous and reaches from its first byte to its last,
+or further. If two contiguous tensors span exactly the same bytes, the one with the smaller name is kept; a contiguous
+tensor is preferred to one that is not. If two tensors overlap only in part, both are kept.
 
-Only a contiguous tensor (C order) covers: from any other, the bytes between its elements could not be restored. So two
-views that span the same bytes with gaps, or transposed, stay both, though they may be equal; nothing is lost by that.
+Only a contiguous tensor (C order) can cover another: any other one does not hold the bytes between its elements. So two
+views that span the same bytes with gaps, or transposed, are both kept even if they are equal; no data is lost by that.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ class SubtensorFilter:
 
     @staticmethod
     def filter_subtensors(tensors: Mapping[str, T]) -> dict[str, T]:
-        """Keep one tensor for each piece of memory, and drop the empty ones.
+        """Return the tensors whose memory no other tensor covers, without the empty ones.
 
-        What stays is what vLLM's sharded state keeps. Takes O(n log n) time.
+        These are the tensors that vLLM's sharded state keeps. Takes O(n log n) time.
 
         Parameters
         ----------
         tensors : mapping of str to numpy array or torch tensor
-            NumPy arrays are compared by address, torch tensors within one storage of one device. Those that have no
-            memory to share (meta, sparse) stay.
+            NumPy arrays are compared by address, torch tensors within one storage of one device. Tensors without
+            memory to share (meta, sparse) are kept.
 
         Returns
         -------
@@ -44,7 +44,7 @@ class SubtensorFilter:
         Raises
         ------
         TypeError
-            A value is neither, and which.
+            A value is neither a NumPy array nor a torch tensor; the message names it.
         """
         dropped = set()
         spanned = _Columns()
@@ -66,7 +66,7 @@ def _is_empty(tensor: Any) -> bool:
 
 
 class _Columns:
-    """Bounds of many tensors in lists of numbers: 100,000 kept tuples would set off the garbage collector."""
+    """The bounds of many tensors as lists of numbers: 100,000 tuples would trigger the garbage collector."""
 
     def __init__(self) -> None:
         self._names: list[str] = []
@@ -85,6 +85,7 @@ class _Columns:
         self._contiguous.append(is_contiguous)
 
     def covered_names(self) -> list[str]:
+        """Return the names of the tensors that another tensor covers."""
         names = self._names
         name_ranks = np.empty(len(names), np.int64)
         name_ranks[sorted(range(len(names)), key=names.__getitem__)] = np.arange(len(names))

@@ -1,7 +1,7 @@
-"""Torch tensors: ``framework="pt"``, and torch destinations.
+"""Torch tensors: the tensors of ``framework="pt"``, and torch destinations.
 
-Tensors are views of the pipeline's buffers (no copy), on the CPU. Destinations are written through their storage, so
-parameters that require grad, bf16 and 0-d tensors work; autograd does not see the write.
+Delivered tensors are views of the pipeline's buffers on the CPU, without a copy. Destinations are written through their
+storage, so parameters that require grad, bf16 and 0-d tensors work; autograd does not see the write.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ DTYPES = {
     "I64": torch.int64,
     "U64": torch.uint64,
 }
-"""Torch's type for each of the format's; F6 has none and is raw bytes. An F4 element of torch is two of the file."""
+"""The torch dtype of each element type of the format. F6 has none, and is delivered as raw bytes. One F4 element of
+torch holds two F4 elements of the file."""
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -79,7 +80,7 @@ class TorchTensors:
 
 
 def _layout(dtype: Dtype, shape: tuple[int, ...], nbytes: int) -> tuple[torch.dtype, tuple[int, ...]]:
-    """Return the torch dtype and shape of a tensor; raw bytes where torch has none that fits."""
+    """Return the torch dtype and shape of a tensor: those of its raw bytes if torch has no dtype that fits."""
     if dtype.bits % 8 == 0:
         return DTYPES[dtype.name], shape
     if dtype.name == "F4" and shape and shape[-1] % 2 == 0:
@@ -88,7 +89,7 @@ def _layout(dtype: Dtype, shape: tuple[int, ...], nbytes: int) -> tuple[torch.dt
 
 
 def _problem(tensor: torch.Tensor) -> str | None:
-    """Say why a tensor cannot be written from here."""
+    """Return why the CPU cannot write a tensor's memory, or None if it can."""
     if tensor.layout is not torch.strided:
         return f"has layout {tensor.layout}; only strided tensors can be filled"
     if tensor.is_meta:

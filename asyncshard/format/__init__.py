@@ -1,1 +1,1 @@
-"""What is on disk: the safetensors header, the index, the names of shards. Pure: no I/O, nothing asynchronous."""
+"""The formats on disk: the safetensors header, the index, the file names of shards. Pure: no I/O and no async."""

@@ -1,8 +1,8 @@
-"""Digests of single tensors, in a header's own ``__metadata__``.
+"""Digests of the tensors of a file, stored in the ``__metadata__`` of its header.
 
-The value of the key `DIGESTS_KEY` is 32 lower-case hexadecimal digits for each tensor of the file, empty ones too: the
-XXH3 hash of 128 bits of its bytes, big-endian, in the order of the header's table (by file offset). Nothing separates
-them. A program that changes tensors and keeps the metadata must drop the key.
+The value of the key `DIGESTS_KEY` has 32 lower-case hexadecimal digits for each tensor of the file, empty tensors
+included, in the order of their file offsets and without separators. The digits of a tensor are the 128-bit XXH3 hash of
+its bytes, big-endian. A program that changes tensors and copies the metadata must drop the key.
 """
 
 from __future__ import annotations
@@ -14,40 +14,46 @@ import numpy as np
 from numpy.typing import NDArray
 
 from asyncshard.errors import FormatError
+from asyncshard.extras import require
 from asyncshard.format.header import Header
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 Digest = Callable[["Buffer"], bytes]
-"""From a buffer to the digest of its bytes."""
+"""A function that takes a buffer and returns the digest of its bytes, 16 bytes long."""
 
 DIGESTS_KEY = "asyncshard.xxh3_128"
+"""The key of the digests in the metadata."""
 DIGEST_BYTES = 16
+"""The 16 bytes of a 128-bit hash."""
 DIGITS = 2 * DIGEST_BYTES
+"""The 32 hexadecimal digits of a digest."""
 _BLOCK = 1 << 18
-"""Digits decoded at once: NumPy holds the GIL for half a millisecond."""
+"""262,144 digits are decoded at a time: NumPy holds the GIL for half a millisecond."""
 _STEP = 1 << 20
-"""Bytes hashed at once: a tenth of a millisecond, should the package hold the GIL."""
+"""1 MiB is hashed at a time: a tenth of a millisecond, in case xxhash holds the GIL."""
 _NO_DIGIT = 16
+"""The value of a character that is not a lower-case hexadecimal digit; the digits have the values 0 to 15."""
 _VALUES = np.full(256, _NO_DIGIT, np.uint8)
 _VALUES[np.frombuffer(b"0123456789abcdef", np.uint8)] = np.arange(16)
 
 
 def has_digests(header: Header) -> bool:
-    """Return whether a header has the key, whatever its value."""
+    """Return whether the metadata of a header has the key of the digests, whatever its value."""
     return DIGESTS_KEY in header.metadata
 
 
 def digests_of(header: Header, *, path: str | None = None) -> NDArray[np.uint8] | None:
-    """Return the digest of each tensor as a row of 16 bytes, in file order; None where the header has none.
+    """Return the digest of each tensor as a row of 16 bytes, in file order; None if the header has no digests.
 
-    Slow for many tensors, and pure: call it in a thread.
+    This is slow for many tensors: call it in a thread.
 
     Raises
     ------
     FormatError
-        The value is too long, too short, or not of hexadecimal digits in lower case.
+        The value of `DIGESTS_KEY` is too long, too short, or has a character that is not a lower-case hexadecimal
+        digit.
     """
     text = header.metadata.get(DIGESTS_KEY)
     if text is None:
@@ -70,17 +76,16 @@ def digests_of(header: Header, *, path: str | None = None) -> NDArray[np.uint8] 
 
 
 def load_digest() -> Digest:
-    """Return the function from a buffer of bytes to its digest of 16. Slow for large buffers: call it in a thread.
+    """Return the function that computes the digest of a buffer. It is slow for large buffers: call it in a thread.
 
     Raises
     ------
     ImportError
-        The package is not installed.
+        The package xxhash is not installed.
     """
-    try:
-        import xxhash
-    except ImportError as error:
-        raise ImportError("digests of tensors need xxhash: pip install 'asyncshard[cache]'") from error
+    require("digests of tensors", "xxhash")
+    import xxhash
+
     make: Any = xxhash.xxh3_128
 
     def digest(buffer: Buffer) -> bytes:

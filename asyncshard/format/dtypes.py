@@ -1,4 +1,4 @@
-"""The 22 element types of the safetensors format, and what NumPy calls them."""
+"""The 22 element types of the safetensors format, and their NumPy dtypes."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import numpy as np
 
 
 class Dtype(NamedTuple):
-    """One element type."""
+    """An element type of the format."""
 
     name: str
-    """As the header spells it; case matters."""
+    """The name in a header, such as ``"BF16"``; upper and lower case differ."""
     bits: int
-    """Of one element. Elements of 4 and 6 bits are packed."""
+    """The size of one element in bits. Elements of 4 and 6 bits are packed."""
     numpy: np.dtype[np.generic] | None
-    """Little-endian; None where NumPy has no packed type, and the bytes are given as ``uint8``."""
+    """The little-endian NumPy dtype; None for packed types, whose tensors are delivered as ``uint8``."""
 
 
 DTYPES: tuple[Dtype, ...] = (
@@ -46,17 +46,18 @@ DTYPES: tuple[Dtype, ...] = (
     Dtype("I64", 64, np.dtype("<i8")),
     Dtype("U64", 64, np.dtype("<u8")),
 )
-"""In the order of the format; the codes that the compiled parser gives are places in this tuple."""
+"""The element types in the order of the format; a dtype code of the compiled parser is an index into this tuple."""
 
 by_name: Mapping[str, Dtype] = MappingProxyType({dtype.name: dtype for dtype in DTYPES})
+"""The element types by their names in a header."""
 
 _BY_NUMPY = {dtype.numpy: dtype for dtype in DTYPES if dtype.numpy is not None}
 
 
 def from_numpy(dtype: np.dtype[np.generic]) -> Dtype | None:
-    """Return the element type that stores `dtype` as its bytes are, or None where the format has none.
+    """Return the element type that stores the bytes of a NumPy `dtype` unchanged, or None if the format has none.
 
-    A big-endian dtype has none: its bytes would have to be swapped.
+    The result for a big-endian dtype is None, because its bytes would have to be swapped.
     """
     return _BY_NUMPY.get(dtype)
 

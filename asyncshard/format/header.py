@@ -1,9 +1,9 @@
 """The header of a safetensors file: its length, its tensors, its metadata.
 
-Layout: 8 bytes, little-endian unsigned 64-bit ``n``; ``n`` bytes of UTF-8 JSON; the tensors' data, to the end of the
-file. ``docs/format.md`` states the rules, by number. Nothing here reads a file: `header_size` takes the first 8 bytes
-and says how many to get, `parse_header` takes those. The JSON and the rules on the tensors (types, shapes, sizes,
-offsets without a hole or an overlap) are checked by the compiled core, without the GIL.
+A file has 8 bytes with a little-endian unsigned 64-bit number ``n``, then ``n`` bytes of UTF-8 JSON, then the data of
+the tensors, to the end of the file. ``docs/format.md`` states the rules, by number. Nothing here reads a file:
+`header_size` takes the first 8 bytes and returns how many bytes `parse_header` needs. The compiled core checks the JSON
+and the rules for tensors (types, shapes, sizes, offsets without a hole or an overlap), without the GIL.
 """
 
 from __future__ import annotations
@@ -24,50 +24,52 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 PREFIX_BYTES = 8
+"""The 8 bytes that hold the length ``n`` of the JSON text."""
 MAX_HEADER_BYTES = 100_000_000
-"""The format's own limit on ``n``."""
+"""The format's limit on ``n``: 100 million bytes."""
 
 _ALIGNMENT = 8
-"""Of the data: the format's widest element has as many bytes."""
+"""The data begins at a multiple of 8, the size in bytes of the format's widest element."""
 _QUOTED = 1 << 16
-"""Characters that are quoted at once."""
+"""65,536 characters of a string are quoted at a time."""
 _DTYPE_NAMES = tuple(dtype.name for dtype in DTYPES)
 _REMEDY = "the file is damaged or no safetensors file: fetch or write it again"
 
 
 class TensorInfo(NamedTuple):
-    """Where a tensor lies in its file, and what it is."""
+    """The entry of one tensor in a header: its type, its shape, and its byte range in the file."""
 
     name: str
     dtype: str
-    """As the format spells it, such as ``"BF16"``; a key of `asyncshard.format.dtypes.by_name`."""
+    """The format's name of the element type, such as ``"BF16"``; a key of `asyncshard.format.dtypes.by_name`."""
     shape: tuple[int, ...]
-    """In elements; a dimension of an empty tensor may be as large as 2**64 - 1."""
+    """The shape in elements; a dimension of an empty tensor may be as large as 2**64 - 1."""
     start: int
-    """First byte of the tensor, counted from the beginning of the file (not of its data)."""
+    """Offset of the tensor's first byte from the beginning of the file (not of the data)."""
     stop: int
-    """The byte after its last one: the range is half-open."""
+    """Offset of the byte after the tensor's last one: the byte range is half-open."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensor in its file."""
+        """The number of bytes of the tensor in its file."""
         return self.stop - self.start
 
 
 class Header(Mapping[str, TensorInfo]):
     """The tensors of one file by name, in the order of their bytes. Immutable; made by `parse_header` or `take`.
 
-    A tensor's `TensorInfo` is made when it is asked for: a header of a million tensors is a few arrays.
+    The tensors are stored as a few arrays, however many there are. Each look-up makes a new `TensorInfo`.
     """
 
     __slots__ = ("file_size", "size", "table")
 
     def __init__(self, table: HeaderTable, *, size: int, file_size: int) -> None:
         self.table = table
-        """The columns, for code that plans over all tensors at once."""
+        """The tensors as columns, for code that plans over all tensors at once."""
         self.size = size
-        """Bytes of the file before the tensors' data: 8 + n."""
+        """The number of bytes of the file before the data of the tensors: 8 + n."""
         self.file_size = file_size
+        """The number of bytes of the whole file."""
 
     def __getitem__(self, name: str) -> TensorInfo:
         index = self.table.find(name)
@@ -91,12 +93,12 @@ class Header(Mapping[str, TensorInfo]):
 
     @property
     def metadata(self) -> dict[str, str]:
-        """A new dict of the header's ``__metadata__``, empty if it has none."""
+        """The ``__metadata__`` of the header as a new dict, empty if the header has none."""
         return self.table.metadata()
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that the header holds."""
+        """The number of bytes of memory that the header takes."""
         return self.table.nbytes
 
     def take(
@@ -136,19 +138,19 @@ class Header(Mapping[str, TensorInfo]):
 
 
 class HeaderLimits(NamedTuple):
-    """How large a header may be, below the format's own limits."""
+    """Limits on the size of a header, in addition to those of the format."""
 
     max_header_bytes: int | None = None
-    """Bytes of its JSON text; None for the format's limit alone."""
+    """The most bytes of JSON text that a header may have; None for the format's limit alone."""
     max_tensors: int | None = None
-    """Tensors that it lists; None for any number."""
+    """The most tensors that a header may list; None for no limit."""
 
 
 def header_size(prefix: Buffer, file_size: int, *, max_header_bytes: int | None = None, path: str | None = None) -> int:
-    """Return how many bytes of the file come before the tensors' data (8 + n), from its first 8.
+    """Return how many bytes of the file come before the data of its tensors (8 + n), given its first 8 bytes.
 
-    It checks rules 1 to 3 of ``docs/format.md``: everything that must hold before memory is asked for.
-    `max_header_bytes` refuses a smaller ``n`` than the format's limit does; it cannot raise that.
+    Checks rules 1 to 3 of ``docs/format.md``, which must hold before memory for the header is allocated.
+    `max_header_bytes` may lower the format's limit on ``n``; it cannot raise it.
 
     Raises
     ------
@@ -197,15 +199,16 @@ def parse_header(
     Parameters
     ----------
     data
-        The file from its first byte, at least to the end of its header. Not kept, and not to be written to meanwhile.
+        The bytes of the file from the first one, at least to the end of the header. No reference to `data` is kept. It
+        must not be written to during the call.
     file_size
-        Of the file in bytes; None when `data` is the whole of it.
+        The number of bytes of the file; None if `data` is the whole file.
     max_tensors, max_header_bytes
-        Refuse a header with more; None for the format's limits alone.
+        A header with more tensors or bytes is refused; None means that only the format's limits hold.
     path
-        For the messages of errors.
+        Names the file in error messages.
 
-    Pure, and safe in several threads; it holds the GIL for microseconds, whatever the header's size.
+    The function is pure and thread-safe, and holds the GIL only for microseconds, whatever the header's size.
 
     Raises
     ------
@@ -235,17 +238,18 @@ def parse_header(
 def format_header(
     tensors: Iterable[tuple[str, str, tuple[int, ...], int]], metadata: Mapping[str, str] | None = None
 ) -> bytearray:
-    """Return the header of a file that holds these tensors one after the other, up to where their data begins.
+    """Return the bytes of a file, up to the data, that holds these tensors one after the other.
 
     Parameters
     ----------
     tensors : iterable of (name, dtype, shape, nbytes)
-        In the order of their data; `dtype` as the format spells it. Nothing of them is checked.
+        The tensors in the order of their data; `dtype` is the format's name of an element type. They are not checked.
     metadata : mapping of str to str, optional
+        The ``__metadata__`` of the header.
 
     The JSON text is padded with spaces so that the data begins at a multiple of 8.
     """
-    # The text grows in steps, between which other threads get the GIL: made at once it would be held for its megabytes.
+    # The text grows in steps, between which other threads get the GIL: one step for all would hold it for megabytes.
     text = bytearray(PREFIX_BYTES)
     text += b"{"
     for number, (key, value) in enumerate((metadata or {}).items()):
@@ -275,7 +279,7 @@ def format_header(
 
 
 def _quote(text: bytearray, value: str) -> None:
-    """Add a string's JSON to a text, without the quotes."""
+    """Append the JSON form of a string to `text`, without the quotes around it."""
     for start in range(0, len(value), _QUOTED):
         text += encode_basestring_ascii(value[start : start + _QUOTED])[1:-1].encode("ascii")
 

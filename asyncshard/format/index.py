@@ -13,15 +13,15 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 MAX_INDEX_BYTES = 100_000_000
-"""Refused above this before it is read, like a header: a million tensors take about as much."""
+"""An index of more than 100 million bytes, about a million tensors, is refused before it is read, as a header is."""
 
 _DRIVE = re.compile(r"[A-Za-z]:")
 
 
 def parse_index(data: Buffer, *, path: str | None, max_entries: int | None = None) -> WeightMap:
-    """Parse an index and confine it: every file that it names lies in the index's own directory or below it.
+    """Parse an index, and check that every file it names lies in the index's own directory or below it.
 
-    `data` is the whole file; it is not kept. The time goes by without the GIL.
+    `data` is the whole file; no reference to it is kept. The GIL is released while it is parsed.
 
     Raises
     ------
@@ -47,7 +47,7 @@ def parse_index(data: Buffer, *, path: str | None, max_entries: int | None = Non
 
 
 def _reason_to_refuse(file: str) -> str | None:
-    """Say why a file name is not that of a file inside the directory; None when it is."""
+    """Return why a file name may lead out of the directory, or None if it stays inside."""
     if "\0" in file:
         return "holds a NUL"
     if "\\" in file:

@@ -1,7 +1,8 @@
-"""The names of rank shards: ``model-rank-{rank}-part-{part}.safetensors`` and its kin.
+"""The file names of rank shards: ``model-rank-{rank}-part-{part}.safetensors`` and similar patterns.
 
-A template is literal text with one ``{rank}`` (or ``{tp_rank}``, its other name), one ``{part}`` and at most one
-``{pp_rank}``. Each stands for 1 to 18 ASCII digits, leading zeros allowed. A name matches whole or not at all.
+A template is literal text with one ``{rank}`` (also spelled ``{tp_rank}``), one ``{part}`` and at most one
+``{pp_rank}``. Each placeholder stands for 1 to 18 ASCII digits, with or without leading zeros. A file name matches only
+as a whole.
 """
 
 from __future__ import annotations
@@ -12,17 +13,17 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, SupportsIndex
 
 DEFAULT_TEMPLATE = "model-rank-{rank}-part-{part}.safetensors"
-"""What vLLM's sharded state uses without pipeline parallelism."""
+"""The template of vLLM's sharded state without pipeline parallelism."""
 
 PP_TEMPLATE = "model-pp-{pp_rank}-tp-{tp_rank}-part-{part}.safetensors"
-"""What it uses with pipeline parallelism."""
+"""The template of vLLM's sharded state with pipeline parallelism."""
 
 _FIELDS = {"rank": "rank", "tp_rank": "rank", "part": "part", "pp_rank": "pp_rank"}
 _MAX_DIGITS = 18  # such numbers fit int64, and int() of them is quick
 
 
 class ShardName(NamedTuple):
-    """What the name of a rank shard says; ``pp_rank`` is 0 where the template has none."""
+    """The numbers in the file name of a rank shard; ``pp_rank`` is 0 if the template has no ``{pp_rank}``."""
 
     pp_rank: int
     rank: int
@@ -37,7 +38,7 @@ class ShardPattern:
     ----------
     template : str
         A file name with ``{rank}`` (or ``{tp_rank}``) and ``{part}``, each once, and ``{pp_rank}`` at most once. All
-        other text stands for itself. Two placeholders must have something other than digits between them.
+        other text stands for itself. Between two placeholders there must be a character that is no digit.
 
     Raises
     ------
@@ -53,17 +54,17 @@ class ShardPattern:
 
     @property
     def has_pp_rank(self) -> bool:
-        """Whether names carry a pipeline rank."""
+        """Whether the file names hold a pipeline rank."""
         return "pp_rank" in self._regex.groupindex
 
     def format_for_rank(self, rank: int, part: int | str = "*", pp_rank: int = 0) -> str:
-        """Name the file of one rank and part, or with ``part="*"`` write the glob of all its parts.
+        """Return the file name of one part of a rank, or with ``part="*"`` the glob that matches all its parts.
 
         Raises
         ------
         ValueError
-            A number is negative or too long, ``part`` is a text other than ``"*"``, or ``pp_rank`` is not 0 and the
-            template has no place for it.
+            A number is negative or too long, ``part`` is a text other than ``"*"``, or the template has no
+            ``{pp_rank}`` and ``pp_rank`` is not 0.
         """
         if isinstance(part, str) and part != "*":
             raise ValueError(f"part must be a number or '*', got {part!r}")
@@ -77,14 +78,14 @@ class ShardPattern:
         return re.sub(r"\{(\w+)\}", lambda match: texts[_FIELDS[match[1]]], self.template)
 
     def parse(self, name: str) -> ShardName | None:
-        """Read the numbers out of a file name; None if it does not match from its first to its last character."""
+        """Return the numbers in a file name, or None if the whole name does not match."""
         match = self._regex.fullmatch(name)
         if match is None:
             return None
         return ShardName(int(match["pp_rank"]) if self.has_pp_rank else 0, int(match["rank"]), int(match["part"]))
 
     def parse_filename(self, name: str) -> tuple[int, int] | None:
-        """Read ``(rank, part)`` out of a file name; None if it does not match from its first to its last character."""
+        """Return ``(rank, part)`` from a file name, or None if the whole name does not match."""
         parsed = self.parse(name)
         return None if parsed is None else (parsed.rank, parsed.part)
 
@@ -94,7 +95,7 @@ def _compile(template: str) -> re.Pattern[str]:
         raise ValueError(f"a template is a str, got {type(template).__name__}")
     if any(separator in template for separator in "/\\\0"):
         raise ValueError(f"template {template!r}: a file name holds no path separator and no NUL")
-    # Odd places hold the placeholders' names, even ones the text between them.
+    # Pieces at odd indexes are the names of placeholders, those at even indexes the text between them.
     pieces = re.split(r"\{([^{}]*)\}", template)
     if any("{" in text or "}" in text for text in pieces[::2]):
         raise ValueError(f"template {template!r}: a brace is not part of a placeholder; write {{rank}}, {{part}}")

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
 
 from asyncshard._core import StopFlag
+from asyncshard.stores.disk_cache.report import CacheReport
 from asyncshard.stores.local.files import translated
 from asyncshard.stores.opening import make_cache
 from asyncshard.tasks.threads import DaemonThreads
-
-if TYPE_CHECKING:
-    from asyncshard.stores.disk_cache.verification import CacheReport
 
 
 async def verify_cache(cache_dir: str | os.PathLike[str]) -> CacheReport:

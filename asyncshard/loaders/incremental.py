@@ -5,28 +5,23 @@ from __future__ import annotations
 import asyncio
 import inspect
 import os
-from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Coroutine
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
 from asyncshard.errors import ObjectChangedError
-from asyncshard.format.header import Header
 from asyncshard.loaders.loader import Loader, inherited
-from asyncshard.loaders.locations import Locations
+from asyncshard.loaders.locations import Locations, file_with
 from asyncshard.loaders.options import ReadTuning, require_int
-from asyncshard.loaders.sources import OpenedFolder, ShardFile, Sources, key_of
-from asyncshard.pipeline.checkpoint.checkpoint import Checkpoint, refuse_second_cut
-from asyncshard.pipeline.checkpoint.opened_file import FileReader, OpenedFile, read_header_of
-from asyncshard.pipeline.checkpoint.slicing import find_plan, slice_shard, with_slice_reader
+from asyncshard.loaders.sources import ShardFile, Sources, key_of
+from asyncshard.pipeline.checkpoint.opened_file import OpenedFile
+from asyncshard.pipeline.memory.budget import trim_in_thread
 from asyncshard.pipeline.shard_cache.cache import CachedFile, CacheStatistics, ShardCache
-from asyncshard.pipeline.shard_cache.reads import read_one, read_whole, unknown
+from asyncshard.pipeline.shard_cache.reads import unknown
+from asyncshard.pipeline.shard_cache.shard_reader import OpenedFolder, ShardReader
 from asyncshard.pipeline.shard_cache.tensors import ShardTensors
 from asyncshard.pipeline.shard_cache.transfer import ThroughCache
-from asyncshard.pipeline.transfer.buffered import BufferedTransfer
 from asyncshard.pipeline.transfer.stream import Stream
-from asyncshard.pipeline.transfer.transfer import Pacing, Reading
-from asyncshard.plan.files.layout import is_rank_shard
 from asyncshard.stores import Store
 from asyncshard.stores.opening import ModelPath
 from asyncshard.tasks.single_flight import SingleFlight
@@ -83,6 +78,12 @@ class IncrementalShardLoader(Loader):
     def _set_up(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self._cache = ShardCache(self.budget, self._cache_size, is_strict=self.options.strict_budget)
+        self._reader = ShardReader(
+            self._cache,
+            self.selection,
+            chunk_size=self.options.chunk_size,
+            prefetch_count=self.options.prefetch_count,
+        )
         self._headers = SingleFlight()
         self._reads = SingleFlight()
         self._locations = Locations(self.access, self.selection, self._cache)
@@ -120,12 +121,14 @@ class IncrementalShardLoader(Loader):
 
     async def _close_idle(self) -> None:
         await self._sources.aclose()
-        await self.budget.trim_in_thread()
+        await trim_in_thread(self.budget)
 
     async def load_shard(self, shard_file: ShardFile) -> ShardTensors:
         """Return the tensors of one file: a read-only mapping of name to tensor.
 
-        With a `tp_plan` they are this rank's slices, and with a `tensor_filter` the wanted ones.
+        With a `tp_plan` they are this rank's slices, and with a `tensor_filter` the wanted ones. What the file's
+        metadata ties to one of them is among them, in the same memory, unless the plan has a rule for its name.
+        `get_tensor` knows it too, and what ``config.json`` ties.
 
         Tasks that ask for the same file meanwhile share one read. Cancelling one of them disturbs no other; cancelling
         all stops the read.
@@ -148,16 +151,18 @@ class IncrementalShardLoader(Loader):
             self._cache.hits += 1
             return file.tensors
         self._cache.misses += 1
-        return await self._reads.run(key, lambda: self._read(key, shard_file, self._read_whole))
+        return await self._reads.run(key, lambda: self._read(key, shard_file, self._reader.read_file))
 
     async def get_tensor(self, path: ShardFile, name: str) -> Any:
-        """Return one tensor, reading no other's bytes.
+        """Return one tensor, reading no other's bytes. A tied one is the tensor that it is tied to, in the same memory.
 
         Parameters
         ----------
         path : str or path
             A local path or URL of a ``.safetensors`` file, or of a directory or prefix that holds a checkpoint.
         name : str
+            Of a tensor that is stored, or tied to one by a file's metadata or by ``config.json``; the latter tells
+            nothing of one file of several.
 
         Raises
         ------
@@ -167,23 +172,21 @@ class IncrementalShardLoader(Loader):
             The tensor exceeds the budget.
         FormatError, CheckpointError, StoreError
         """
-        if not os.fspath(path).endswith(".safetensors"):
+        is_directory = not os.fspath(path).endswith(".safetensors")
+        if is_directory:
             path = await self._file_of(path, name)
         key = key_of(path)
         file = self._cache.find(key)
-        tensors = None if file is None else file.tensors or file.lone.get(name)
+        tensors = None if file is None else file.with_name(name)
         if tensors is not None:
-            if name not in tensors:
-                raise unknown(key, name)
             self._cache.hits += 1
             return tensors[name]
         self._cache.misses += 1
 
         async def read_it(opened: OpenedFolder, file: CachedFile) -> ShardTensors:
-            async with self._transfer(opened, file) as transfer:
-                return await read_one(transfer, file, self._cache, name)
+            return await self._reader.read_tensor(opened, file, name, is_whole_model=is_directory)
 
-        tensors = await self._reads.run((key, name), lambda: self._read(key, path, read_it))
+        tensors = await self._reads.run((key, name, is_directory), lambda: self._read(key, path, read_it))
         return tensors[name]
 
     async def load_weights_incremental(self, path: ModelPath, callback: Callback) -> None:
@@ -241,7 +244,7 @@ class IncrementalShardLoader(Loader):
         async with self._sources.opened(path) as opened:
             while True:
                 known = self._cache.peek(key)
-                shard = known.shard if known else await self._headers.run(key, lambda: self._read_header(opened))
+                shard = known.shard if known else await self._headers.run(key, lambda: self._reader.read_header(opened))
                 try:
                     with self._cache.pinned(key, shard) as file:
                         return await read(opened, file)
@@ -250,53 +253,20 @@ class IncrementalShardLoader(Loader):
                         raise
                     self._cache.evict(key)  # its header was that of the file before
 
-    async def _read_header(self, opened: OpenedFolder) -> OpenedFile:
-        if is_rank_shard(opened.name, self._selection.pattern):
-            refuse_second_cut(self._selection, opened.store.path_of(opened.name))
-        account = self._cache.open_account()  # while it is parsed
-        try:
-            shard = await read_header_of(
-                opened.store, opened.name, opened.threads, self._options.header_limits, account
-            )
-            if self._selection.is_sliced:
-                plan = await find_plan(opened.store, self._selection, opened.threads)
-                shard = await opened.threads.run(slice_shard, shard, self._selection, plan)
-            return shard
-        finally:
-            self._cache.discard(account)
-
-    async def _read_whole(self, opened: OpenedFolder, file: CachedFile) -> ShardTensors:
-        async with self._transfer(opened, file) as transfer:
-            return await read_whole(transfer, file, self._cache, opened.threads)
-
-    @asynccontextmanager
-    async def _transfer(self, opened: OpenedFolder, file: CachedFile) -> AsyncIterator[BufferedTransfer]:
-        checkpoint = Checkpoint((file.shard,), FileReader(opened.store))
-        pacing = Pacing.of(opened.store, self.options.chunk_size, self.options.prefetch_count)
-        account = self._cache.open_account()  # of the scratch for slices
-        try:
-            if file.shard.slice is not None:
-                checkpoint = await with_slice_reader(checkpoint, opened.threads, account, chunk_size=pacing.chunk_size)
-            yield BufferedTransfer(Reading(checkpoint, pacing, opened.threads), opened.library)
-        finally:
-            self._cache.discard(account)
-
     async def _file_of(self, path: ShardFile, name: str) -> str:
         """Return the path of the file of a checkpoint that holds a tensor."""
         key = key_of(path)
         location = self._locations.find(key)
         if location is None:
             location = await self._headers.run(("located", key), lambda: self._locations.locate(key, path))
-        if location.weight_map is not None:
-            file = location.file_of(name)
-            if file is not None:
-                return file
-        else:
-            for file in location.paths.values():
-                if name in await self._read(key_of(file), file, _header_of):
-                    return file
-        raise unknown(key, name)
+        file = await file_with(location, name, self._shard_at, self._sources)
+        if file is None:
+            raise unknown(key, name)
+        return file
+
+    async def _shard_at(self, file: str) -> OpenedFile:
+        return await self._read(key_of(file), file, _shard_of)
 
 
-async def _header_of(opened: OpenedFolder, file: CachedFile) -> Header:
-    return file.shard.header
+async def _shard_of(opened: OpenedFolder, file: CachedFile) -> OpenedFile:
+    return file.shard

@@ -106,7 +106,7 @@ class Loader:
         """Load into new arrays."""
         async with Stream(self._load(path), ToNewArrays()) as stream:
             weights = {name: tensor async for name, tensor in stream}
-            weights.update({name: weights[kept] for name, kept in stream.ties.items()})
+            weights.update({name: weights[stored_name] for name, stored_name in stream.ties.items()})
             self.last_report = LoadReport((), (), (), stream.version)
             return weights
 

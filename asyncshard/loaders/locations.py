@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
 from asyncshard._core import WeightMap
-from asyncshard.loaders.sources import ShardFile
-from asyncshard.pipeline.checkpoint.checkpoint import Selection, choose_files
+from asyncshard.loaders.sources import ShardFile, Sources
+from asyncshard.pipeline.checkpoint.checkpoint import Checkpoint, Selection, choose_files
+from asyncshard.pipeline.checkpoint.opened_file import FileReader, OpenedFile
 from asyncshard.pipeline.checkpoint.opening import Opening
+from asyncshard.pipeline.checkpoint.ties import embedding_beside, possible_tie
 from asyncshard.pipeline.memory.budget import Account
 from asyncshard.pipeline.shard_cache.cache import ShardCache
 from asyncshard.stores.opening import StoreAccess
@@ -25,12 +28,13 @@ class Location(NamedTuple):
     """Which file each tensor is in, where an index tells."""
     account: Account
     """The count of the memory that the weight map takes."""
+    tied: dict[str, str]
+    """The path of the file with what a name may be tied to that no file holds."""
 
     def file_of(self, name: str) -> str | None:
         """Return the path of the file in which the index places a tensor; None where it places it in none."""
-        assert self.weight_map is not None
-        index = self.weight_map.find(name)
-        return None if index < 0 else self.paths.get(self.weight_map.files[index])
+        index = -1 if self.weight_map is None else self.weight_map.find(name)
+        return None if self.weight_map is None or index < 0 else self.paths.get(self.weight_map.files[index])
 
 
 class Locations:
@@ -63,7 +67,7 @@ class Locations:
             self._cache.discard(account)
             raise
         self.forget(key)
-        self._locations[key] = location = Location(paths, found.weight_map, account)
+        self._locations[key] = location = Location(paths, found.weight_map, account, {})
         self._cache.budget.reclaim_for_waiters()
         return location
 
@@ -78,3 +82,47 @@ class Locations:
         """Forget all."""
         for key in list(self._locations):
             self.forget(key)
+
+
+async def file_with(
+    location: Location, name: str, shard_at: Callable[[str], Awaitable[OpenedFile]], sources: Sources
+) -> str | None:
+    """Return the path of the file that holds a tensor, or what its name may be tied to; None where there is none.
+
+    Parameters
+    ----------
+    location : Location
+    name : str
+    shard_at : callable
+        Opens the file of a path.
+    sources : Sources
+        Where the folder of the files is open.
+    """
+    file = location.file_of(name) or location.tied.get(name)
+    if file is None and location.weight_map is None:
+        for path in location.paths.values():
+            if name in (await shard_at(path)).header:
+                return path
+    if file is None:
+        file = await _file_of_tied(location, name, shard_at, sources)
+        if file is not None:
+            location.tied[name] = file
+    return file
+
+
+async def _file_of_tied(
+    location: Location, name: str, shard_at: Callable[[str], Awaitable[OpenedFile]], sources: Sources
+) -> str | None:
+    paths = location.paths.values()
+    async with sources.opened(next(iter(paths))) as opened:
+        if location.weight_map is not None:
+            embedding = await opened.threads.run(embedding_beside, location.weight_map, name)
+            file = None if embedding is None else location.file_of(embedding)
+            if file is not None:
+                return file
+        shards = [await shard_at(path) for path in paths]
+        checkpoint = Checkpoint(tuple(shards), FileReader(opened.store))
+        tie = await opened.threads.run(possible_tie, checkpoint, name)
+    if tie is None:
+        return None
+    return next(path for path, shard in zip(paths, shards, strict=True) if tie.stored_name in shard.header)

@@ -14,8 +14,8 @@ from asyncshard.loaders.options import Options, require_int
 from asyncshard.pipeline.checkpoint.opening import Opening
 from asyncshard.pipeline.memory.budget import MemoryBudget
 from asyncshard.pipeline.memory.free_memory import default_budget_mb
-from asyncshard.pipeline.writing.directory import Target
 from asyncshard.pipeline.writing.reshard.reshard import WRITERS, Reshard, ReshardReport, ReshardRequest
+from asyncshard.pipeline.writing.reshard.target import Target
 from asyncshard.plan.tp.plan import TpPlan, plan_of
 from asyncshard.stores.opening import ModelPath
 from asyncshard.tasks.threads import wait_to_end

@@ -6,28 +6,16 @@ import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
 
-from asyncshard.arrays.base import ArrayLibrary
 from asyncshard.arrays.frameworks import load_library
 from asyncshard.pipeline.checkpoint.opening import Opening
 from asyncshard.pipeline.memory.budget import MemoryBudget
-from asyncshard.stores import Store, name_of_file
+from asyncshard.pipeline.shard_cache.shard_reader import OpenedFolder
+from asyncshard.stores import name_of_file
 from asyncshard.stores.opening import StoreAccess
-from asyncshard.tasks.threads import DaemonThreads
 
 ShardFile = str | os.PathLike[str]
 """A local path or URL."""
-
-
-class OpenedFolder(NamedTuple):
-    """What reading one file of a folder takes."""
-
-    store: Store
-    name: str
-    """The file's, in the store."""
-    threads: DaemonThreads
-    library: ArrayLibrary
 
 
 @dataclass(slots=True, eq=False)

@@ -1,4 +1,4 @@
-"""Which rank reads which parameter: largest first, onto the least loaded."""
+"""The assignment of parameters to ranks: the largest parameter first, each to the rank with the least load."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ _INT64_MAX = 2**63 - 1
 def compute_shard_assignment(
     num_params: int, num_ranks: int, param_sizes: Sequence[int] | NDArray[np.integer[Any]]
 ) -> list[int]:
-    """Spread parameters over ranks so that the ranks carry about the same.
+    """Distribute parameters over ranks so that all ranks have about the same load.
 
-    Each parameter, largest first, goes to the rank that carries least so far. Equal sizes go in order of their index,
-    equal loads to the lower rank: the same input always gives the same answer. No rank carries more than the mean and
-    one parameter.
+    Parameters are taken from the largest to the smallest, and each is given to the rank with the smallest load so far.
+    Among equal sizes the lower index is taken first, and among equal loads the lower rank, so the result depends on the
+    arguments alone. No rank's load exceeds the mean load by more than one parameter.
 
     Parameters
     ----------
     num_params : int
-        How many parameters there are.
+        The number of parameters.
     num_ranks : int
-        Over how many ranks, at least 1.
+        The number of ranks, at least 1.
     param_sizes : sequence of int or integer array
-        The size of each, in any unit; not negative, and together below 2**63.
+        The size of each parameter, in any unit. Sizes are not negative, and their sum is below 2**63.
 
     Returns
     -------
@@ -41,7 +41,7 @@ def compute_shard_assignment(
     Raises
     ------
     ValueError
-        A number is out of these bounds or not a whole number, or there are not ``num_params`` sizes.
+        A number is out of these bounds or not a whole number, or ``param_sizes`` has not ``num_params`` elements.
     """
     num_params = whole_number(num_params, "num_params", minimum=0)
     num_ranks = whole_number(num_ranks, "num_ranks", minimum=1)
@@ -61,7 +61,7 @@ def _as_int64(sizes: Sequence[int] | NDArray[np.integer[Any]]) -> Int64Array:
             raise ValueError(f"a size is above 2**63 - 1: {sizes.max()}")
         return np.ascontiguousarray(sizes, dtype=np.int64)
     values = list(sizes)
-    # NumPy would take floats, texts and bools among them without a word.
+    # NumPy would convert floats, texts and bools among them silently.
     for kind in set(map(type, values)):
         if kind is bool or not issubclass(kind, (int, np.integer)):
             raise ValueError(f"param_sizes must hold whole numbers, found a {kind.__name__}")

@@ -1,4 +1,4 @@
-"""Which tensors of a checkpoint are wanted, by name."""
+"""Filters that select tensors of a checkpoint by name."""
 
 from __future__ import annotations
 
@@ -7,30 +7,31 @@ from collections.abc import Callable, Iterable
 from fnmatch import translate
 
 NameFilterSpec = str | Iterable[str] | Callable[[str], bool]
-"""A name or glob, several of them, or a predicate of a name."""
+"""A filter as a caller writes it: a name or glob, several of them, or a function that takes a name."""
 
 
 class TensorFilter:
-    """Tell of a name whether its tensor is wanted. Immutable.
+    """A function that returns for a name whether the tensor is wanted. Immutable.
 
     Parameters
     ----------
     wanted : str, iterable of str, or callable
-        Names, and globs with ``*``, ``?`` and ``[...]`` (``*`` stands for dots too); or a predicate of a name.
+        A name or a glob, or several of them; or a function that takes a name and returns whether it is wanted. In a
+        glob, ``*``, ``?`` and ``[...]`` have their usual meaning; ``*`` matches dots too.
 
     Raises
     ------
     TypeError
-        Something else.
+        `wanted` has another type, or holds something that is not a text.
     ValueError
-        No name at all.
+        `wanted` is empty.
     """
 
     __slots__ = ("_match", "_predicate", "names")
 
     def __init__(self, wanted: NameFilterSpec) -> None:
         self.names: frozenset[str] = frozenset()
-        """Those of `wanted` that are no globs: each of them must be there."""
+        """The names in `wanted` that are not globs: the checkpoint must have a tensor for each of them."""
         self._predicate: Callable[[str], bool] | None = None
         self._match: re.Pattern[str] | None = None
         if callable(wanted):

@@ -1,4 +1,4 @@
-"""How messages count and list what there may be very much of."""
+"""Counts and lists of things in messages, shortened where there are very many of them."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from asyncshard.errors import CheckpointError
 
 LISTED = 20
-"""How many names or faults a message lists: 20."""
+"""A message lists at most 20 names or problems."""
 
 
 def count_of(number: int, noun: str) -> str:
-    """Return ``1 file``, ``2 files``."""
+    """Return a number with its noun, in the plural unless the number is 1: ``1 file``, ``2 files``."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
@@ -23,14 +23,16 @@ def enumerate_names(
     is_quoted: bool = False,
     separator: str = ", ",
 ) -> str:
-    """Return ``a, b and 3 more``: the first `limit` names, and how many more there are of `total`.
+    """Return the first `limit` names and the number of those left out, such as ``a, b and 3 more``.
 
     Parameters
     ----------
     total : int, optional
-        How many there are, where `names` are only the first of them.
+        The number of all names, if `names` holds only the first of them.
     is_quoted : bool
         Whether each name is shown as its repr.
+    separator : str
+        The text between two names.
     """
     shown = names[:limit]
     rest = (len(names) if total is None else total) - len(shown)
@@ -38,7 +40,10 @@ def enumerate_names(
 
 
 def ranks_of(ranks: Sequence[int], total: int | None = None) -> str:
-    """Return ``rank 0``, ``ranks 0, 2``."""
+    """Return ranks with their noun, such as ``rank 0`` or ``ranks 0, 2``.
+
+    `total` is the number of all ranks, if `ranks` holds only the first of them.
+    """
     is_one = (len(ranks) if total is None else total) == 1
     return ("rank " if is_one else "ranks ") + enumerate_names(
         [str(rank) for rank in ranks[:LISTED]], total=total or len(ranks)
@@ -46,7 +51,7 @@ def ranks_of(ranks: Sequence[int], total: int | None = None) -> str:
 
 
 class Problems:
-    """What is wrong with a checkpoint, said in one error."""
+    """Problems that keep a checkpoint from being resharded, collected to be raised as one error."""
 
     def __init__(self, path: str) -> None:
         self._path = path
@@ -54,12 +59,13 @@ class Problems:
         self._count = 0
 
     def add(self, text: str) -> None:
+        """Add a problem, as one sentence."""
         self._count += 1
         if len(self._texts) < LISTED:
             self._texts.append(text)
 
     def require_none(self) -> None:
-        """Raise CheckpointError if there are any."""
+        """Raise CheckpointError if a problem was added."""
         if self._count:
             listed = enumerate_names(self._texts, total=self._count, separator="\n  ")
             raise CheckpointError(

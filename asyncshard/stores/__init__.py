@@ -5,14 +5,14 @@ from __future__ import annotations
 import inspect
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from asyncshard.stores.base import Listing, ObjectMeta, Store
+from asyncshard.stores.base import Listing, ObjectMeta, Pacing, Store
 from asyncshard.stores.local.store import LocalStore
 
-__all__ = ["Listing", "LocalStore", "ObjectMeta", "Store", "file_from_url", "from_url", "name_of_file"]
+__all__ = ["Listing", "LocalStore", "ObjectMeta", "Pacing", "Store", "file_from_url", "from_url", "name_of_file"]
 
 
 def from_url(
@@ -29,9 +29,9 @@ def from_url(
     url : str or path
         A path, ``file:///path``, or ``s3://bucket/prefix``.
     max_workers : int, optional
-        Reads in flight; the store's own default where it is not given.
+        Reads in flight at most; by default what suits the store.
     page_cache : {"keep", "drop"}
-        What the kernel's page cache does with local files after they were read.
+        Whether the kernel keeps local files in its page cache after they were read.
     **storage_options
         The store's constructor arguments.
 
@@ -51,17 +51,9 @@ def from_url(
         raise ValueError(f"{path!r} is not a path")
     match = re.match("([A-Za-z][A-Za-z0-9+.-]*)://", path)
     scheme = match[1].lower() if match else ""
-    if scheme == "file":
-        host, rest = urlsplit(path)[1:3]
-        if host not in ("", "localhost"):
-            raise ValueError(f"{path}: a file URL names no host; write file:///{host}{rest}, or a path without file://")
-        path = unquote(rest)
-    elif scheme == "s3":
-        return _s3_store(path, max_workers=max_workers, **storage_options)
-    elif scheme:
+    if scheme not in _MAKERS:
         raise ValueError(f"{path}: no store serves {scheme}://; a local path, file:// or s3:// URL is needed")
-    _require_known(LocalStore, storage_options)
-    return LocalStore(path, max_workers=max_workers, page_cache=page_cache, **storage_options)
+    return _MAKERS[scheme](path, max_workers=max_workers, page_cache=page_cache, **storage_options)
 
 
 def file_from_url(url: str | os.PathLike[str], **options: Any) -> tuple[Store, str]:
@@ -92,18 +84,34 @@ def _is_local(path: str) -> bool:
     return "://" not in path or path[:7].lower() == "file://"
 
 
-def _s3_store(url: str, **options: Any) -> Store:
-    try:
-        from asyncshard.stores.s3 import S3Store
-    except ImportError as error:
-        raise ImportError(f"{url}: {error.name} is not installed: pip install 'asyncshard[s3]'") from error
+def _local_store(path: str, **options: Any) -> Store:
+    _require_known(LocalStore, options)
+    return LocalStore(path, **options)
+
+
+def _file_store(url: str, **options: Any) -> Store:
+    host, path = urlsplit(url)[1:3]
+    if host not in ("", "localhost"):
+        raise ValueError(f"{url}: a file URL names no host; write file:///{host}{path}, or a path without file://")
+    return _local_store(unquote(path), **options)
+
+
+def _s3_store(url: str, *, page_cache: str, **options: Any) -> Store:
+    from asyncshard.stores.s3 import S3Store
+
     return S3Store(url, **options)
 
 
-def _require_known(store: Callable[..., Store], options: dict[str, Any]) -> None:
+_MAKERS: Mapping[str, Callable[..., Store]] = {"": _local_store, "file": _file_store, "s3": _s3_store}
+"""Makers of stores, by the scheme of the URL. A store that needs optional packages is imported when it is made."""
+
+
+def _require_known(store: Callable[..., Store], options: Mapping[str, Any]) -> None:
+    """Raise TypeError for options that the constructor of a store does not have."""
+    tuning = ("max_workers", "page_cache")
     named = [item.name for item in inspect.signature(store).parameters.values() if item.kind is item.KEYWORD_ONLY]
-    known = [name for name in named if name not in ("max_workers", "page_cache")]
-    unknown = sorted(set(options) - set(known))
+    known = [name for name in named if name not in tuning]
+    unknown = sorted(set(options) - set(named))
     if unknown:
         raise TypeError(
             f"unknown storage option{'s' * (len(unknown) > 1)} {', '.join(unknown)}; "

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from asyncshard.extras import require
 from asyncshard.stores import Store, file_from_url, from_url
 
 if TYPE_CHECKING:
@@ -76,8 +77,7 @@ def make_cache(cache_dir: str | os.PathLike[str], cache_max_gb: float | None = N
     """
     if not isinstance(os.fspath(cache_dir), str):
         raise TypeError(f"cache_dir must be a path of str, not {os.fspath(cache_dir)!r}")
-    try:
-        from asyncshard.stores.disk_cache.directory import DiskCache
-    except ImportError as error:
-        raise ImportError(f"cache_dir: {error.name} is not installed: pip install 'asyncshard[cache]'") from error
+    require("cache_dir", "filelock", "xxhash")
+    from asyncshard.stores.disk_cache.directory import DiskCache
+
     return DiskCache(cache_dir, max_bytes=int(min((cache_max_gb or DEFAULT_CACHE_MAX_GB) * (1 << 30), sys.maxsize)))

@@ -1,53 +1,31 @@
-"""A store around another store: the base of those that cache, delay or break what another reads."""
+"""A store around another store: the base class of stores that cache, delay or break the reads of another."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from asyncshard.events import Listener
 from asyncshard.stores.base import Listing, ObjectMeta, Store
 
 
 class WrapperStore(Store):
-    """Passes everything on to another store, what suits it too. Closing it closes that store."""
+    """Passes everything on to another store, and has its pacing and its listeners. Closing it closes that store.
+
+    `read_ranges` alone is not passed on: it goes through the wrapper's own `read_into`.
+    """
 
     def __init__(self, store: Store) -> None:
         self.store = store
         self.url = store.url
+        self.pacing = store.pacing
+        self.held_bytes = store.held_bytes
 
-    @property
-    def retries(self) -> int:  # type: ignore[override]
-        """Requests of the other store made again so far."""
-        return self.store.retries
+    def __repr__(self) -> str:
+        facts = "".join(f"{fact}, " for fact in self._facts())
+        return f"<{type(self).__name__} {facts}around {self.store!r}>"
 
-    @property
-    def verified(self) -> tuple[str, ...]:  # type: ignore[override]
-        """What the other store compared with a checksum."""
-        return self.store.verified
-
-    @property
-    def unverified(self) -> tuple[str, ...]:  # type: ignore[override]
-        """What the other store could not compare, or not yet."""
-        return self.store.unverified
-
-    @property
-    def chunk_size(self) -> int:  # type: ignore[override]
-        """What suits the other store."""
-        return self.store.chunk_size
-
-    @property
-    def prefetch_count(self) -> int:  # type: ignore[override]
-        """What suits the other store."""
-        return self.store.prefetch_count
-
-    @property
-    def max_gap_bytes(self) -> int:  # type: ignore[override]
-        """What suits the other store."""
-        return self.store.max_gap_bytes
-
-    @property
-    def held_bytes(self) -> int:  # type: ignore[override]
-        """What the other store takes."""
-        return self.store.held_bytes
+    def _listeners(self) -> list[Listener]:
+        return self.store._listeners()
 
     def path_of(self, name: str) -> str:
         return self.store.path_of(name)

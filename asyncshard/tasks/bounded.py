@@ -14,16 +14,16 @@ T = TypeVar("T")
 async def run_bounded(
     count: int, jobs: Iterable[Coroutine[Any, Any, T]], *, on_failure: Literal["finish", "cancel"]
 ) -> list[T]:
-    """Run coroutines, at most `count` at once, begun in order, and return their results in that order.
+    """Run coroutines, at most `count` at a time, begun in their order, and return their results in that order.
 
-    After a failure no other job is begun, nor taken from `jobs`. All that were begun have ended when this returns,
-    raises or is cancelled.
+    After a failure no further coroutine is taken from `jobs` or begun. When this function returns, raises or is
+    cancelled, all coroutines that were begun have ended.
 
     Parameters
     ----------
     on_failure : {"finish", "cancel"}
-        Whether the other jobs that run go on to their end, and of several failures the one of the job begun first is
-        raised; or are cancelled, and the failure that came first is raised.
+        "finish" lets the other running coroutines end; if several fail, the error of the one begun first is raised.
+        "cancel" cancels them, and raises the error that occurred first.
     """
     pending = iter(jobs)
     begun = 0
@@ -32,7 +32,7 @@ async def run_bounded(
     workers: list[asyncio.Task[None]] = []
 
     def cancel() -> None:
-        while workers:  # each once: a job that is ending after a cancel is left alone
+        while workers:  # each worker once: a coroutine that is ending after its cancellation is not disturbed
             workers.pop().cancel()
 
     async def work() -> None:
@@ -58,4 +58,4 @@ async def run_bounded(
             raise failures[min(failures) if on_failure == "finish" else next(iter(failures))]
         return [results[number] for number in sorted(results)]
     finally:
-        failures.clear()  # a cycle of exception and frame would keep the callers' buffers alive
+        failures.clear()  # a reference cycle of exception and frame would keep the caller's buffers alive

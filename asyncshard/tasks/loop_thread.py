@@ -1,7 +1,7 @@
-"""An event loop in a thread of its own, for what arrives at full speed or blocks for a while.
+"""An event loop in a thread of its own, for data that arrives at full speed and for calls that block for a while.
 
-Received on the application's loop, 3 GB/s make that loop late by milliseconds; received here, only "this read is done"
-crosses over.
+Receiving 3 GB/s on the application's loop makes that loop late by milliseconds. When the data is received on a loop in
+another thread, only the message "this read is done" reaches the application's loop.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 class LoopThread:
-    """Run coroutines on a loop of its own; the thread starts with the first one. Close it with `aclose`."""
+    """An event loop in a daemon thread. The thread starts with the first coroutine; `aclose` ends it."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -31,10 +31,10 @@ class LoopThread:
         self._is_closed = False
 
     async def run(self, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """Run the coroutine that `make` returns on the thread's loop, from whichever loop this is called on.
+        """Run the coroutine that `make` returns on the thread's loop, and return its result.
 
-        When cancelled it cancels the coroutine there and waits for its end, on a second cancel too: what it works on
-        may be the caller's.
+        It may be awaited on any event loop. A cancellation cancels the coroutine too, and is raised only after the
+        coroutine has ended, even if `run` is cancelled again: the coroutine may be writing into the caller's memory.
         """
         loop = self._started()
         done: Future[T] = Future()
@@ -75,7 +75,7 @@ class LoopThread:
         asyncio.set_event_loop(loop)
         try:
             loop.run_forever()
-            left = asyncio.all_tasks(loop)  # none, where the contract of `aclose` is kept
+            left = asyncio.all_tasks(loop)  # empty, unless a caller of `aclose` broke its contract
             for task in left:
                 task.cancel()
             loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
@@ -87,7 +87,7 @@ class LoopThread:
             self._ended.set_result(None)
 
     async def aclose(self) -> None:
-        """End the thread. Every call of `run` has been awaited by now."""
+        """Stop the loop and end the thread. Every call of `run` must have been awaited before."""
         with self._lock:
             self._is_closed = True
             loop, thread = self._loop, self._thread

@@ -1,4 +1,4 @@
-"""Let the event loop run while a coroutine, or another thread, works through many small things."""
+"""Long work done in slices of half a millisecond, so that the event loop or another thread can run between them."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from typing import TypeVar
 T = TypeVar("T")
 
 SLICE_S = 0.0005
-"""A timer that is due waits for up to three slices: its own wake-up takes two turns of the loop."""
+"""0.5 ms of work between two yields. A timer that is due may wait for three slices: its wake-up takes two turns of the
+loop."""
 
 
 class LoopYield:
-    """Give way about twice a millisecond: ``if pace.is_due(): await pace.give_way()``."""
+    """Tells a coroutine when to yield to the event loop: ``if loop_yield.is_due(): await loop_yield.give_way()``."""
 
     __slots__ = ("_due",)
 
@@ -22,15 +23,17 @@ class LoopYield:
         self._due = time.perf_counter() + SLICE_S
 
     def is_due(self) -> bool:
+        """Return whether the coroutine has run for 0.5 ms since it last yielded."""
         return time.perf_counter() >= self._due
 
     async def give_way(self) -> None:
+        """Let the event loop run its other tasks once."""
         await asyncio.sleep(0)
         self._due = time.perf_counter() + SLICE_S
 
 
 def yielding_gil(items: Iterable[T]) -> Iterator[T]:
-    """Yield the items, and let go of the GIL about twice a millisecond; for a thread that works through very many."""
+    """Yield the items unchanged, and release the GIL every 0.5 ms: for a thread that iterates over very many items."""
     due = time.perf_counter() + SLICE_S
     for item in items:
         yield item

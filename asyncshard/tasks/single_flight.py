@@ -15,17 +15,20 @@ T = TypeVar("T")
 
 @dataclass(slots=True, eq=False)
 class _Flight:
-    """A call on its way, and how many wait for it."""
+    """A call that has not ended yet."""
 
     task: asyncio.Task[Any]
+    """The task that runs the call."""
     waiters: int = 0
+    """The number of callers that wait for the task."""
 
 
 class SingleFlight:
-    """Share calls by key. A call runs in a task of its own, so that no waiter's cancellation disturbs another.
+    """Shares one running call among all callers that use the same key.
 
-    When its last waiter is cancelled, so is the call, and that waiter goes on once the call has ended. Nothing is
-    remembered of a call that has ended, failed ones included.
+    The call runs in a task of its own, so cancelling one waiter does not disturb the others. When its last waiter is
+    cancelled, the call is cancelled too, and that waiter continues only after the call has ended. Results are not
+    cached: after a call has returned or failed, the next caller with its key starts a new one.
     """
 
     def __init__(self) -> None:
@@ -35,7 +38,7 @@ class SingleFlight:
         return len(self._flights)
 
     async def run(self, key: Hashable, call: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """Return what `call` returns, or what one returns that began earlier under the same key, in this event loop."""
+        """Return the result of `call`, or of the call that is already running under this key on this event loop."""
         loop = asyncio.get_running_loop()
         flight = self._flights.get((loop, key))
         if flight is None:
@@ -47,7 +50,7 @@ class SingleFlight:
             await asyncio.wait([flight.task])
         except asyncio.CancelledError:
             if flight.waiters == 1:
-                self._forget((loop, key), flight.task)  # who asks from now on begins a new call
+                self._forget((loop, key), flight.task)  # the next caller with this key starts a new call
                 flight.task.cancel()
                 with contextlib.suppress(BaseException):  # this task's own cancellation is what its caller hears of
                     await wait_to_end(flight.task)
@@ -56,7 +59,7 @@ class SingleFlight:
             return cast(T, flight.task.result())
         finally:
             flight.waiters -= 1
-            del flight  # whoever keeps the exception keeps this frame, and must not keep the call's buffers with it
+            del flight  # a caller that stores the exception stores this frame too, but must not keep the call's buffers
 
     def _forget(self, key: Hashable, task: asyncio.Task[Any]) -> None:
         flight = self._flights.get(key)

@@ -1,7 +1,8 @@
 """Threads of our own for work that must not run on the event loop.
 
-Not `concurrent.futures.ThreadPoolExecutor`: its threads are joined when the interpreter exits, so storage that hangs
-would hold the exit. Not the loop's default executor: others fill it.
+`concurrent.futures.ThreadPoolExecutor` is not used, because the interpreter joins its threads at exit: storage that
+hangs would block the exit. The loop's default executor is not used, because the application may keep all its threads
+busy.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ _Job = tuple[Future[Any], Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 
 
 class DaemonThreads(Executor):
-    """Run calls in at most `count` daemon threads, in the order of submission; a thread starts with the first call.
+    """An executor of at most `count` daemon threads, which begin the calls in the order of their submission.
 
-    Close it with `aclose` (or the blocking `shutdown`); it belongs to no event loop.
+    A thread is started when a call is submitted and no thread is idle. End the threads with `aclose`, or with
+    `shutdown`, which blocks. The executor belongs to no event loop.
     """
 
     def __init__(self, count: int, name: str) -> None:
@@ -33,7 +35,7 @@ class DaemonThreads(Executor):
         self._is_shut = False
 
     def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
-        """Queue a call; its future can be cancelled until a thread has begun it."""
+        """Queue a call, and return its future, which can be cancelled until a thread begins the call."""
         future: Future[T] = Future()
         with self._lock:
             if self._is_shut:
@@ -50,8 +52,8 @@ class DaemonThreads(Executor):
     def _work(self) -> None:
         while (job := self._next_job()) is not None:
             future, fn, args, kwargs = job
-            # Nothing of the call may stay alive through this thread, not even for the moment in which its caller learns
-            # that it has ended: what a caller lets go of then would still be in use.
+            # This thread must drop every reference to the call before the caller learns that it has ended: otherwise
+            # the memory that the caller then releases would still be in use.
             del job
             if future.set_running_or_notify_cancel():
                 try:
@@ -77,10 +79,11 @@ class DaemonThreads(Executor):
             return self._jobs.get()
 
     async def run(self, fn: Callable[..., T], *args: Any, on_cancel: Callable[[], object] | None = None) -> T:
-        """Run ``fn(*args)`` in a thread.
+        """Run ``fn(*args)`` in a thread, and return its result.
 
-        When cancelled it drops a call that has not begun, and waits for one that has, on a second cancel too: a thread
-        cannot be stopped, and what it works on may be the caller's. `on_cancel` may make the call end sooner.
+        A cancellation drops the call if it has not begun. Otherwise the cancellation is raised only after the call has
+        ended, even if `run` is cancelled again: a thread cannot be stopped, and the call may be writing into the
+        caller's memory. `on_cancel` is called on each cancellation, and may make the call end sooner.
         """
         job = self.submit(fn, *args)
 
@@ -92,7 +95,10 @@ class DaemonThreads(Executor):
         return await wait_to_end(asyncio.wrap_future(job), stop)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Let the threads end after the calls that are queued."""
+        """Let the threads end after the calls that are queued, and wait for them if `wait`.
+
+        `cancel_futures` has no effect: queued calls are always run.
+        """
         with self._lock:
             if not self._is_shut:
                 self._is_shut = True
@@ -103,12 +109,12 @@ class DaemonThreads(Executor):
                 thread.join()
 
     async def aclose(self) -> None:
-        """End the threads. Every call has been awaited by now, so there is nothing to wait for but their return."""
+        """End the threads. Every call must have been awaited before, so that the threads only have to return."""
         self.shutdown(wait=True)
 
 
 async def wait_to_end(future: asyncio.Future[T], on_cancel: Callable[[], object] | None = None) -> T:
-    """Wait for `future`; when cancelled, call `on_cancel`, still wait until the future is done, and only then raise."""
+    """Return the result of `future`; a cancellation calls `on_cancel`, and is raised only after the future is done."""
     cancelled: asyncio.CancelledError | None = None
     while not future.done():
         try:
@@ -120,8 +126,8 @@ async def wait_to_end(future: asyncio.Future[T], on_cancel: Callable[[], object]
     if cancelled is None:
         return future.result()
     if not future.cancelled():
-        future.exception()  # seen: the cancellation is what the caller hears of
+        future.exception()  # marks it as retrieved: the caller gets the cancellation instead
     try:
         raise cancelled
     finally:
-        del cancelled  # a cycle of exception and frame would keep the callers' buffers alive
+        del cancelled  # a reference cycle of exception and frame would keep the caller's buffers alive

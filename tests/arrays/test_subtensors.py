@@ -172,12 +172,12 @@ def test_partial_overlaps_stay(zeros):
     assert list(filter_subtensors({"a": whole[:10], "b": whole[6:]})) == ["a", "b"]
 
 
-def test_the_contiguous_one_of_the_same_memory_stays_whatever_its_name(zeros):
+def test_the_contiguous_tensor_of_the_same_memory_stays_whatever_its_name(zeros):
     whole = zeros((4, 8))
     assert list(filter_subtensors({"a": whole.T, "b": whole})) == ["b"]
 
 
-def test_what_has_gaps_covers_nothing_even_its_equal(zeros):
+def test_a_tensor_with_gaps_covers_nothing_not_even_its_equal(zeros):
     whole = zeros((4, 8))
     assert list(filter_subtensors({"a": whole[:, :7], "b": whole[:, :7], "c": whole[1, 2:4]})) == ["a", "b", "c"]
     assert list(filter_subtensors({"a": whole.T, "b": whole.T})) == ["a", "b"]
@@ -194,7 +194,7 @@ def test_empty_tensors_are_dropped(zeros):
     assert filter_subtensors({}) == {}
 
 
-def test_an_instance_filters_too(zeros):
+def test_an_instance_of_the_filter_filters_too(zeros):
     whole = zeros(4)
     assert list(SubtensorFilter().filter_subtensors({"a": whole[:2], "b": whole})) == ["b"]
 
@@ -254,7 +254,7 @@ def test_fake_tensors_stay():
     assert list(filter_subtensors({"a": fake, "b": fake})) == ["a", "b"]
 
 
-def test_what_is_no_tensor_is_named():
+def test_a_value_that_is_no_tensor_is_named():
     with pytest.raises(TypeError, match="tensor 'b' is neither a numpy array nor a torch tensor: list"):
         filter_subtensors({"a": np.zeros(1), "b": [1]})
 

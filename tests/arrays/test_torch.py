@@ -46,7 +46,7 @@ async def test_every_dtype_is_what_safetensors_gives(name, tmp_path):
     assert same(state, theirs)
 
 
-async def test_there_is_a_torch_type_for_each_that_torch_has(tmp_path, checkpoints):
+async def test_a_tensor_is_raw_bytes_only_if_torch_lacks_its_element_type(tmp_path, checkpoints):
     tensors = checkpoints.every_dtype()
     checkpoints.write_ranks(tmp_path, tensors)
     got = await asyncshard.load(tmp_path, framework="pt")
@@ -55,7 +55,7 @@ async def test_there_is_a_torch_type_for_each_that_torch_has(tmp_path, checkpoin
     assert checkpoints.same(got, tensors)
 
 
-async def test_a_packed_tensor_that_does_not_end_with_a_pair_is_raw_bytes(tmp_path, checkpoints):
+async def test_an_f4_tensor_with_an_odd_last_dimension_is_raw_bytes(tmp_path, checkpoints):
     checkpoints.write_ranks(tmp_path, {"w": checkpoints.Raw("F4", (2, 3), b"\x01\x02\x03")})
     got = (await asyncshard.load(tmp_path, framework="pt"))["w"]
     assert got.dtype is torch.uint8
@@ -157,7 +157,7 @@ def lazy_negative():
         (lazy_negative, "resolve it"),
     ],
 )
-async def test_what_cannot_be_filled_is_refused_before_a_byte(make, text, tmp_path):
+async def test_a_tensor_that_cannot_be_filled_is_refused_before_a_byte_is_written(make, text, tmp_path):
     save_file({"a": torch.ones(3), "w": torch.ones(3)}, tmp_path / "model.safetensors")
     state = {"a": torch.zeros(3), "w": make()}
     with pytest.raises(DestinationError, match=text) as caught:
@@ -237,7 +237,7 @@ async def test_gradients_flow_after_a_load(tmp_path):
     assert all(parameter.grad is not None for parameter in target.parameters())
 
 
-async def test_a_module_with_another_parameter_is_told_which(tmp_path):
+async def test_parameters_that_the_checkpoint_lacks_are_named(tmp_path):
     await asyncshard.save_sharded_state(Model().state_dict(), tmp_path, rank=0)
     with pytest.raises(NamesError) as caught:
         await ShardedStateLoader().load_weights(tmp_path, torch.nn.Linear(3, 3).state_dict())

@@ -29,7 +29,7 @@ def test_the_parser_knows_each_type_and_its_size(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.name)
-def test_a_numpy_type_has_the_bits_of_its_element_and_leads_back(dtype):
+def test_the_numpy_dtype_of_an_element_type_has_its_size_and_leads_back_to_it(dtype):
     if dtype.numpy is None:
         assert dtype.bits % 8 != 0
     else:
@@ -39,5 +39,5 @@ def test_a_numpy_type_has_the_bits_of_its_element_and_leads_back(dtype):
 
 
 @pytest.mark.parametrize("dtype", [">f4", "S3", "O", "c16", "M8[s]", ml_dtypes.float4_e2m1fn, ml_dtypes.int4])
-def test_types_that_the_format_cannot_store_as_they_are_have_none(dtype):
+def test_a_numpy_dtype_that_the_format_cannot_store_unchanged_has_no_element_type(dtype):
     assert from_numpy(np.dtype(dtype)) is None

@@ -142,7 +142,7 @@ def test_empty_tensors_at_one_offset_keep_their_place_in_the_header():
     assert list(parsed("{" + ",".join(members) + "}", 1)) == ["e", "c", "d", "full"]
 
 
-def test_the_input_is_not_kept():
+def test_parsing_keeps_no_reference_to_the_input():
     buffer = bytearray(file_of(f'{{"a":{GOOD}}}', 1))
     header = parse_header(buffer)
     buffer.clear()  # a BufferError if something still exported it
@@ -150,7 +150,7 @@ def test_the_input_is_not_kept():
 
 
 @pytest.mark.parametrize("kind", [bytes, bytearray, memoryview, lambda octets: np.frombuffer(octets, np.uint8)])
-def test_any_buffer_will_do(kind):
+def test_a_header_is_parsed_from_any_kind_of_buffer(kind):
     assert list(parse_header(kind(file_of(f'{{"a":{GOOD}}}', 1)))) == ["a"]
 
 
@@ -185,7 +185,7 @@ def test_a_length_above_the_limit_is_refused_before_anything_is_read(length):
         parse_header(length.to_bytes(8, "little") + b"{}")
 
 
-def test_the_limit_itself_is_allowed():
+def test_a_length_at_the_limit_is_allowed():
     assert header_size((100_000_000).to_bytes(8, "little"), 2**40) == 100_000_008
 
 

@@ -52,7 +52,7 @@ def test_pipeline_pattern_reads_both_ranks():
         "",
     ],
 )
-def test_what_only_resembles_a_shard_does_not_match(name):
+def test_a_name_that_only_resembles_a_shard_does_not_match(name):
     assert ShardPattern().parse_filename(name) is None
 
 
@@ -114,7 +114,7 @@ def test_digits_beside_a_placeholder_are_literal():
     "arguments",
     [(-1,), (0, -1), (0, 0, -1), (0, 0, 1), (0, "1"), (0, "**"), (0.0,), ("0",), (None,), (10**18,)],
 )
-def test_format_refuses_what_it_could_not_read_back(arguments):
+def test_formatting_refuses_numbers_that_could_not_be_read_back(arguments):
     with pytest.raises(ValueError):
         ShardPattern().format_for_rank(*arguments)
 
@@ -134,7 +134,7 @@ def test_pattern_is_a_frozen_value():
 @given(
     LITERALS, SEPARATORS, SEPARATORS, LITERALS, st.permutations(["rank", "part", "pp_rank"]), NUMBERS, NUMBERS, NUMBERS
 )
-def test_what_is_formatted_reads_back_for_every_template(head, one, two, tail, order, rank, part, pp_rank):
+def test_a_formatted_name_reads_back_for_every_template(head, one, two, tail, order, rank, part, pp_rank):
     pattern = ShardPattern(f"{head}{{{order[0]}}}{one}{{{order[1]}}}{two}{{{order[2]}}}{tail}")
     name = pattern.format_for_rank(rank, part, pp_rank)
     assert pattern.parse(name) == ShardName(pp_rank, rank, part)

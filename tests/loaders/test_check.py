@@ -410,6 +410,21 @@ async def test_ties_in_the_metadata_are_told(tmp_path):
     assert "lm_head.weight is model.embed_tokens.weight" in str(report)
 
 
+async def test_text_in_the_metadata_is_no_tie(tmp_path):
+    save_file({"embeddings": np.zeros(2)}, tmp_path / "model.safetensors", metadata={"type": "embeddings"})
+    assert (await check_checkpoint(tmp_path)).ties == ()
+
+
+async def test_a_name_that_another_file_holds_is_not_tied(tmp_path):
+    names = ("lm_head.weight", "model.embed_tokens.weight")
+    for name, file in zip(names, (FIRST, SECOND), strict=True):
+        save_file({name: np.zeros(2)}, tmp_path / file, metadata={names[0]: names[1]})
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": dict(zip(names, (FIRST, SECOND), strict=True))}))
+    report = await check_checkpoint(tmp_path)
+    assert report.is_ok
+    assert report.ties == ()
+
+
 async def test_a_tied_name_of_the_index_is_not_missing_from_its_file(tmp_path):
     metadata = {"lm_head.weight": "model.embed_tokens.weight"}
     save_file({"model.embed_tokens.weight": np.zeros((4, 2))}, tmp_path / FIRST, metadata=metadata)

@@ -14,7 +14,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initial
 
 from asyncshard import IncrementalShardLoader
 from asyncshard.errors import StoreError
-from asyncshard.loaders import sources
+from asyncshard.stores.opening import StoreAccess
 from asyncshard.testing import Fault, FaultyStore
 
 PAGE = 4096
@@ -94,8 +94,8 @@ class Histories(RuleBasedStateMachine):
         self.loop = asyncio.new_event_loop()
         self.faults = {}
         self.items = []
-        self.open_file = sources.open_file
-        sources.open_file = self.open_faulty
+        self.open_folder = StoreAccess.open_folder
+        StoreAccess.open_folder = lambda access, file: self.open_faulty(access, file)
         for number, path in enumerate(self.paths):
             self.write(path, np.full(SIZES[number] * PAGE // 4, number, np.int32))
         self.loader = IncrementalShardLoader(memory_budget_mb=BUDGET_PAGES * PAGE / 2**20, cache_size=CACHE_SIZE)
@@ -108,8 +108,8 @@ class Histories(RuleBasedStateMachine):
 
         save_file({"w": array}, path)
 
-    def open_faulty(self, path, options, caching):
-        store, name = self.open_file(path, options, caching)
+    def open_faulty(self, access, file):
+        store, name = self.open_folder(access, file)
         return FaultyStore(store, self.faults), name
 
     def header_bytes(self, path):
@@ -237,7 +237,7 @@ class Histories(RuleBasedStateMachine):
         if hasattr(self, "model"):
             self.run(self.loader.aclose())
             assert self.loader.budget.bytes_used == 0
-            sources.open_file = self.open_file
+            StoreAccess.open_folder = self.open_folder
             self.loop.close()
             shutil.rmtree(self.folder)
 

@@ -26,7 +26,8 @@ from asyncshard.format.dtypes import DTYPES
 from asyncshard.format.header import Header
 from asyncshard.pipeline.writing.reshard.reshard import ReshardReport
 from asyncshard.plan.division.placements import PackedShard, Replicate, Shard
-from asyncshard.plan.files.layout import INCOMPLETE_NAME, INDEX_NAME
+from asyncshard.plan.files.incomplete import INCOMPLETE_NAME
+from asyncshard.plan.files.layout import INDEX_NAME
 from asyncshard.stores import from_url
 from asyncshard.testing import FaultyStore, GatedStore, MemoryStore
 from asyncshard.testing.fakes import Fault

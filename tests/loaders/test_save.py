@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import ANY
 
 import ml_dtypes
 import numpy as np
@@ -17,6 +18,7 @@ import asyncshard
 from asyncshard import ShardedStateLoader, ShardPattern, save_sharded_state
 from asyncshard.errors import StoreError
 from asyncshard.format.digests import DIGESTS_KEY, digests_of
+from asyncshard.format.save_id import SAVE_KEY
 
 NUMPY_DTYPES = [
     *(
@@ -101,7 +103,7 @@ async def test_safetensors_reads_what_was_written(tmp_path):
     got = load_file(path)
     assert {name: array.tolist() for name, array in got.items()} == {n: a.tolist() for n, a in state.items()}
     with safe_open(path, "np") as file:
-        assert file.metadata() == {"format": "np", "né": "ö"}
+        assert file.metadata() == {"format": "np", "né": "ö", SAVE_KEY: ANY}
 
 
 @pytest.mark.parametrize(
@@ -424,9 +426,9 @@ async def test_digests_of_torch_tensors_are_those_of_their_bytes(tmp_path):
     assert digests_of(header)[0].tobytes() == xxhash.xxh3_128(b"\x80\x3f" * 5).digest()
 
 
-async def test_files_without_digests_have_no_metadata_of_ours(tmp_path):
+async def test_files_without_digests_have_the_id_of_their_save_alone(tmp_path):
     (path,) = await save_sharded_state({"w": np.zeros(3)}, tmp_path, rank=0)
-    assert asyncshard.parse_header(Path(path).read_bytes()).metadata == {}
+    assert asyncshard.parse_header(Path(path).read_bytes()).metadata == {SAVE_KEY: ANY}
 
 
 async def test_a_state_without_tensors_may_have_digests(tmp_path):

@@ -716,7 +716,6 @@ async def test_destinations_that_overlap_are_refused(tmp_path, checkpoints):
     memory = np.zeros(12, np.float32)
     for a, b, c in (
         (memory[:4], memory[3:7], memory[8:]),
-        (memory[:4], memory[:4], memory[8:]),
         (memory[0:8:2], memory[6:10], memory[8:]),
         (memory[0:8:2], memory[2:10:2], np.zeros(4, np.float32)),
     ):

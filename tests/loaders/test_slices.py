@@ -164,7 +164,7 @@ async def test_each_rank_gets_its_slices(model, checkpoints, load, chunk_size):
 async def test_a_store_that_reads_one_range_at_a_time_gives_the_same(files, checkpoints, load, max_gap):
     for rank in (1, 6):
         store = MemoryStore(files)
-        store.max_gap_bytes = max_gap
+        store.pacing = store.pacing._replace(max_gap_bytes=max_gap)
         loader = loader_of(rank, chunk_size=5000, memory_budget_mb=1)
         assert same(await load(loader, store, rank), rank, checkpoints)
         assert loader.budget.bytes_used == 0
@@ -249,7 +249,7 @@ class CountingStore(WrapperStore):
 @pytest.mark.parametrize("max_gap", [0, 30, 500, MIB])
 async def test_the_plan_tells_what_is_read(files, max_gap):
     memory = MemoryStore(files)
-    memory.max_gap_bytes = max_gap
+    memory.pacing = memory.pacing._replace(max_gap_bytes=max_gap)
     store = CountingStore(memory)
     loader = loader_of(5)
     plan = await loader.plan_weights(store)
@@ -478,7 +478,7 @@ async def test_a_file_that_is_cut_short_or_replaced_is_an_error_that_names_it(mo
 @pytest.mark.parametrize("failing", [0, 5, 20])
 async def test_a_read_that_fails_fails_the_load(files, failing):
     memory = MemoryStore(files)
-    memory.max_gap_bytes = 100
+    memory.pacing = memory.pacing._replace(max_gap_bytes=100)
     store = FaultyStore(memory, reads={failing: Fault(after=3, error=StoreError("broken", path="p"))})
     loader = loader_of(1, memory_budget_mb=1)
     state = {name: np.zeros(a.shape, a.dtype) for name, a in expected_of(1).items()}
@@ -490,7 +490,7 @@ async def test_a_read_that_fails_fails_the_load(files, failing):
 
 async def test_nothing_is_written_after_a_cancelled_load_has_returned(files):
     memory = MemoryStore(files)
-    memory.max_gap_bytes = 100
+    memory.pacing = memory.pacing._replace(max_gap_bytes=100)
     store = GatedStore(memory, is_stubborn=True)
     loader = loader_of(1, memory_budget_mb=1)
     state = {name: np.zeros(a.shape, a.dtype) for name, a in expected_of(1).items()}
@@ -511,7 +511,6 @@ async def test_nothing_is_written_after_a_cancelled_load_has_returned(files):
 
 async def test_scratch_counts_against_the_budget_and_stays_a_share_of_it(files):
     class Watched(WrapperStore):
-        max_gap_bytes = MIB
         largest = 0
         used = 0
 
@@ -521,6 +520,7 @@ async def test_scratch_counts_against_the_budget_and_stays_a_share_of_it(files):
             await super().read_into(meta, start, buffers)
 
     store = Watched(MemoryStore(files))
+    store.pacing = store.pacing._replace(max_gap_bytes=MIB)
     loader = loader_of(1, memory_budget_mb=0.25)
     async with AsyncShardLoader(loader).stream(store) as weights:
         opened = loader.budget.bytes_used

@@ -15,7 +15,7 @@ async def loop_thread():
     await loop_thread.aclose()
 
 
-async def test_it_runs_elsewhere_and_returns(loop_thread):
+async def test_a_coroutine_runs_in_the_other_thread_and_its_result_comes_back(loop_thread):
     async def where():
         return threading.current_thread().name, asyncio.get_running_loop()
 
@@ -25,7 +25,7 @@ async def test_it_runs_elsewhere_and_returns(loop_thread):
     assert await loop_thread.run(where) == (name, loop)
 
 
-async def test_it_raises_what_was_raised(loop_thread):
+async def test_the_error_of_a_coroutine_is_raised_to_the_caller(loop_thread):
     async def fail():
         raise LookupError("here")
 
@@ -64,7 +64,7 @@ async def test_a_call_may_be_cancelled_before_it_has_begun(loop_thread):
         await call
 
 
-async def test_closing_ends_what_is_left_and_refuses_more(loop_thread):
+async def test_closing_ends_the_remaining_coroutines_and_refuses_new_ones(loop_thread):
     begun = threading.Event()
 
     async def work():
@@ -81,7 +81,7 @@ async def test_closing_ends_what_is_left_and_refuses_more(loop_thread):
     await loop_thread.aclose()
 
 
-async def test_closing_what_was_never_used_starts_nothing():
+async def test_closing_an_unused_loop_thread_starts_no_thread():
     loop_thread = LoopThread("asyncshard-test")
     await loop_thread.aclose()
     assert "asyncshard-test" not in {thread.name for thread in threading.enumerate()}

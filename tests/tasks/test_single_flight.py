@@ -31,7 +31,7 @@ async def turns(count=3):
         await asyncio.sleep(0)
 
 
-async def test_all_who_ask_meanwhile_get_the_result_of_one_call():
+async def test_all_callers_during_a_call_get_its_one_result():
     flights, call = SingleFlight(), Call()
     tasks = [asyncio.ensure_future(flights.run("a", call)) for _ in range(5)]
     other = asyncio.ensure_future(flights.run("b", call))
@@ -43,7 +43,7 @@ async def test_all_who_ask_meanwhile_get_the_result_of_one_call():
     assert await flights.run("a", call) == 3
 
 
-async def test_an_error_reaches_all_and_is_not_remembered():
+async def test_an_error_reaches_all_callers_and_is_not_cached():
     flights = SingleFlight()
     outcomes = [ZeroDivisionError("no"), None]
 
@@ -59,7 +59,7 @@ async def test_an_error_reaches_all_and_is_not_remembered():
 
 
 @pytest.mark.parametrize("who", [0, 1, 2])
-async def test_one_who_is_cancelled_disturbs_no_other(who):
+async def test_a_cancelled_waiter_disturbs_no_other(who):
     flights, call = SingleFlight(), Call()
     tasks = [asyncio.ensure_future(flights.run("a", call)) for _ in range(3)]
     await turns()
@@ -72,7 +72,7 @@ async def test_one_who_is_cancelled_disturbs_no_other(who):
     assert call.cancelled == 0
 
 
-async def test_the_last_who_is_cancelled_ends_the_call_before_it_goes_on():
+async def test_cancelling_the_last_waiter_ends_the_call_before_the_waiter_goes_on():
     flights, call = SingleFlight(), Call()
     tasks = [asyncio.ensure_future(flights.run("a", call)) for _ in range(3)]
     await turns()
@@ -82,7 +82,7 @@ async def test_the_last_who_is_cancelled_ends_the_call_before_it_goes_on():
     assert (call.cancelled, len(flights)) == (1, 0)
 
 
-async def test_who_asks_while_a_call_is_being_cancelled_begins_a_new_one():
+async def test_a_caller_during_the_cancellation_of_a_call_starts_a_new_one():
     flights, may_end = SingleFlight(), asyncio.Event()
 
     async def stubborn():

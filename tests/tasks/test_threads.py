@@ -55,13 +55,13 @@ def test_one_thread_runs_calls_in_the_order_of_submission():
     assert seen == list(range(100))
 
 
-async def test_results_and_errors_come_back(threads):
+async def test_results_and_errors_of_calls_reach_the_caller(threads):
     assert await threads.run(lambda one, two: one + two, 1, 2) == 3
     with pytest.raises(ZeroDivisionError):
         await threads.run(lambda: 1 / 0)
 
 
-async def test_even_an_exit_in_a_thread_comes_back(threads):
+async def test_a_system_exit_in_a_thread_reaches_the_caller_and_ends_no_thread(threads):
     future = threads.submit(sys.exit, 3)
     with pytest.raises(SystemExit):
         future.result()
@@ -173,14 +173,14 @@ def test_threads_serve_one_event_loop_after_another(threads):
         assert asyncio.run(threads.run(lambda: 7)) == 7
 
 
-async def test_finish_raises_what_the_future_raised():
+async def test_wait_to_end_raises_the_error_of_its_future():
     future = asyncio.get_running_loop().create_future()
     future.set_exception(KeyError("name"))
     with pytest.raises(KeyError):
         await wait_to_end(future)
 
 
-async def test_finish_of_a_future_that_is_cancelled_elsewhere_raises_at_once():
+async def test_wait_to_end_raises_at_once_when_its_future_is_cancelled():
     source = Future()
     task = asyncio.ensure_future(wait_to_end(asyncio.wrap_future(source)))
     await turns(2)

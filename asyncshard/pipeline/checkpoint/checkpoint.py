@@ -6,21 +6,21 @@ No tensor data is read here. All that can be known to be wrong without it is rai
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain
 from typing import Literal, NamedTuple
 
 from asyncshard._core import WeightMap, duplicate_names
-from asyncshard.errors import CheckpointError, NamesError
+from asyncshard.errors import CheckpointError, NamesError, ObjectNotFoundError
 from asyncshard.format.header import HeaderLimits, TensorInfo
 from asyncshard.format.index import MAX_INDEX_BYTES, parse_index
 from asyncshard.format.pattern import ShardPattern
 from asyncshard.pipeline.checkpoint.opened_file import FileReader, OpenedFile, read_header_of
+from asyncshard.pipeline.checkpoint.rank_files import error_of_missing, require_one_save
 from asyncshard.pipeline.memory.budget import Account
-from asyncshard.plan.check.file_facts import EMBEDDING, output_names
 from asyncshard.plan.check.judgement import index_disagreement
-from asyncshard.plan.files.layout import choose_layout, index_files, is_rank_shard
+from asyncshard.plan.files.layout import choose_layout, index_files, is_rank_shard, is_whole_model
 from asyncshard.plan.tensor_filter import TensorFilter
 from asyncshard.plan.text import LISTED, enumerate_names
+from asyncshard.plan.ties import may_need
 from asyncshard.plan.tp.plan import TpPlan
 from asyncshard.stores.base import Store
 from asyncshard.tasks.bounded import run_bounded
@@ -55,10 +55,10 @@ class TiedShard(NamedTuple):
     """A tied tensor that the plan divides by a rule of its own."""
 
     name: str
-    kept: str
+    stored_name: str
     """The name under which the files hold it."""
-    kept_nbytes: int
-    """Of that tensor, whole."""
+    stored_nbytes: int
+    """Bytes of that tensor, whole."""
     shard: OpenedFile
     """Of this tensor alone."""
 
@@ -72,11 +72,13 @@ class Checkpoint(NamedTuple):
     tied: tuple[TiedShard, ...] = ()
     """What stands in no shard; whoever has a destination for it, or takes everything, reads it too."""
     ties: tuple[tuple[str, str], ...] = ()
-    """Names that are tied, each with the one that is there, beside those that the files' metadata tells."""
+    """Ties beside those that the files' metadata tells: each the missing name, and the stored one."""
     scratch_bytes: int = 0
     """Of the memory through which slices are read."""
     tensor_filter: TensorFilter | None = None
     """Which names are wanted, of tied tensors too; None for all."""
+    is_whole: bool = False
+    """Whether its tensors are all that the model has on this rank: neither one file of several nor one stage's."""
 
     def with_tied(self) -> Checkpoint:
         """Return the same with the tied tensors as shards after the others."""
@@ -123,17 +125,6 @@ class CheckpointInfo(Mapping[str, TensorInfo]):
         return f"<{self._count} tensors in {len(self._shards)} shards>"
 
 
-def ties_of(checkpoint: Checkpoint) -> dict[str, str]:
-    """Return the wanted names that are tied to a tensor that is there, each with the tensor's."""
-    info = CheckpointInfo(checkpoint)
-    told = (shard.header.metadata.items() for shard in checkpoint.shards)
-    return {
-        name: kept
-        for name, kept in chain(*told, checkpoint.ties)
-        if kept in info and name not in info and checkpoint.is_wanted(name)
-    }
-
-
 class ShardNames(NamedTuple):
     """What a path holds, as far as names tell."""
 
@@ -143,6 +134,10 @@ class ShardNames(NamedTuple):
     """Which of them each tensor is in, where an index tells; its own `files` are in another order."""
     index_bytes: int
     """Bytes of the index file."""
+    is_whole: bool = False
+    """Whether they make up a model: neither one file of several nor those of one pipeline stage."""
+    are_of_rank: bool = False
+    """Whether the files are rank shards."""
 
 
 async def choose_files(store: Store, selection: Selection, threads: DaemonThreads) -> ShardNames:
@@ -170,7 +165,8 @@ async def choose_files(store: Store, selection: Selection, threads: DaemonThread
     if any(is_rank_shard(name, selection.pattern) for name in layout.files):
         refuse_second_cut(selection, store.url)
     if layout.kind != "index":
-        return ShardNames(layout.files, None, 0)
+        is_whole = is_whole_model(layout, is_file=listing.is_file, pattern=selection.pattern)
+        return ShardNames(layout.files, None, 0, is_whole=is_whole, are_of_rank=layout.kind == "ranks")
     (index_name,) = layout.files
     path = store.path_of(index_name)
     data = await store.read(index_name, max_bytes=MAX_INDEX_BYTES)
@@ -178,7 +174,7 @@ async def choose_files(store: Store, selection: Selection, threads: DaemonThread
     files = weight_map.files
     if selection.tensor_filter is not None:
         files = await threads.run(wanted_files, weight_map, selection.tensor_filter, path)
-    return ShardNames(tuple(index_files(files, listing.names, path)), weight_map, len(data))
+    return ShardNames(tuple(index_files(files, listing.names, path)), weight_map, len(data), is_whole=True)
 
 
 async def open_checkpoint(store: Store, selection: Selection, threads: DaemonThreads, account: Account) -> Checkpoint:
@@ -186,6 +182,8 @@ async def open_checkpoint(store: Store, selection: Selection, threads: DaemonThr
 
     Raises
     ------
+    ObjectChangedError
+        A rank's files come from two saves, or one of them went away meanwhile.
     ObjectNotFoundError, CheckpointError, FormatError, BudgetError, StoreError
     """
     return await open_files(store, await choose_files(store, selection, threads), selection, threads, account)
@@ -195,9 +193,11 @@ async def open_files(
     store: Store, found: ShardNames, selection: Selection, threads: DaemonThreads, account: Account
 ) -> Checkpoint:
     """Do so for files that have been found; their tensors are whole."""
-    shards = await _open_shards(store, found.files, selection, threads, account)
+    shards = await _open_shards(store, found, selection, threads, account)
+    if found.are_of_rank:
+        await threads.run(require_one_save, shards, store.url)
     await threads.run(_check_names, shards, found, store.url)
-    return Checkpoint(tuple(shards), FileReader(store))
+    return Checkpoint(tuple(shards), FileReader(store), is_whole=found.is_whole)
 
 
 def _check_names(shards: Sequence[OpenedFile], found: ShardNames, path: str) -> None:
@@ -233,10 +233,8 @@ def wanted_files(weight_map: WeightMap, is_wanted: TensorFilter, path: str) -> t
         if is_wanted(name):
             opened.add(file)
             count += 1
-        elif name.endswith(EMBEDDING) and any(
-            is_wanted(output) and weight_map.find(output) < 0 for output in output_names(name)
-        ):
-            opened.add(file)  # the output layer may be tied to it
+        elif may_need(name, is_wanted, lambda output: weight_map.find(output) >= 0):
+            opened.add(file)
     require_wanted(count, [name for name in is_wanted.names if weight_map.find(name) < 0], path)
     return tuple(name for file, name in enumerate(weight_map.files) if file in opened)
 
@@ -255,8 +253,18 @@ def require_wanted(count: int, missing: Sequence[str], path: str) -> None:
 
 
 async def _open_shards(
-    store: Store, files: Sequence[str], selection: Selection, threads: DaemonThreads, account: Account
+    store: Store, found: ShardNames, selection: Selection, threads: DaemonThreads, account: Account
 ) -> list[OpenedFile]:
     """Open files, a few at a time; of several failures raise that of the first file."""
-    jobs = (read_header_of(store, name, threads, selection.limits, account) for name in files)
-    return await run_bounded(min(_HEADERS_AT_ONCE, len(files)), jobs, on_failure="finish")
+
+    async def open_one(name: str) -> OpenedFile:
+        try:
+            return await read_header_of(store, name, threads, selection.limits, account)
+        except ObjectNotFoundError as error:
+            if found.are_of_rank:
+                raise await error_of_missing(store, name, error) from None
+            raise
+
+    return await run_bounded(
+        min(_HEADERS_AT_ONCE, len(found.files)), (open_one(name) for name in found.files), on_failure="finish"
+    )

@@ -45,7 +45,7 @@ async def open_sliced(
     if plan is not None and selection.tp_plan != "auto":
         tables = [shard.header.table for shard in whole.shards] if found.weight_map is None else [found.weight_map]
         ties = await ties_with_rules(store, whole, tables, plan, threads)
-        await threads.run(lambda: plan.check(tables, ties, path=store.url, paced=yielding_gil))
+        await threads.run(lambda: plan.check(tables, ties, path=store.url, yielding_gil=yielding_gil))
         tied = tuple(await threads.run(lambda: list(place_ties(whole, ties, selection, plan))))
     shards = [await threads.run(slice_shard, shard, selection, plan) for shard in whole.shards]
     if selection.tensor_filter is not None and found.weight_map is None:
@@ -53,7 +53,7 @@ async def open_sliced(
         missing = [name for name in wanted if not any(name in shard.header for shard in whole.shards)]
         require_wanted(sum(len(shard.header) for shard in shards), missing, store.url)
     kept = tuple(shard for shard in shards if len(shard.header) or shard.slice is None)
-    checkpoint = Checkpoint(kept, whole.reader, tied, tuple(ties.items()), tensor_filter=selection.tensor_filter)
+    checkpoint = whole._replace(shards=kept, tied=tied, ties=tuple(ties.items()), tensor_filter=selection.tensor_filter)
     before, after = (sum(shard.nbytes for shard in each.with_tied().shards) for each in (whole, checkpoint))
     account.charge_headers(after - before, store.url)
     return await with_slice_reader(checkpoint, threads, account, chunk_size=chunk_size)
@@ -105,7 +105,7 @@ def slice_shard(shard: OpenedFile, selection: Selection, plan: TpPlan | None) ->
         rank=selection.rank,
         world_size=selection.world_size,
         path=shard.path,
-        paced=yielding_gil,
+        yielding_gil=yielding_gil,
     )
     return shard if part is None else shard._replace(header=part.header, slice=part)
 
@@ -120,7 +120,7 @@ async def with_slice_reader(
     BudgetError
     """
     store = checkpoint.reader.store
-    if store.has_own_scratch or not await threads.run(_is_covering, checkpoint, store.max_gap_bytes):
+    if store.has_own_scratch or not await threads.run(_is_covering, checkpoint, store.pacing.max_gap_bytes):
         return checkpoint._replace(reader=SliceReader(store, threads, Scratch(threads, chunk_size, 1)))
     scratch = charge_scratch(account, threads, chunk_size=chunk_size, path=store.url)
     return checkpoint._replace(reader=SliceReader(store, threads, scratch), scratch_bytes=scratch.nbytes)

@@ -90,19 +90,6 @@ class CheckpointVersion:
         self._shards = tuple(shards)
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint) -> Self:
-        """Return the version of an open checkpoint. It looks at metadata only: for a thread all the same."""
-        return cls(
-            ShardVersion(
-                shard.path,
-                checkpoint.reader.fingerprint(shard),
-                None,
-                shard.header if has_digests(shard.header) else None,
-            )
-            for shard in checkpoint.shards
-        )
-
-    @classmethod
     def parse(cls, text: str) -> Self:
         """Return the version whose ``str`` this is.
 
@@ -121,26 +108,6 @@ class CheckpointVersion:
         """In delivery order."""
         return self._shards
 
-    def changes(self, checkpoint: Checkpoint, current: CheckpointVersion) -> Iterator[NDArray[np.bool_]]:
-        """Yield for each shard of a checkpoint, whose version is `current`, which tensors may differ from this one.
-
-        A shard is the same if its path and its fingerprint are, or if its fingerprint is that of its content; a tensor
-        also if its digest, dtype and shape are. Slow for many tensors: not for the event loop.
-        """
-        same_place = {(shard.path, shard.fingerprint) for shard in self._shards if shard.fingerprint is not None}
-        contents = {print_ for _, print_ in same_place if _CONTENT.fullmatch(print_)}
-        facts: dict[str, str] = {}
-        for shard in self._shards:
-            facts.update(shard.facts or {})
-        for opened, now in zip(checkpoint.shards, current.shards, strict=True):
-            changed = np.ones(len(opened.header), np.bool_)
-            if (now.path, now.fingerprint) in same_place or now.fingerprint in contents:
-                changed[:] = False
-            elif facts and now.facts:
-                for index, (name, fact) in enumerate(yielding_gil(now.facts.items())):
-                    changed[index] = facts.get(name) != fact
-            yield changed
-
     def __str__(self) -> str:
         return "\n".join(_lines(self))
 
@@ -155,6 +122,38 @@ class CheckpointVersion:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return CheckpointVersion, (self._shards,)
+
+
+def version_of(checkpoint: Checkpoint) -> CheckpointVersion:
+    """Return the version of an open checkpoint. It looks at metadata only: for a thread all the same."""
+    fingerprint = checkpoint.reader.fingerprint
+    return CheckpointVersion(
+        ShardVersion(file.path, fingerprint(file), None, file.header if has_digests(file.header) else None)
+        for file in checkpoint.shards
+    )
+
+
+def changes_since(
+    version: CheckpointVersion, checkpoint: Checkpoint, current: CheckpointVersion
+) -> Iterator[NDArray[np.bool_]]:
+    """Yield for each shard of a checkpoint, whose version is `current`, which tensors may differ from `version`.
+
+    A shard is the same if its path and its fingerprint are, or if its fingerprint is that of its content; a tensor also
+    if its digest, dtype and shape are. Slow for many tensors: not for the event loop.
+    """
+    same_place = {(shard.path, shard.fingerprint) for shard in version.shards if shard.fingerprint is not None}
+    contents = {fingerprint for _, fingerprint in same_place if _CONTENT.fullmatch(fingerprint)}
+    facts: dict[str, str] = {}
+    for shard in version.shards:
+        facts.update(shard.facts or {})
+    for opened, now in zip(checkpoint.shards, current.shards, strict=True):
+        changed = np.ones(len(opened.header), np.bool_)
+        if (now.path, now.fingerprint) in same_place or now.fingerprint in contents:
+            changed[:] = False
+        elif facts and now.facts:
+            for index, (name, fact) in enumerate(yielding_gil(now.facts.items())):
+                changed[index] = facts.get(name) != fact
+        yield changed
 
 
 def _facts_of(header: Header) -> Facts | None:

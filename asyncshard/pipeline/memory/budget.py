@@ -9,6 +9,8 @@ A buffer is used from `Account.allocate` until its lease dies, or until it is ha
 and counts as held by the consumer. What a stream leaves alive when it ends is handed over too.
 
 What is only cached gives way: while a request waits, `Reclaimer` objects are asked to let go of something.
+
+Longer than 300 lines: the budget, its accounts and its queue change together, under one lock.
 """
 
 from __future__ import annotations
@@ -207,21 +209,6 @@ class MemoryBudget:
         """Give unused pages back to the system if no account is open. Slow: not for the event loop."""
         self._discard(self._take_idle())
 
-    async def trim_in_thread(self, threads: DaemonThreads | None = None) -> None:
-        """Give unused pages back to the system in a thread, if no account is open; to the end, even when cancelled.
-
-        No thread is started where there is nothing to give back. By default it has a thread of its own.
-        """
-        idle = self._take_idle()
-        if not idle:
-            return
-        worker = threads or DaemonThreads(1, "asyncshard-work")
-        try:
-            await wait_to_end(asyncio.wrap_future(worker.submit(self._discard, idle)))
-        finally:
-            if worker is not threads:
-                await worker.aclose()
-
     def _take_idle(self) -> list[Extent]:
         with self._lock:
             self._settle()
@@ -349,6 +336,16 @@ class Account:
     """Whether a request stands in the queue; no more once it is granted, before its task has run."""
     buffers: dict[int, _Buffer] = field(default_factory=dict)
     """Those alive, oldest first."""
+
+    def __repr__(self) -> str:
+        # Without the lock, which whoever asks may hold: buffers that have just died may still count.
+        facts = [f"{_megabytes(self.header_bytes + self.used)} used", f"{_megabytes(self.held)} held"]
+        waiting = sum(waiter.nbytes for waiter in self.budget._waiters.copy() if waiter.account is self)
+        if waiting:
+            facts.append(f"waiting for {_megabytes(waiting)}")
+        if self not in self.budget._accounts:
+            facts.append("closed")
+        return f"<Account of {self.budget.memory_budget_mb:g} MiB: {', '.join(facts)}>"
 
     @property
     def committed(self) -> int:
@@ -497,9 +494,29 @@ class Account:
     async def aclose(self, threads: DaemonThreads | None = None) -> None:
         """End the count, and give unused pages back to the system; to the end, even when cancelled."""
         self.close()
-        await self.budget.trim_in_thread(threads)
+        await trim_in_thread(self.budget, threads)
+
+
+def _megabytes(nbytes: int) -> str:
+    return f"{nbytes / 1e6:.1f} MB"
 
 
 def charge_of(nbytes: int) -> int:
     """What a buffer of `nbytes` is charged: whole pages."""
     return round_up(max(nbytes, 1))
+
+
+async def trim_in_thread(budget: MemoryBudget, threads: DaemonThreads | None = None) -> None:
+    """Trim a budget in a thread, by default one of its own; to the end, even when cancelled.
+
+    No thread is started where there is nothing to give back.
+    """
+    idle = budget._take_idle()
+    if not idle:
+        return
+    worker = threads or DaemonThreads(1, "asyncshard-work")
+    try:
+        await wait_to_end(asyncio.wrap_future(worker.submit(budget._discard, idle)))
+    finally:
+        if worker is not threads:
+            await worker.aclose()

@@ -13,13 +13,14 @@ from asyncshard._core import Lease
 from asyncshard._typing import Int64Array
 from asyncshard.errors import BudgetError, ChecksumError
 from asyncshard.format.digests import Digest, digests_of, load_digest
-from asyncshard.pipeline.checkpoint.version import CheckpointVersion
+from asyncshard.pipeline.checkpoint.version import CheckpointVersion, changes_since, version_of
 from asyncshard.pipeline.memory.budget import Account, MemoryBudget, charge_of
 from asyncshard.pipeline.refresh.changes import ChangedTensors
 from asyncshard.pipeline.refresh.update import Update
-from asyncshard.pipeline.transfer.destinations import MatchedDestinations, ShardDestinations
+from asyncshard.pipeline.transfer.destinations import MatchedDestinations, ShardDestinations, are_equal
 from asyncshard.pipeline.transfer.load import Delivery, OpenedCheckpoint
 from asyncshard.pipeline.transfer.placed import Matched, PlacedTransfer, ToDestinations
+from asyncshard.pipeline.transfer.second_copies import copies_differ
 from asyncshard.pipeline.transfer.transfer import Reading
 from asyncshard.plan.items import ReadItem
 from asyncshard.tasks.pace import yielding_gil
@@ -102,9 +103,7 @@ class Refresh(Delivery):
         checkpoint, pacing, _ = matched.reading
         shards = matched.destinations.shards
         if self._since is not None:
-            current = CheckpointVersion.of(checkpoint)
-            for shard, changed in zip(shards, self._since.changes(checkpoint, current), strict=True):
-                shard.keep(changed)
+            matched.destinations.keep(list(changes_since(self._since, checkpoint, version_of(checkpoint))))
         changes = ChangedTensors(checkpoint, shards, matched.library, pacing.chunk_size, cast=self._cast)
         self._changed = changes.names()
         return changes
@@ -157,6 +156,7 @@ def _stage(matched: MatchedDestinations, offsets: list[Int64Array], lease: Lease
         destinations = ShardDestinations.empty()
         destinations.targets = [None if target is None else owner for target in shard.targets]
         destinations.addresses.frombytes((places + base).astype(np.uint64).tobytes())
+        destinations.firsts = shard.firsts
         staged.append(destinations)
     return staged
 
@@ -190,6 +190,8 @@ class RefreshTransfer(PlacedTransfer):
 
     async def read(self, item: ReadItem, lease: Lease | None) -> None:
         await super().read(item, lease)
+        if self._is_staged and self._destinations[item.shard].firsts:
+            await self._compare_copies(item)
         if self._digests[item.shard] is None or self._indirect(item) is not None:
             return
         if item.last - item.first == 1:
@@ -201,6 +203,21 @@ class RefreshTransfer(PlacedTransfer):
         except ChecksumError:
             self._done.discard(item)
             raise
+
+    async def _compare_copies(self, item: ReadItem) -> None:
+        """Compare the second copies in an item with the first ones; both are staged."""
+        shard, destinations = self.checkpoint.shards[item.shard], self._destinations[item.shard]
+        for index in range(item.first, item.last):
+            first = destinations.firsts.get(index)
+            if first is None:
+                continue
+            await self._first_copies.wait_for(first)
+            name, _, _, start, stop = shard.header.table.row(index)
+            offset, nbytes = max(item.start - start, 0), min(item.stop, stop) - max(item.start, start)
+            copies = [self._destinations[first[0]].memory(first[1], offset, nbytes)]
+            copies.append(destinations.memory(index, offset, nbytes))
+            if not await self._threads.run(are_equal, *copies):
+                raise copies_differ(shard.path, self.checkpoint.shards[first[0]].header.at(first[1]).name, name)
 
     def _verify(self, item: ReadItem) -> None:
         """Compare the tensors that are whole with this item."""

@@ -53,6 +53,11 @@ class CachedFile:
     pins: int = 0
     """Reads in flight: it is not evicted meanwhile."""
 
+    def with_name(self, name: str) -> ShardTensors | None:
+        """Return what has a tensor of this name, if that is in memory."""
+        held = (self.tensors, self.lone.get(name))
+        return next((tensors for tensors in held if tensors is not None and name in tensors), None)
+
     @property
     def has_tensors(self) -> bool:
         return self.tensors is not None or bool(self.lone)

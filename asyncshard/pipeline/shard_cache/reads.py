@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from asyncshard.errors import BudgetError, NamesError
+from asyncshard.pipeline.checkpoint.checkpoint import Selection
+from asyncshard.pipeline.checkpoint.ties import TiedTensor, ties_of_file
 from asyncshard.pipeline.memory.budget import charge_of
 from asyncshard.pipeline.shard_cache.cache import CachedFile, ShardCache
 from asyncshard.pipeline.shard_cache.tensors import ShardTensors
@@ -15,9 +17,11 @@ from asyncshard.tasks.threads import DaemonThreads
 
 
 async def read_whole(
-    transfer: BufferedTransfer, file: CachedFile, cache: ShardCache, threads: DaemonThreads
+    transfer: BufferedTransfer, file: CachedFile, cache: ShardCache, threads: DaemonThreads, selection: Selection
 ) -> ShardTensors:
     """Read all tensors of a file, which is pinned, unless they are there; they replace those read one by one.
+
+    What the file's metadata ties to one of them is among them.
 
     Raises
     ------
@@ -27,7 +31,8 @@ async def read_whole(
     """
     if file.tensors is None:
         await threads.run(lambda: transfer.plan(cache.budget, is_strict=False))
-        file.tensors = await _read_items(transfer, file, cache, transfer.items)
+        tensors = await _read_items(transfer, file, cache, transfer.items)
+        file.tensors = tensors.with_ties(await threads.run(ties_of_file, transfer.checkpoint, selection))
         file.lone.clear()
     return file.tensors
 
@@ -42,12 +47,32 @@ async def read_one(transfer: BufferedTransfer, file: CachedFile, cache: ShardCac
     BudgetError, StoreError
         As for `read_whole`.
     """
-    index = file.shard.header.table.find(name)
+    header = transfer.checkpoint.shards[0].header
+    index = header.table.find(name)
     if index < 0:
         raise unknown(file.shard.path, name)
-    info = file.shard.header.at(index)
+    info = header.at(index)
     item = ReadItem(0, info.start, info.stop, index, index + 1)
     file.lone[name] = tensors = await _read_items(transfer, file, cache, [item])
+    return tensors
+
+
+async def read_tied(
+    transfer: BufferedTransfer, file: CachedFile, cache: ShardCache, name: str, tied: TiedTensor
+) -> ShardTensors:
+    """Read one tensor of a file, which is pinned, that the file holds under another name; return a mapping that has it.
+
+    It is the stored tensor, in the same memory, unless it is divided by itself; `transfer` is of that then.
+
+    Raises
+    ------
+    BudgetError, StoreError
+        As for `read_whole`.
+    """
+    if tied.alone is not None:
+        return await read_one(transfer, file, cache, name)
+    stored = file.with_name(tied.stored_name) or await read_one(transfer, file, cache, tied.stored_name)
+    file.lone[name] = tensors = stored.with_ties({name: tied.stored_name})
     return tensors
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -14,24 +15,38 @@ from asyncshard.plan.items import ReadItem
 
 
 class ShardTensors(Mapping[str, Any]):
-    """Tensors by name, in the order of their bytes. Immutable; NumPy arrays of it are read-only, since all share them.
+    """Tensors by name, in the order of their bytes, and after them tied ones.
+
+    Immutable; NumPy arrays of it are read-only, since all share them.
 
     Each look-up makes a new view of the same memory. This mapping keeps all of its shard's memory alive; a tensor keeps
     that of its read item: its own, or, for small ones, that of their neighbours too.
     """
 
-    __slots__ = ("_firsts", "_items", "_leases", "_table", "_transfer")
+    __slots__ = ("_firsts", "_items", "_leases", "_table", "_ties", "_transfer")
 
-    def __init__(self, transfer: BufferedTransfer, items: Sequence[ReadItem], leases: Sequence[Lease | None]) -> None:
+    def __init__(
+        self,
+        transfer: BufferedTransfer,
+        items: Sequence[ReadItem],
+        leases: Sequence[Lease | None],
+        ties: Mapping[str, str] | None = None,
+    ) -> None:
         self._transfer = transfer
         self._table = transfer.checkpoint.shards[0].header.table
         self._items = items
         self._leases = leases
         self._firsts = [item.first for item in items]
+        self._ties = ties or {}
+        """Further names of these tensors, each with the one that the shard holds."""
+
+    def with_ties(self, ties: Mapping[str, str]) -> ShardTensors:
+        """Return the same tensors, in the same memory, under further names: each with the one that the shard holds."""
+        return ShardTensors(self._transfer, self._items, self._leases, ties)
 
     def __getitem__(self, name: str) -> Any:
-        index = self._table.find(name)
-        if index < 0 or not self._has(index):
+        index = self._find(name)
+        if index < 0:
             raise KeyError(name)
         return self._at(index)
 
@@ -39,19 +54,20 @@ class ShardTensors(Mapping[str, Any]):
         place = bisect_right(self._firsts, index) - 1
         return frozen(self._transfer.view(self._items[place], self._leases[place], index))
 
-    def _has(self, index: int) -> bool:
-        return bool(self._items) and self._items[0].first <= index < self._items[-1].last
+    def _find(self, name: str) -> int:
+        """Return the index of a tensor in the shard, -1 where it is not among these."""
+        index = self._table.find(self._ties.get(name, name))
+        return index if self._items and self._items[0].first <= index < self._items[-1].last else -1
 
     def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and self._has(self._table.find(name))
+        return isinstance(name, str) and self._find(name) >= 0
 
     def __iter__(self) -> Iterator[str]:
-        if not self._items:
-            return iter(())
-        return map(self._table.name, range(self._items[0].first, self._items[-1].last))
+        stored = range(self._items[0].first, self._items[-1].last) if self._items else ()
+        return chain(map(self._table.name, stored), self._ties)
 
     def __len__(self) -> int:
-        return self._items[-1].last - self._items[0].first if self._items else 0
+        return (self._items[-1].last - self._items[0].first if self._items else 0) + len(self._ties)
 
     def __repr__(self) -> str:
         return f"<{len(self)} tensors of {self._transfer.checkpoint.shards[0].path}>"

@@ -13,7 +13,7 @@ from asyncshard.arrays.base import ArrayLibrary, make_view
 from asyncshard.errors import BudgetError
 from asyncshard.format.dtypes import DTYPES
 from asyncshard.pipeline.memory.budget import MemoryBudget, charge_of
-from asyncshard.pipeline.transfer.load import Delivery, OpenedCheckpoint
+from asyncshard.pipeline.transfer.load import Delivery, Load, OpenedCheckpoint
 from asyncshard.pipeline.transfer.transfer import Reading, Transfer
 from asyncshard.plan.items import ReadItem, whole_tensors
 
@@ -28,11 +28,11 @@ class ToBuffers(Delivery):
     """Deliver tensors in buffers of the budget: what a stream without destinations does."""
 
     async def plan(self, opened: OpenedCheckpoint) -> BufferedTransfer:
-        return await opened.reading.threads.run(self._plan, opened)
-
-    def _plan(self, opened: OpenedCheckpoint) -> BufferedTransfer:
         load, reading = opened
-        transfer = self._transfer(reading.with_tied(), load.library())
+        return await reading.threads.run(self._plan, load, await reading.with_ties())
+
+    def _plan(self, load: Load, reading: Reading) -> BufferedTransfer:
+        transfer = self._transfer(reading, load.library())
         transfer.plan(load.budget, is_strict=load.is_strict)
         return transfer
 

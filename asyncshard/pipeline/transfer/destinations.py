@@ -18,10 +18,13 @@ from asyncshard.arrays.memory import Sink
 from asyncshard.format.dtypes import DTYPES
 from asyncshard.pipeline.checkpoint.checkpoint import Checkpoint
 from asyncshard.pipeline.checkpoint.opened_file import OpenedFile
+from asyncshard.plan.items import TensorKey
 from asyncshard.tasks.pace import yielding_gil
 
 _CAST_ELEMENTS = 1 << 17
 """Elements converted at once: NumPy converts the types of `ml_dtypes` with the GIL held."""
+_COMPARED_BYTES = 1 << 20
+"""Compared at once: NumPy makes a truth value for each."""
 _SPACING = 64
 """New arrays begin at multiples of this, a cache line."""
 
@@ -38,16 +41,57 @@ class StridedTarget:
         """Copy elements in, from index `first` on in the file's order. Slow: not for the event loop."""
         elements = np.frombuffer(data, self.source)
         is_cast = elements.dtype != self.target.dtype
-        step = _CAST_ELEMENTS if is_cast else len(elements)
+        for box, part in self._parts(first, elements, _CAST_ELEMENTS if is_cast else len(elements)):
+            with np.errstate(all="ignore"):  # a conversion that overflows gives what the dtype gives: inf
+                box[...] = part
+            if is_cast:
+                time.sleep(0)  # lets go of the GIL
+
+    def holds(self, first: int, data: memoryview) -> bool:
+        """Return whether `store` would change nothing. Slow: not for the event loop."""
+        unsigned = f"u{self.target.itemsize}"
+        for box, part in self._parts(first, np.frombuffer(data, self.source), _CAST_ELEMENTS):
+            with np.errstate(all="ignore"):
+                expected = part.astype(box.dtype)
+            if not np.array_equal(box.view(unsigned), expected.view(unsigned)):  # bits: a NaN equals itself
+                return False
+            time.sleep(0)
+        return True
+
+    def _parts(self, first: int, elements: NDArray[Any], step: int) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
+        """Yield boxes of the target, each with the elements that belong there, at most `step`."""
         for begin in range(0, len(elements), step):
             piece = elements[begin : begin + step]
             at = first + begin
             for index, low, high in boxes(self.target.shape, at, at + len(piece)):
                 box = self.target[index]
-                with np.errstate(all="ignore"):  # a conversion that overflows gives what the dtype gives: inf
-                    box[...] = piece[low - at : high - at].reshape(box.shape)
-            if is_cast:
-                time.sleep(0)  # lets go of the GIL
+                yield box, piece[low - at : high - at].reshape(box.shape)
+
+
+@dataclass(slots=True, frozen=True)
+class SecondCopy:
+    """A destination that another tensor fills: what is read for it is compared with what is there."""
+
+    first: TensorKey
+    """The tensor that fills it."""
+    first_name: str
+    target: StridedTarget | NDArray[np.uint8]
+    """The destination; bytes where it takes those of the file as they are."""
+
+    def holds(self, start: int, data: memoryview) -> bool:
+        """Return whether the destination has these bytes of the tensor, from `start` on. Slow: not for the loop."""
+        if isinstance(self.target, StridedTarget):
+            return self.target.holds(start // self.target.source.itemsize, data)
+        return are_equal(self.target[start : start + data.nbytes].data, data)
+
+
+def are_equal(one: memoryview, other: memoryview) -> bool:
+    """Return whether two buffers have the same bytes. Slow for large ones: not for the event loop."""
+    ours, theirs = np.frombuffer(one, np.uint8), np.frombuffer(other, np.uint8)
+    return len(ours) == len(theirs) and all(
+        np.array_equal(ours[start : start + _COMPARED_BYTES], theirs[start : start + _COMPARED_BYTES])
+        for start in range(0, len(ours), _COMPARED_BYTES)
+    )
 
 
 def boxes(shape: tuple[int, ...], first: int, last: int) -> Iterator[tuple[tuple[Any, ...], int, int]]:
@@ -86,8 +130,10 @@ class ShardDestinations:
     """What the caller gave and gets back when it is filled; None for a tensor that nobody wants."""
     addresses: array[int]
     """Of the memory that takes the file's bytes as they are; 0 for all others."""
-    indirect: dict[int, StridedTarget | Sink]
+    indirect: dict[int, StridedTarget | Sink | SecondCopy]
     """The others, by the tensor's index."""
+    firsts: dict[int, TensorKey] = field(default_factory=dict)
+    """Of a second copy, by its index, the tensor that is to be the same."""
 
     @classmethod
     def empty(cls) -> ShardDestinations:
@@ -111,9 +157,20 @@ class ShardDestinations:
     def keep(self, mask: NDArray[np.bool_]) -> None:
         """Let go of the destinations where `mask` is false, as if nobody wanted these tensors."""
         for index in np.flatnonzero(~mask).tolist():
-            self.targets[index] = None
-            self.addresses[index] = 0
-            self.indirect.pop(index, None)
+            self.drop(index)
+
+    def drop(self, index: int) -> None:
+        """Let go of one destination, as if nobody wanted the tensor."""
+        self.targets[index] = None
+        self.addresses[index] = 0
+        self.indirect.pop(index, None)
+        self.firsts.pop(index, None)
+
+    def compare_with_first(self, index: int, second: SecondCopy) -> None:
+        """Have a tensor compared with another one, which fills its destination, rather than stored there too."""
+        self.addresses[index] = 0
+        self.indirect[index] = second
+        self.firsts[index] = second.first
 
     def memory(self, index: int, start: int, nbytes: int) -> memoryview:
         """Return the bytes [start, start + nbytes) of a contiguous destination."""
@@ -129,6 +186,14 @@ class MatchedDestinations:
     unexpected: tuple[str, ...] = ()
     narrowed: tuple[str, ...] = ()
     """Names of destinations that are larger than their tensor, which fills their first corner."""
+
+    def keep(self, masks: list[NDArray[np.bool_]]) -> None:
+        """Let go of the destinations where the mask of their shard is false. Of two copies both are kept, or none."""
+        for mask, shard in zip(masks, self.shards, strict=True):
+            for index, (first_shard, first_index) in shard.firsts.items():
+                mask[index] = masks[first_shard][first_index] = mask[index] or masks[first_shard][first_index]
+        for mask, shard in zip(masks, self.shards, strict=True):
+            shard.keep(mask)
 
 
 def new_destinations(checkpoint: Checkpoint, library: ArrayLibrary) -> MatchedDestinations:

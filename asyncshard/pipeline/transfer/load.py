@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 
 from asyncshard.arrays.base import ArrayLibrary
 from asyncshard.arrays.frameworks import load_library
+from asyncshard.events import Listener
 from asyncshard.pipeline.checkpoint.checkpoint import Selection, open_checkpoint
 from asyncshard.pipeline.checkpoint.opening import Opening
 from asyncshard.pipeline.checkpoint.slicing import open_sliced
 from asyncshard.pipeline.memory.budget import MemoryBudget
-from asyncshard.pipeline.transfer.transfer import Pacing, Reading, Transfer
+from asyncshard.pipeline.transfer.transfer import Reading, Transfer
 from asyncshard.stores.base import Store
 from asyncshard.stores.opening import ModelPath, StoreAccess
 
@@ -59,7 +60,7 @@ class Load:
         NamesError, ObjectNotFoundError, CheckpointError, FormatError, BudgetError, StoreError
         """
         store = opening.store
-        pacing = Pacing.of(store, self.chunk_size, self.prefetch_count)
+        pacing = store.pacing.override(self.chunk_size, self.prefetch_count)
         if self.selection.is_sliced:
             checkpoint = await open_sliced(
                 store, self.selection, opening.threads, opening.account, chunk_size=pacing.chunk_size
@@ -89,7 +90,13 @@ class Delivery(ABC):
 
 
 @asynccontextmanager
-async def open_transfer(load: Load, opening: Opening, delivery: Delivery) -> AsyncIterator[Transfer]:
-    """Open the checkpoint of a load and plan its transfer, which may run until the end of the ``async with``."""
+async def open_transfer(
+    load: Load, opening: Opening, delivery: Delivery, listener: Listener
+) -> AsyncIterator[Transfer]:
+    """Open the checkpoint of a load and plan its transfer, which may run until the end of the ``async with``.
+
+    The store's events go to `listener` meanwhile.
+    """
     async with opening:
-        yield await delivery.plan(await load.open_checkpoint(opening))
+        with opening.store.reporting_to(listener):
+            yield await delivery.plan(await load.open_checkpoint(opening))

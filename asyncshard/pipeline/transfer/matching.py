@@ -6,28 +6,32 @@ before a byte is written.
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from asyncshard._core import Span
 from asyncshard.arrays.base import ArrayLibrary, RawArray
+from asyncshard.arrays.covered import CoveredMemory
 from asyncshard.arrays.memory import is_sink, span
 from asyncshard.errors import DestinationError, NamesError
 from asyncshard.format.dtypes import DTYPES, Dtype
 from asyncshard.pipeline.checkpoint.checkpoint import Checkpoint
-from asyncshard.pipeline.transfer.destinations import MatchedDestinations, ShardDestinations, StridedTarget
+from asyncshard.pipeline.transfer.destinations import (
+    MatchedDestinations,
+    SecondCopy,
+    ShardDestinations,
+    StridedTarget,
+)
+from asyncshard.pipeline.transfer.second_copies import CopyDigests, difference
+from asyncshard.plan.items import TensorKey
 from asyncshard.plan.text import enumerate_names
 from asyncshard.tasks.pace import yielding_gil
 
 logger = logging.getLogger("asyncshard")
-
-_OVERLAP_WORK: Any = 100_000  # any number, for stubs of NumPy before 2.5
-"""How hard NumPy tries to tell whether two strided views share memory, before we assume that they do."""
 
 
 def match_destinations(
@@ -49,9 +53,10 @@ def match_destinations(
         With `strict`: names are missing or unexpected. A name is not missing if its memory is covered by a destination
         that is filled (tied weights), or if it has no elements.
     DestinationError
-        Shape, dtype or layout do not fit, or two destinations share memory.
+        Shape, dtype or layout do not fit, or two destinations share memory; not so if they are the same memory, and
+        their tensors are alike: the second one is compared with the first when it is read.
     """
-    matching = _Matching(mapping, library, cast=cast)
+    matching = _Matching(checkpoint, mapping, library, cast=cast)
     for shard in checkpoint.shards:
         row = shard.header.table.row
         matching.matched.shards.append(ShardDestinations.empty())
@@ -61,7 +66,7 @@ def match_destinations(
     matching.finish()
     matched = matching.matched
     if strict and (matched.missing or matched.unexpected):
-        raise _names_error(path, matched)
+        raise _names_error(path, matched, matching.faults)
     faults = matching.faults
     if faults:
         listed = enumerate_names(faults, separator="; ")
@@ -83,11 +88,16 @@ def _warn(path: str, matched: MatchedDestinations) -> None:
 class _Matching:
     """The state of matching, tensor by tensor."""
 
-    def __init__(self, mapping: Mapping[str, Any], library: ArrayLibrary, *, cast: bool) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, mapping: Mapping[str, Any], library: ArrayLibrary, *, cast: bool
+    ) -> None:
+        self._checkpoint = checkpoint
         self._mapping = mapping
         self._library = library
         self._cast = cast
-        self._covered = _Covered()
+        self._covered = CoveredMemory()
+        self._unfit = CoveredMemory()
+        """The memory of destinations that do not fit: what lies within it is not missing as well."""
         self._found: set[str] = set()
         self._unexpected: list[str] = []
         self._narrowed: list[str] = []
@@ -106,7 +116,14 @@ class _Matching:
             self._fit(destinations, name, dtype, self._library.shape_of(dtype, shape, nbytes), self._mapping[name])
         except DestinationError as error:
             self.faults.append(str(error))
+            self._note_unfit(name)
             destinations.add(None)
+
+    def _note_unfit(self, name: str) -> None:
+        with contextlib.suppress(DestinationError):
+            memory = self._library.memory_of(name, self._mapping[name]).array
+            if memory.size:
+                self._unfit.add((0, 0), *span(memory), memory)
 
     def _fit(
         self, destinations: ShardDestinations, name: str, dtype: Dtype, shape: tuple[int, ...], target: Any
@@ -119,17 +136,49 @@ class _Matching:
             self._narrowed.append(name)
         low, high = span(memory)
         if memory.size:
-            self._covered.add(name, low, high, memory)
+            self._covered.add((len(self.matched.shards) - 1, len(destinations.targets)), low, high, memory)
         destinations.add(target, low if strided is None else 0, strided)
 
     def finish(self) -> None:
         """Check what needs all of them. Slow for many: not for the event loop."""
         self._covered.sort()
-        self.faults.extend(self._covered.overlaps())
+        self._unfit.sort()
+        self._find_second_copies()
         missing = [name for name in self._mapping if name not in self._found]
         self.matched.missing = tuple(name for name in missing if not self._is_filled_anyway(name))
         self.matched.unexpected = tuple(self._unexpected)
         self.matched.narrowed = tuple(self._narrowed)
+
+    def _find_second_copies(self) -> None:
+        """Compare, or have compared, what shares a destination; other memory that is shared is a fault."""
+        digests = CopyDigests(self._checkpoint)
+        for first, second, is_exact in self._covered.overlaps(self._are_alike):
+            names = self._name(first), self._name(second)
+            are_equal = digests.are_equal(first, second) if is_exact else None
+            if not is_exact:
+                one, other = sorted(names)
+                self.faults.append(f"the destinations of {one!r} and {other!r} share memory")
+            elif are_equal is None:
+                self.matched.shards[second[0]].compare_with_first(second[1], self._second_copy(first, second))
+            elif are_equal:
+                self.matched.shards[second[0]].drop(second[1])
+            else:
+                self.faults.append(difference(*names))
+
+    def _second_copy(self, first: TensorKey, second: TensorKey) -> SecondCopy:
+        name, code, shape, start, stop = self._checkpoint.shards[second[0]].header.table.row(second[1])
+        dtype = DTYPES[code]
+        shape = self._library.shape_of(dtype, shape, stop - start)
+        memory, strided, _ = fit(self._library, name, dtype, shape, self._mapping[name], cast=self._cast)
+        return SecondCopy(first, self._name(first), strided or memory.reshape(-1).view(np.uint8))
+
+    def _are_alike(self, one: TensorKey, other: TensorKey) -> bool:
+        """Return whether two tensors have the same dtype and shape."""
+        facts = [self._checkpoint.shards[shard].header.table.row(index)[1:3] for shard, index in (one, other)]
+        return facts[0] == facts[1]
+
+    def _name(self, key: TensorKey) -> str:
+        return self._checkpoint.shards[key[0]].header.table.name(key[1])
 
     def _is_filled_anyway(self, name: str) -> bool:
         """Return whether a destination without a tensor is filled by another one, or has nothing to fill."""
@@ -140,7 +189,7 @@ class _Matching:
             memory = self._library.memory_of(name, target).array
         except DestinationError:
             return False
-        return memory.size == 0 or self._covered.has_inside(*span(memory))
+        return memory.size == 0 or any(each.has_inside(*span(memory)) for each in (self._covered, self._unfit))
 
 
 class Fit(NamedTuple):
@@ -220,72 +269,15 @@ def _require_no_self_overlap(name: str, memory: NDArray[Any]) -> None:
             reach += stride * (size - 1)
 
 
-class _Covered:
-    """The memory that destinations cover, by address."""
-
-    def __init__(self) -> None:
-        self._names: list[str] = []
-        self._low_list, self._high_list, self._whole_list = array("Q"), array("Q"), array("b")
-        self._strided: dict[int, NDArray[Any]] = {}
-        """Views that do not fill what they span, by place."""
-
-    def add(self, name: str, low: int, high: int, memory: NDArray[Any]) -> None:
-        is_whole = memory.flags.c_contiguous
-        if not is_whole:
-            self._strided[len(self._names)] = memory
-        self._names.append(name)
-        self._low_list.append(low)
-        self._high_list.append(high)
-        self._whole_list.append(is_whole)
-
-    def sort(self) -> None:
-        """Order by address; to be called once, after the last `add`."""
-        lows, highs = np.array(self._low_list, np.uint64), np.array(self._high_list, np.uint64)
-        whole = np.array(self._whole_list, np.bool_)
-        self._order = np.lexsort((highs, lows))
-        self._lows, self._highs = lows[self._order], highs[self._order]
-        # How far those before and at each place reach, at most.
-        self._reach = np.maximum.accumulate(self._highs)
-        self._whole_reach = np.maximum.accumulate(np.where(whole[self._order], self._highs, 0))
-
-    def has_inside(self, low: int, high: int) -> bool:
-        """Return whether one contiguous destination covers [low, high)."""
-        place = int(np.searchsorted(self._lows, np.uint64(low), side="right"))
-        return place > 0 and int(self._whole_reach[place - 1]) >= high
-
-    def overlaps(self) -> Iterator[str]:
-        """Yield a sentence for each destination that shares memory with one before it by address."""
-        suspects = np.flatnonzero(self._lows[1:] < self._reach[:-1]) + 1
-        for place in suspects.tolist():
-            for other in range(place - 1, -1, -1):
-                if self._reach[other] <= self._lows[place]:
-                    break
-                if self._highs[other] > self._lows[place] and self._share_memory(place, other):
-                    names = sorted(self._names[self._order[index]] for index in (place, other))
-                    yield f"the destinations of {names[0]!r} and {names[1]!r} share memory"
-                    break
-
-    def _share_memory(self, place: int, other: int) -> bool:
-        """Whether two whose spans overlap really meet; not so for views of interleaved columns."""
-        one, two = self._memory(place), self._memory(other)
-        try:
-            return np.shares_memory(one, two, max_work=_OVERLAP_WORK)
-        except np.exceptions.TooHardError:
-            return True
-
-    def _memory(self, place: int) -> NDArray[Any]:
-        low, high = int(self._lows[place]), int(self._highs[place])
-        strided = self._strided.get(int(self._order[place]))
-        return np.frombuffer(memoryview(Span(low, high - low, None)), np.uint8) if strided is None else strided
-
-
-def _names_error(path: str, matched: MatchedDestinations) -> NamesError:
+def _names_error(path: str, matched: MatchedDestinations, faults: list[str]) -> NamesError:
     parts = []
     if matched.missing:
         parts.append(f"missing from the checkpoint: {enumerate_names(matched.missing, is_quoted=True)}")
     if matched.unexpected:
         listed = enumerate_names(matched.unexpected, is_quoted=True)
         parts.append(f"in the checkpoint but not in the state dict: {listed}")
+    if faults:
+        parts.append(enumerate_names(faults, separator="; "))
     return NamesError(
         f"{path}: the names do not match: {'; '.join(parts)}. Nothing was written; strict=False loads what matches.",
         path=path,

@@ -18,33 +18,31 @@ from asyncshard.pipeline.checkpoint.ties import add_ties
 from asyncshard.pipeline.memory.budget import MemoryBudget
 from asyncshard.pipeline.transfer.destinations import (
     MatchedDestinations,
+    SecondCopy,
     ShardDestinations,
     StridedTarget,
     new_destinations,
 )
-from asyncshard.pipeline.transfer.load import Delivery, OpenedCheckpoint
+from asyncshard.pipeline.transfer.load import Delivery, Load, OpenedCheckpoint
 from asyncshard.pipeline.transfer.matching import match_destinations
+from asyncshard.pipeline.transfer.second_copies import FirstCopies, copies_differ
 from asyncshard.pipeline.transfer.transfer import Reading, Transfer
-from asyncshard.plan.items import GRAIN, ReadItem, placed_tensors
+from asyncshard.plan.items import GRAIN, ReadItem, TensorKey, placed_tensors
 
 _MAX_TENSORS = 4096
 """In one item: what reading into separate buffers handles in one call without holding the GIL for long."""
 _MANY_TENSORS = 256
 """From as many in an item on, their memory is looked up in a thread: it takes a microsecond for each."""
 
-_Key = tuple[int, int]
-"""Shard and index of a tensor."""
-
 
 class ToNewArrays(Delivery):
     """Make a new array for every tensor, outside of the budget, and fill it."""
 
     async def plan(self, opened: OpenedCheckpoint) -> PlacedTransfer:
-        return await opened.reading.threads.run(self._plan, opened)
-
-    def _plan(self, opened: OpenedCheckpoint) -> PlacedTransfer:
         load, reading = opened
-        reading = reading.with_tied()
+        return await reading.threads.run(self._plan, load, await reading.with_ties())
+
+    def _plan(self, load: Load, reading: Reading) -> PlacedTransfer:
         transfer = PlacedTransfer(reading, new_destinations(reading.checkpoint, load.library()))
         transfer.plan(load.budget)
         return transfer
@@ -133,11 +131,12 @@ class PlacedTransfer(Transfer):
         self.narrowed = matched.narrowed
         self._begun: set[ReadItem] = set()
         self._done: set[ReadItem] = set()
-        self._parts_left: Counter[_Key] = Counter()
+        self._parts_left: Counter[TensorKey] = Counter()
         """Items still to be delivered of the tensors that are split."""
-        self._written: Counter[_Key] = Counter()
+        self._written: Counter[TensorKey] = Counter()
         """Bytes that each sink has taken."""
         self._sink_advanced = asyncio.Condition()
+        self._first_copies = FirstCopies()
         self._unwanted = memoryview(b"")
         """Takes what lies between wanted tensors, of all reads at once: nobody looks at it."""
 
@@ -167,12 +166,13 @@ class PlacedTransfer(Transfer):
         if self.pacing.max_gap_bytes and not all(shard.is_wanted().all() for shard in self._destinations):
             self._unwanted = memoryview(bytearray(self.pacing.max_gap_bytes))
         self.items = items
+        self._first_copies.expect({key for shard in self._destinations for key in shard.firsts.values()}, items)
         self._parts_left.update((item.shard, item.first) for item in items if item.last - item.first == 1)
 
     def buffer_bytes(self, item: ReadItem) -> int:
         return item.nbytes if self._indirect(item) is not None else 0
 
-    def _indirect(self, item: ReadItem) -> StridedTarget | Sink | None:
+    def _indirect(self, item: ReadItem) -> StridedTarget | Sink | SecondCopy | None:
         """Return the destination of an item that goes through a buffer; such a tensor is alone in its items."""
         return self._destinations[item.shard].indirect.get(item.first)
 
@@ -190,6 +190,7 @@ class PlacedTransfer(Transfer):
             await self._read_range(item, data)
             await self._pass_on(item, indirect, data)
         self._done.add(item)
+        await self._first_copies.note(item)
 
     def _memory(self, item: ReadItem) -> list[memoryview]:
         """Return the destinations' memory that an item fills, in the file's order."""
@@ -209,8 +210,14 @@ class PlacedTransfer(Transfer):
         """Return where in its tensor an item begins."""
         return item.start - int(self.checkpoint.shards[item.shard].header.table.starts[item.first])
 
-    async def _pass_on(self, item: ReadItem, target: StridedTarget | Sink, data: memoryview) -> None:
+    async def _pass_on(self, item: ReadItem, target: StridedTarget | Sink | SecondCopy, data: memoryview) -> None:
         offset = self._offset(item)
+        if isinstance(target, SecondCopy):
+            await self._first_copies.wait_for(target.first)
+            if not await self._threads.run(target.holds, offset, data):
+                shard = self.checkpoint.shards[item.shard]
+                raise copies_differ(shard.path, target.first_name, shard.header.at(item.first).name)
+            return
         if isinstance(target, StridedTarget):
             await self._threads.run(target.store, offset // target.source.itemsize, data)
             return
@@ -236,8 +243,8 @@ class PlacedTransfer(Transfer):
                 yield name, targets[index], stop - start
 
     def progress(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        parts: Counter[_Key] = Counter()
-        parts_done: Counter[_Key] = Counter()
+        parts: Counter[TensorKey] = Counter()
+        parts_done: Counter[TensorKey] = Counter()
         for item in self.items:
             if item in self._begun:
                 keys = self._keys(item)
@@ -251,6 +258,6 @@ class PlacedTransfer(Transfer):
         torn = tuple(name_of[key] for key, count in parts.items() if key in begun and parts_done[key] < count)
         return filled, torn
 
-    def _keys(self, item: ReadItem) -> list[_Key]:
+    def _keys(self, item: ReadItem) -> list[TensorKey]:
         targets = self._destinations[item.shard].targets
         return [(item.shard, index) for index in range(item.first, item.last) if targets[index] is not None]

@@ -2,8 +2,21 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+from asyncshard.events import (
+    Closed,
+    Delivered,
+    Event,
+    Opened,
+    ReadEnded,
+    ReadStarted,
+    Retried,
+    Unverified,
+    Verified,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,24 +51,68 @@ class Statistics:
     """Those for which it was asked for, and that could not be compared, or not yet."""
 
 
-@dataclass(slots=True)
 class Counters:
-    """What a pipeline counts while it runs."""
+    """Statistics counted from the events of one load, which may come from several threads."""
 
-    bytes_total: int = 0
-    bytes_done: int = 0
-    tensors_total: int = 0
-    tensors_done: int = 0
-    bytes_in_flight: int = 0
-    began: float = field(default_factory=time.perf_counter)
-    ended: float | None = None
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._began = time.perf_counter()
+        self._ended: float | None = None
+        self._opened: Opened | None = None
+        self._tensors_done = self._bytes_done = self._bytes_in_flight = self._retries = 0
+        self._is_verified: dict[str, bool] = {}
+        """Whether an object matches its checksum, by its path, in the order in which the objects were opened."""
 
-    def elapsed_s(self) -> float:
-        return (time.perf_counter() if self.ended is None else self.ended) - self.began
+    def take(self, event: Event) -> None:
+        """Count an event: the listener of a load's store and pipeline."""
+        with self._lock:
+            match event:
+                case ReadStarted():
+                    self._bytes_in_flight += event.stop - event.start
+                case ReadEnded():
+                    self._bytes_in_flight -= event.stop - event.start
+                case Delivered():
+                    self._tensors_done += event.tensors
+                    self._bytes_done += event.nbytes
+                case Retried():
+                    self._retries += 1
+                case Verified() | Unverified():
+                    self._is_verified[event.path] = isinstance(event, Verified)
+                case Opened():
+                    self._opened = event
+                case Closed():
+                    self._ended = time.perf_counter()
 
-    def eta_s(self) -> float | None:
-        if self.bytes_done == self.bytes_total:
-            return 0.0 if self.tensors_done == self.tensors_total else None
-        if self.bytes_done == 0:
+    def statistics(self, *, bytes_held: int, budget_wait_s: float) -> Statistics:
+        """Return a snapshot of what was counted, with what the memory account knows."""
+        with self._lock:
+            elapsed_s = (time.perf_counter() if self._ended is None else self._ended) - self._began
+            opened = self._opened or _NOT_OPEN
+            return Statistics(
+                bytes_total=opened.bytes_total,
+                bytes_done=self._bytes_done,
+                tensors_total=opened.tensors_total,
+                tensors_done=self._tensors_done,
+                bytes_in_flight=self._bytes_in_flight,
+                bytes_held=bytes_held,
+                budget_wait_s=budget_wait_s,
+                retries=self._retries,
+                elapsed_s=elapsed_s,
+                eta_s=None if self._opened is None else self._eta_s(opened, elapsed_s),
+                missing=opened.missing,
+                unexpected=opened.unexpected,
+                verified=tuple(path for path, is_verified in self._is_verified.items() if is_verified),
+                unverified=tuple(path for path, is_verified in self._is_verified.items() if not is_verified),
+            )
+
+    def _eta_s(self, opened: Opened, elapsed_s: float) -> float | None:
+        if self._bytes_done == opened.bytes_total:
+            return 0.0 if self._tensors_done == opened.tensors_total else None
+        if self._bytes_done == 0:
             return None
-        return self.elapsed_s() * (self.bytes_total - self.bytes_done) / self.bytes_done
+        return elapsed_s * (opened.bytes_total - self._bytes_done) / self._bytes_done
+
+
+_NOT_OPEN = Opened(0, 0, (), ())
+NOT_STARTED = Statistics(0, 0, 0, 0, 0, 0, 0.0, 0, 0.0, None, (), (), (), ())
+"""The statistics of a stream before it is opened."""

@@ -9,12 +9,13 @@ from types import TracebackType
 from typing import Any, Self
 
 from asyncshard.errors import StreamClosedError, UnsupportedTensorError
+from asyncshard.events import Delivered
 from asyncshard.format.header import TensorInfo
 from asyncshard.pipeline.checkpoint.checkpoint import CheckpointInfo
 from asyncshard.pipeline.checkpoint.load_plan import LoadPlan
 from asyncshard.pipeline.checkpoint.version import CheckpointVersion
 from asyncshard.pipeline.transfer.load import Delivery, Load
-from asyncshard.pipeline.transfer.statistics import Counters, Statistics
+from asyncshard.pipeline.transfer.statistics import NOT_STARTED, Statistics
 from asyncshard.pipeline.transfer.supervisor import State, Supervisor
 from asyncshard.pipeline.transfer.transfer import Transfer
 from asyncshard.tasks.pace import LoopYield
@@ -41,6 +42,8 @@ class Stream:
         self._finalizer: weakref.finalize[Any, Any] | None = None
         self._batch: Iterator[tuple[str, Any, int]] = iter(())
         self._pace = LoopYield()
+        self._delivered = self._delivered_bytes = 0
+        """Tensors that the consumer has taken and that have not been reported, and their bytes."""
         self._is_asking = False
         self._is_closed = False
         self._is_at_end = False
@@ -86,7 +89,8 @@ class Stream:
                 await self._pace.give_way()
             while True:
                 for name, tensor, nbytes in self._batch:
-                    self._count(nbytes)
+                    self._delivered += 1
+                    self._delivered_bytes += nbytes
                     return name, tensor
                 if not await self._next_batch():
                     raise StopAsyncIteration
@@ -102,6 +106,7 @@ class Stream:
     async def aclose(self) -> None:
         """Stop the reads, wait for them and release everything. From any task, any number of times."""
         self._is_closed = True
+        self._report_delivered()
         self._batch = iter(())
         if self._supervisor is not None:
             await self._supervisor.aclose()
@@ -135,7 +140,7 @@ class Stream:
     def plan(self) -> LoadPlan:
         """What is read for it: how many bytes of which files."""
         transfer = self._transfer()
-        return LoadPlan.of(transfer.checkpoint, transfer.max_gap_bytes)
+        return LoadPlan.of(transfer.checkpoint, transfer.pacing.max_gap_bytes)
 
     @property
     def version(self) -> CheckpointVersion:
@@ -144,30 +149,20 @@ class Stream:
 
     @property
     def ties(self) -> Mapping[str, str]:
-        """Other names of tensors, as the files' metadata tells: ``{"lm_head.weight": "model.embed_tokens.weight"}``."""
+        """Other names of tensors, each with the stored one: ``{"lm_head.weight": "model.embed_tokens.weight"}``.
+
+        The files' metadata tells them, or ``config.json``. The stream delivers the tensors under their stored names.
+        """
         return self._transfer().ties
 
     def statistics(self) -> Statistics:
         """Return what has been done so far; at any time, zeros before the stream is open."""
         supervisor = self._supervisor
-        counters = Counters(ended=0.0, began=0.0) if supervisor is None else supervisor.counters
-        transfer = None if supervisor is None else supervisor.transfer
-        return Statistics(
-            bytes_total=counters.bytes_total,
-            bytes_done=counters.bytes_done,
-            tensors_total=counters.tensors_total,
-            tensors_done=counters.tensors_done,
-            bytes_in_flight=counters.bytes_in_flight,
-            bytes_held=0 if supervisor is None else supervisor.account.bytes_held(),
-            budget_wait_s=0.0 if supervisor is None else supervisor.account.wait_s,
-            retries=0 if transfer is None else transfer.retries,
-            elapsed_s=counters.elapsed_s(),
-            eta_s=None if transfer is None else counters.eta_s(),
-            missing=() if transfer is None else transfer.missing,
-            unexpected=() if transfer is None else transfer.unexpected,
-            verified=() if transfer is None else transfer.verified,
-            unverified=() if transfer is None else transfer.unverified,
-        )
+        if supervisor is None:
+            return NOT_STARTED
+        self._report_delivered()
+        account = supervisor.account
+        return supervisor.counters.statistics(bytes_held=account.bytes_held(), budget_wait_s=account.wait_s)
 
     @property
     def narrowed(self) -> tuple[str, ...]:
@@ -200,6 +195,7 @@ class Stream:
 
     async def _next_batch(self) -> bool:
         """Go on to the next item; False at the end."""
+        self._report_delivered()
         if self._is_at_end:
             return False
         if self._is_closed:
@@ -225,11 +221,11 @@ class Stream:
         self._batch = self._transfer().deliver(slot.item, slot.lease)
         return True
 
-    def _count(self, nbytes: int) -> None:
-        assert self._supervisor is not None
-        counters = self._supervisor.counters
-        counters.tensors_done += 1
-        counters.bytes_done += nbytes
+    def _report_delivered(self) -> None:
+        """Report the tensors that the consumer has taken since the last call: one by one would cost more."""
+        if self._delivered and self._supervisor is not None:
+            self._supervisor.report(Delivered(self._delivered, self._delivered_bytes))
+            self._delivered = self._delivered_bytes = 0
 
     async def _halt(self, error: asyncio.CancelledError) -> None:
         """Where reads go into the caller's memory, a cancelled caller must not go on before they have stopped."""

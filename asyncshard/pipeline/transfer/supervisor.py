@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from enum import Enum
 from typing import Any
 
-from asyncshard._core import Lease
-from asyncshard.errors import BudgetError, StreamClosedError
+from asyncshard.errors import StreamClosedError
+from asyncshard.events import Closed, Listener, Opened
 from asyncshard.pipeline.checkpoint.opening import Opening
 from asyncshard.pipeline.memory.budget import Account, Reclaimable, charge_of
 from asyncshard.pipeline.transfer.load import Delivery, Load, open_transfer
+from asyncshard.pipeline.transfer.prefetcher import Prefetcher
 from asyncshard.pipeline.transfer.slots import Slot, Slots
 from asyncshard.pipeline.transfer.statistics import Counters
 from asyncshard.pipeline.transfer.transfer import Transfer
@@ -59,17 +59,16 @@ class Supervisor:
     """
 
     def __init__(self, load: Load, delivery: Delivery) -> None:
-        self._is_strict = load.is_strict
-        self._budget = load.budget
         opening = load.open()
         self.account: Account = opening.account
-        self._budget.add_reclaimer(self)
+        load.budget.add_reclaimer(self)
         self.counters = Counters()
+        self.report: Listener = self.counters.take
+        """Called with each event of this stream, from any thread."""
         self.transfer: Transfer | None = None
         self._slots = Slots(is_ordered=load.is_ordered)
         self._crash: Exception | None = None
-        self._needed_bytes = 0
-        """What the next item asks of the budget; 0 while it asks for nothing."""
+        self._prefetcher: Prefetcher | None = None
         self._is_halting = False
         self._is_closing = False
         self._own_tasks: set[asyncio.Task[Any] | None] = set()
@@ -125,7 +124,8 @@ class Supervisor:
             slots.slot_ready.clear()
             slots.is_consumer_waiting = True
             try:
-                self._unblock()
+                if self._prefetcher is not None:
+                    self._prefetcher.unblock()
                 await slots.slot_ready.wait()
             finally:
                 slots.is_consumer_waiting = False
@@ -203,46 +203,54 @@ class Supervisor:
             pass
         except Exception as error:
             self._crash = error
-        self.counters.ended = time.perf_counter()
+        self.report(Closed())
         if not self._opened.done():
             self._opened.set_exception(self._crash or StreamClosedError("the stream was closed before it was open"))
             self._opened.exception()  # seen, should nobody wait for it
         self._slots.slot_ready.set()  # as the last thing: who waits in `next_slot` has to find this task done
 
     async def _serve(self, load: Load, delivery: Delivery, opening: Opening) -> None:
-        async with open_transfer(load, opening, delivery) as transfer:
+        async with open_transfer(load, opening, delivery, self.report) as transfer:
             try:
-                self._begin(transfer)
+                prefetcher = self._begin(transfer, is_strict=load.is_strict)
                 await self._slots.demand.wait()
-                await self._read_to_end(transfer)
+                largest = max(map(transfer.buffer_bytes, transfer.items), default=0)
+                if largest:
+                    await self.account.set_floor(charge_of(largest))
+                await self._read_to_end(prefetcher)
             finally:
                 self._slots.clear()  # before the account is closed: what nobody has taken does not count as held
 
-    def _begin(self, transfer: Transfer) -> None:
+    def _begin(self, transfer: Transfer, *, is_strict: bool) -> Prefetcher:
         self.transfer = transfer
-        self.counters.bytes_total = transfer.bytes_total
-        self.counters.tensors_total = transfer.tensors_total
+        self.report(Opened(transfer.tensors_total, transfer.bytes_total, transfer.missing, transfer.unexpected))
         self._slots.plan(transfer.items)
+        self._prefetcher = Prefetcher(
+            transfer,
+            self._slots,
+            self.account,
+            is_strict=is_strict,
+            report=self.report,
+            own_tasks=self._own_tasks,
+        )
         self._opened.set_result(None)
+        return self._prefetcher
 
-    async def _read_to_end(self, transfer: Transfer) -> None:
+    async def _read_to_end(self, prefetcher: Prefetcher) -> None:
         """Read until all is read and taken: what was read may be given back, and has to be read again then."""
-        largest = max(map(transfer.buffer_bytes, transfer.items), default=0)
-        if largest:
-            await self.account.set_floor(charge_of(largest))
         slots = self._slots
         while True:
             if not (slots.is_fed or slots.has_failed):
-                await self._read_round(transfer)
+                await self._read_round(prefetcher)
             elif len(slots):
                 await slots.until_freed()
             else:
                 return
 
-    async def _read_round(self, transfer: Transfer) -> None:
+    async def _read_round(self, prefetcher: Prefetcher) -> None:
         """Read until all items are read, or until halted; then wait until the consumer asks again."""
         self._is_halting = False
-        self._reader = self.loop.create_task(self._read_all(transfer), name="asyncshard-reader")
+        self._reader = self.loop.create_task(prefetcher.run(), name="asyncshard-reader")
         self._own_tasks.add(self._reader)
         try:
             await wait_to_end(self._reader, self._reader.cancel)
@@ -251,84 +259,3 @@ class Supervisor:
                 raise
             self._slots.demand.clear()
             await self._slots.demand.wait()
-
-    async def _read_all(self, transfer: Transfer) -> None:
-        async with asyncio.TaskGroup() as group:
-            for slot in self._slots.unread():
-                group.create_task(self._read(transfer, slot))
-            await self._feed(transfer, group)
-
-    async def _feed(self, transfer: Transfer, group: asyncio.TaskGroup) -> None:
-        slots = self._slots
-        while slots.has_items_left:
-            if slots.is_far_enough(transfer.pacing.prefetch_count):
-                await slots.until_freed()
-                continue
-            index = slots.next_item
-            try:
-                lease = await self._reserve(transfer.prepare(transfer.items[index]))
-            except BudgetError as error:
-                slots.fail(error)
-                return
-            if index != slots.next_item:  # earlier ones were given back meanwhile
-                del lease
-                continue
-            group.create_task(self._read(transfer, slots.begin(lease)))
-            del lease
-        # With nothing in a checkpoint nobody else would tell the consumer.
-        slots.slot_ready.set()
-
-    async def _reserve(self, nbytes: int) -> Lease | None:
-        if not nbytes:
-            return None
-        self._needed_bytes = nbytes
-        try:
-            return await self.account.allocate(nbytes, on_wait=self._unblock)
-        finally:
-            self._needed_bytes = 0
-
-    def _is_blocked(self) -> bool:
-        """Return whether the next item can be read in no way but that tensors in use leave the budget.
-
-        The consumer waits, nothing of its stream is ready or in flight, and the budget cannot grant the next item.
-        """
-        is_waiting = self.account.is_waiting and bool(self._needed_bytes)
-        return is_waiting and self._slots.is_consumer_waiting and not len(self._slots)
-
-    def _unblock(self) -> None:
-        """Hand tensors over where the next item can be read in no other way."""
-        if not self._is_blocked():
-            return
-        self._budget.reclaim_for_waiters(is_urgent=True)
-        if not self.account.hand_over(newest_only=self._is_strict):
-            self._slots.fail(self._in_use_error())
-
-    def _in_use_error(self) -> BudgetError:
-        return BudgetError(
-            f"tensors that were delivered and are still in use take {self.account.used:,} bytes; the next read "
-            f"needs {self._needed_bytes:,} and the memory budget is {self._budget.nbytes:,} bytes: let go of them "
-            "earlier, raise memory_budget_mb, or pass strict_budget=False",
-            needed_bytes=self._needed_bytes,
-            budget_bytes=self._budget.nbytes,
-        )
-
-    async def _read(self, transfer: Transfer, slot: Slot) -> None:
-        task = asyncio.current_task()
-        self._own_tasks.add(task)
-        item = slot.item
-        assert item is not None
-        failure: Exception | None = None
-        self.counters.bytes_in_flight += item.nbytes
-        try:
-            await transfer.read(item, slot.lease)
-        except Exception as error:
-            failure = error
-        finally:
-            self.counters.bytes_in_flight -= item.nbytes
-            self._own_tasks.discard(task)
-            del task  # a cycle of task, exception and frame would keep the buffer alive
-        if transfer.is_in_place:
-            slot.lease = None
-        self._slots.finish(slot, failure)
-        del failure
-        self._budget.reclaim_for_waiters()

@@ -4,31 +4,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 from asyncshard._core import Lease
-from asyncshard.pipeline.checkpoint.checkpoint import Checkpoint, ties_of
-from asyncshard.pipeline.checkpoint.version import CheckpointVersion
+from asyncshard.pipeline.checkpoint.checkpoint import Checkpoint
+from asyncshard.pipeline.checkpoint.ties import find_ties, ties_of
+from asyncshard.pipeline.checkpoint.version import version_of
 from asyncshard.plan.items import ReadItem
-from asyncshard.stores.base import Store
+from asyncshard.stores.base import Pacing
 from asyncshard.tasks.bounded import run_bounded
 from asyncshard.tasks.threads import DaemonThreads
-
-
-class Pacing(NamedTuple):
-    """How much is read at once, and how far ahead."""
-
-    chunk_size: int
-    """Bytes of one read at most."""
-    prefetch_count: int
-    """Read items ahead of the consumer."""
-    max_gap_bytes: int
-    """Gaps of up to this many unwanted bytes between wanted tensors are read too, to save a request."""
-
-    @classmethod
-    def of(cls, store: Store, chunk_size: int | None, prefetch_count: int | None) -> Self:
-        """Return the pacing that was asked for, and what suits the store where nothing was."""
-        return cls(chunk_size or store.chunk_size, prefetch_count or store.prefetch_count, store.max_gap_bytes)
 
 
 class Reading(NamedTuple):
@@ -38,9 +23,10 @@ class Reading(NamedTuple):
     pacing: Pacing
     threads: DaemonThreads
 
-    def with_tied(self) -> Reading:
-        """Return the same reading, of the tied tensors too (`Checkpoint.with_tied`)."""
-        return self._replace(checkpoint=self.checkpoint.with_tied())
+    async def with_ties(self) -> Reading:
+        """Return the reading of all that there is: tied tensors too, and the ties of ``config.json``."""
+        checkpoint = await find_ties(self.checkpoint, self.threads)
+        return self._replace(checkpoint=checkpoint.with_tied())
 
 
 class Transfer(ABC):
@@ -58,28 +44,8 @@ class Transfer(ABC):
         self.missing: tuple[str, ...] = ()
         self.unexpected: tuple[str, ...] = ()
         self.narrowed: tuple[str, ...] = ()
-        self.version = CheckpointVersion.of(self.checkpoint)
+        self.version = version_of(self.checkpoint)
         self.ties = ties_of(self.checkpoint)
-
-    @property
-    def retries(self) -> int:
-        """Requests that the store made again."""
-        return self._reader.store.retries
-
-    @property
-    def max_gap_bytes(self) -> int:
-        """Unwanted bytes between slices that are rather read than left out."""
-        return self._reader.store.max_gap_bytes
-
-    @property
-    def verified(self) -> tuple[str, ...]:
-        """Objects that match their checksums."""
-        return self._reader.store.verified
-
-    @property
-    def unverified(self) -> tuple[str, ...]:
-        """Objects that were to be compared with their checksums and have not been."""
-        return self._reader.store.unverified
 
     @abstractmethod
     def buffer_bytes(self, item: ReadItem) -> int:

@@ -1,8 +1,15 @@
-"""The directory that a reshard writes: nothing has its final name before all of it is on the disk.
+"""Files that get their names in a directory all at once, or none: `reshard` and `save_sharded_state` write so.
 
-Files are written in a hidden folder within the directory, flushed, and moved into place at the end. Meanwhile a marker,
-`INCOMPLETE_NAME`, tells readers that the directory is no checkpoint; where one is overwritten, from the moment when its
-files begin to go. The marker is removed last. All of this blocks: call it in threads.
+They are written in a hidden folder within the directory, whose lock keeps other writers out, and flushed. The commit
+
+1. puts the mark into the directory, by which readers refuse what is there; it lists the files that come and go;
+2. moves the files that go aside, into the hidden folder;
+3. gives the new files their names;
+4. takes the mark away, and only then removes what it has moved aside.
+
+A failure within 2 and 3 is undone. A kill there leaves the mark, and all files on the disk: `resume` ends such a
+commit. One new file, over none or over one of its own name, needs no mark: its one rename is the commit. All of this
+blocks: call it in threads.
 """
 
 from __future__ import annotations
@@ -10,261 +17,248 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import json
 import os
-import re
+import secrets
 import shutil
-import stat
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
-from asyncshard._core import StopFlag
-from asyncshard.errors import CheckpointError, FormatError, StoreError, TargetExistsError
-from asyncshard.format.index import MAX_INDEX_BYTES, parse_index
-from asyncshard.format.pattern import DEFAULT_TEMPLATE, PP_TEMPLATE, ShardPattern
-from asyncshard.plan.files.layout import INCOMPLETE_NAME, INDEX_NAME, SINGLE_NAME
-from asyncshard.plan.text import enumerate_names
-from asyncshard.stores.local.files import translate, translated
+from asyncshard.errors import StoreError, TargetExistsError
+from asyncshard.pipeline.writing.commit import Commit, flush, folders_of, is_folder, write_mark
+from asyncshard.stores.local.files import translated
+from asyncshard.tasks.exit_gate import EXIT_GATE
 
-_FOLDER = ".asyncshard-reshard"
 _LOCK = "lock"
-_HUGGING_FACE = re.compile(r"model-[0-9]+-of-[0-9]+\.safetensors")
-_MOST_VECTORS = 1024
-_LARGE = 256 << 10
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+"""From file systems without locks, as Lustre may be mounted."""
 
 
-class Target:
-    """A directory to be written.
+class Role(NamedTuple):
+    """Who writes, in names and words."""
+
+    folder: str
+    """Name of the hidden folder."""
+    mark: str
+    """Name of the mark."""
+    note: str
+    """What the mark says to a person."""
+    busy: str
+    """What is said, after the directory's path, where another one holds the lock."""
+
+
+class DirectoryWriter:
+    """Writes files into a directory: `begin`, then write to `path_of`, `flush`, `commit`; `clean_up` in any case.
 
     Parameters
     ----------
     directory : str
-    pattern : ShardPattern, optional
-        Names of rank shards, beside the default ones, which `overwrite` replaces.
-    overwrite : bool
+        Made if it does not exist.
+    role : Role
+    requires_lock : bool
+        Whether a file system without locks is an error; otherwise callers keep apart who writes there at once.
     """
 
-    def __init__(self, directory: str, pattern: ShardPattern | None, *, overwrite: bool) -> None:
+    def __init__(self, directory: str, role: Role, *, requires_lock: bool = True) -> None:
         self.directory = os.path.abspath(directory)
-        self._patterns = [*([] if pattern is None else [pattern]), ShardPattern(DEFAULT_TEMPLATE)]
-        self._patterns.append(ShardPattern(PP_TEMPLATE))
-        self._overwrite = overwrite
-        self._folder = os.path.join(self.directory, _FOLDER)
-        self._marker = os.path.join(self.directory, INCOMPLETE_NAME)
+        self.id = secrets.token_hex(16)
+        """Of this writer, and of no other."""
+        self._role = role
+        self._requires_lock = requires_lock
+        self._folder = os.path.join(self.directory, role.folder)
+        self._mark = os.path.join(self.directory, role.mark)
+        self._staged, _ = folders_of(self._folder, self.id)
         self._lock_fd = -1
+        self._is_locked = False
         self._made_directories: list[str] = []
         """The innermost first."""
-        self._made_marker = False
-        self._is_committing = False
+        self._made_mark = False
+        self._moves: list[tuple[str, str]] = []
+        """What the commit has renamed, in this order."""
         self._is_done = False
 
-    def require_other_than(self, source: str) -> None:
-        """Raise CheckpointError where the source is this very directory, or in it."""
-        folder = source if os.path.isdir(source) else os.path.dirname(source)
-        if os.path.realpath(folder) == os.path.realpath(self.directory):
-            raise CheckpointError(
-                f"{self.directory}: source and target are the same directory; reshard into another one",
-                path=self.directory,
-            )
-
-    def check(self) -> None:
-        """Raise TargetExistsError where there is something that may not be replaced."""
-        with translated(self.directory):
-            try:
-                names = os.listdir(self.directory)
-            except FileNotFoundError:
-                if os.path.islink(self.directory):
-                    raise
-                return
-            except NotADirectoryError:
-                raise TargetExistsError(
-                    f"{self.directory}: the target, or a folder above it, is a file; name a directory",
-                    path=self.directory,
-                    errno=errno.ENOTDIR,
-                ) from None
-        if INCOMPLETE_NAME in names or self._overwrite:
-            return
-        others = sorted(name for name in names if name != _FOLDER)
-        if others:
-            listed = enumerate_names(others, limit=5)
-            raise TargetExistsError(
-                f"{self.directory}: the target is not empty, it holds {listed}; pass overwrite=True to replace the "
-                "weights there, or name another directory",
-                path=self.directory,
-                errno=errno.EEXIST,
-            )
-
-    def begin(self, names: Iterable[str]) -> None:
-        """Make the directory, take its lock, remove what a killed run left; `names` are the files to come.
+    def begin(self) -> None:
+        """Make the directory and the hidden folder, and take its lock.
 
         Raises
         ------
-        TargetExistsError, StoreError
+        StoreError
+            Another one holds it (this is retryable), or the directory cannot be written to.
         """
         with translated(self.directory):
-            self._make_directories()
+            path = self.directory
+            while not os.path.isdir(path):
+                self._made_directories.append(path)
+                path = os.path.dirname(path)
+            os.makedirs(self.directory, exist_ok=True)
             self._take_lock()
-            self.check()
-            self._require_no_folders(names)
-            for name in os.listdir(self._folder):
-                if name != _LOCK:
-                    os.unlink(os.path.join(self._folder, name))
-            is_empty = set(os.listdir(self.directory)) == {_FOLDER}
-            if is_empty:
-                self._mark()
-
-    def _make_directories(self) -> None:
-        path = self.directory
-        while not os.path.isdir(path):
-            self._made_directories.append(path)
-            path = os.path.dirname(path)
-        os.makedirs(self.directory, exist_ok=True)
+            os.makedirs(self._staged)
 
     def _take_lock(self) -> None:
         path = os.path.join(self._folder, _LOCK)
         while self._lock_fd < 0:
-            with contextlib.suppress(FileNotFoundError):  # a run has ended, and removed the folder
+            with contextlib.suppress(FileNotFoundError):  # another one has ended, and removed the folder
                 os.makedirs(self._folder, exist_ok=True)
                 if os.path.islink(self._folder):
                     raise StoreError(f"{self._folder}: this link is none of ours; remove it", path=self._folder)
                 fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
                 try:
-                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    self._is_locked = self._lock(fd)
                     if os.path.samestat(os.fstat(fd), os.stat(path)):
                         self._lock_fd = fd
-                except BlockingIOError:
-                    raise StoreError(
-                        f"{self.directory}: another reshard is writing there; wait for it to end", path=self.directory
-                    ) from None
                 finally:
                     if self._lock_fd < 0:
                         os.close(fd)
 
-    def _require_no_folders(self, names: Iterable[str]) -> None:
+    def _lock(self, fd: int) -> bool:
+        """Lock a file; return False where the file system has no locks and none is required."""
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            error = StoreError(f"{self.directory}: {self._role.busy}", path=self.directory, errno=errno.EAGAIN)
+            error.retryable = True
+            raise error from None
+        except OSError as error:
+            if self._requires_lock or error.errno not in _NO_LOCKS:
+                raise
+            return False
+        return True
+
+    def remove_leftovers(self) -> None:
+        """Remove what killed writers left in the hidden folder; without a lock nobody can tell, and it stays."""
+        with translated(self._folder):
+            for name in os.listdir(self._folder) if self._is_locked else ():
+                if name not in (_LOCK, self.id):
+                    _remove(os.path.join(self._folder, name))
+
+    def require_no_folders(self, names: Iterable[str]) -> None:
         """Raise TargetExistsError where a folder has the name of a file that is to be written or replaced."""
-        wanted = {*names, INDEX_NAME}
-        for name in os.listdir(self.directory):
+        for name in names:
             path = os.path.join(self.directory, name)
-            if (name in wanted or self._is_weights(name)) and stat.S_ISDIR(os.lstat(path).st_mode):
+            if is_folder(path):
                 raise TargetExistsError(
                     f"{path}: this is a folder, and a file of that name is to be written or replaced; remove it",
                     path=path,
                     errno=errno.EISDIR,
                 )
 
-    def _mark(self) -> None:
-        if not os.path.lexists(self._marker):
-            self._made_marker = True
-            with open(self._marker, "x") as file:
-                file.write("A reshard has not ended: this is no whole checkpoint. Run it again.\n")
-                file.flush()
-                os.fsync(file.fileno())
-            _flush(self.directory)
-
     def path_of(self, name: str) -> str:
         """Return where a file is until it gets its name."""
-        return os.path.join(self._folder, name)
-
-    def write(self, name: str, start: int, buffers: Sequence[memoryview], stop: StopFlag) -> int:
-        """Write buffers one after the other from `start` on; return the bytes written, less only after `stop`."""
-        path = self.path_of(name)
-        pending = [buffer for buffer in buffers if buffer.nbytes]
-        written = 0
-        with translated(path):
-            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            try:
-                while pending and not stop.is_set():
-                    count = os.pwritev(fd, pending[:_MOST_VECTORS], start + written)
-                    written += count
-                    while count:
-                        if count < len(pending[0]):
-                            pending[0] = pending[0][count:]
-                            break
-                        count -= len(pending.pop(0))
-                if written >= _LARGE and hasattr(os, "posix_fadvise"):
-                    # The disk begins now, and `flush` has little left to wait for, which no cancel could end sooner.
-                    os.posix_fadvise(fd, start, written, os.POSIX_FADV_DONTNEED)
-            except OSError as error:
-                raise translate(error, path, start=start + written) from error
-            finally:
-                os.close(fd)
-        return written
-
-    def write_text(self, name: str, pieces: Iterable[str]) -> int:
-        """Write a text file piece by piece; return its bytes."""
-        path = self.path_of(name)
-        with translated(path), open(path, "w", encoding="utf-8") as file:
-            file.writelines(pieces)
-            file.flush()
-            return os.fstat(file.fileno()).st_size
+        return os.path.join(self._staged, name)
 
     def flush(self, name: str) -> None:
         """Bring a file onto the disk."""
-        with translated(self.path_of(name)):
-            _flush(self.path_of(name))
+        with translated(os.path.join(self.directory, name)):
+            flush(self.path_of(name))
 
-    def commit(self, names: Sequence[str]) -> None:
-        """Give the files their names, in this order; remove the weights that were there before."""
-        with translated(self.directory):
-            _flush(self._folder)
-            old_weights = self._old_weights()
-            self._mark()
-            self._is_committing = True
-            for name in old_weights:
-                os.unlink(os.path.join(self.directory, name))
-            for name in names:
-                os.replace(self.path_of(name), os.path.join(self.directory, name))
-            _flush(self.directory)
-            os.unlink(self._marker)
-            _flush(self.directory)
+    def mark(self, names: Sequence[str] = (), going: Sequence[str] = ()) -> None:
+        """Put the mark into the directory, and onto the disk."""
+        path = self.path_of(self._role.mark)
+        with translated(self._mark):
+            write_mark(path, self._role.note, self.id, names, going)
+            self._made_mark = self._made_mark or not os.path.lexists(self._mark)
+            os.replace(path, self._mark)
+            flush(self.directory)
+
+    def commit(self, names: Sequence[str], replaced: Iterable[str]) -> None:
+        """Give the files their names, in this order, in place of those that are called so and of `replaced`.
+
+        The end of the interpreter waits for it.
+        """
+        with EXIT_GATE, translated(self.directory):
+            self.require_no_folders(names)
+            present = set(os.listdir(self.directory))
+            going = [name for name in dict.fromkeys((*replaced, *names)) if name in present]
+            if len(names) == 1 and set(going) <= set(names) and self._role.mark not in present:
+                os.replace(self.path_of(names[0]), os.path.join(self.directory, names[0]))
+                self._is_done = True
+                flush(self.directory)
+                return
+            flush(self._staged)
+            flush(self._folder)
+            self.mark(names, going)
+            try:
+                for move in Commit.of(self.directory, self._folder, self.id, names, going).run():
+                    self._moves.append(move)
+                os.unlink(self._mark)
+            except BaseException:
+                self._undo()
+                raise
             self._is_done = True
+            flush(self.directory)
 
-    def _old_weights(self) -> list[str]:
-        """Return the weights' files, the index first."""
-        names = os.listdir(self.directory)
-        old = [name for name in names if self._is_weights(name)]
-        if INDEX_NAME in names:
-            old.insert(0, INDEX_NAME)
-            with contextlib.suppress(OSError, FormatError):
-                with open(os.path.join(self.directory, INDEX_NAME), "rb") as file:
-                    named = parse_index(file.read(MAX_INDEX_BYTES), path=None).files
-                old += sorted(name for name in set(named) & set(names) - set(old) if name.endswith(".safetensors"))
-        return old
+    def _undo(self) -> None:
+        """Take the renames back; where that fails too, the mark stays and everything is kept."""
+        with contextlib.suppress(OSError):
+            while self._moves:
+                source, target = self._moves[-1]
+                os.replace(target, source)
+                self._moves.pop()
+            flush(self.directory)
 
-    def _is_weights(self, name: str) -> bool:
-        if name == SINGLE_NAME or _HUGGING_FACE.fullmatch(name):
-            return True
-        return any(pattern.parse(name) is not None for pattern in self._patterns)
+    def resume(self) -> None:
+        """End the commit of a writer that was killed within it; without a lock nobody can tell that it was.
+
+        Where files are lacking for that, only the mark of a commit that had not begun is taken away.
+        """
+        if not self._is_locked or not os.path.lexists(self._mark):
+            return
+        with EXIT_GATE, translated(self.directory):
+            commit = Commit.read(self._mark, self.directory, self._folder)
+            if commit is None:
+                return
+            if commit.can_run:
+                for _ in commit.run():
+                    pass
+            elif commit.has_begun:
+                return
+            os.unlink(self._mark)
+            flush(self.directory)
 
     def clean_up(self) -> None:
         """Remove what is not in its place; after a failure leave the directory as it was, where that can be."""
-        is_undone = not self._is_done and not self._is_committing
         if self._lock_fd >= 0:
-            if is_undone and self._made_marker:
-                with contextlib.suppress(OSError):
-                    os.unlink(self._marker)
-            shutil.rmtree(self._folder, ignore_errors=True)
+            is_stuck = bool(self._moves) and not self._is_done
+            if not is_stuck:
+                if self._made_mark and not self._is_done:
+                    with contextlib.suppress(OSError):
+                        os.unlink(self._mark)
+                self._remove_folder()
+            with contextlib.suppress(OSError):
+                fcntl.flock(self._lock_fd, fcntl.LOCK_UN)  # a process that was forked meanwhile has the file open too
             os.close(self._lock_fd)
             self._lock_fd = -1
-        if is_undone:
+        if not self._is_done:
             with contextlib.suppress(OSError):
                 for path in self._made_directories:
                     os.rmdir(path)
 
+    def _remove_folder(self) -> None:
+        """Remove the hidden folder, but not what others have there."""
+        for path in folders_of(self._folder, self.id):
+            shutil.rmtree(path, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            is_own = self._is_locked and not os.path.lexists(self._mark)
+            if is_own or os.listdir(self._folder) == [_LOCK]:
+                shutil.rmtree(self._folder, ignore_errors=True)
 
-def _flush(path: str) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+def is_held(folder: str) -> bool:
+    """Return whether a writer that has a hidden folder is at work in it."""
     try:
-        os.fsync(fd)
+        fd = os.open(os.path.join(folder, _LOCK), os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
     finally:
         os.close(fd)
+    return False
 
 
-def index_text(total_size: int, entries: Iterable[tuple[str, str]]) -> Iterator[str]:
-    """Yield the text of an ``index.json`` in pieces, from the bytes of all tensors and (tensor, file) pairs."""
-    yield '{\n  "metadata": {\n    "total_size": ' + str(total_size) + '\n  },\n  "weight_map": {'
-    quote: Callable[[str], str] = json.dumps
-    separator = "\n"
-    for name, file in entries:
-        yield f"{separator}    {quote(name)}: {quote(file)}"
-        separator = ",\n"
-    yield "\n  }\n}\n"
+def _remove(path: str) -> None:
+    if is_folder(path):
+        shutil.rmtree(path)
+    else:
+        os.unlink(path)

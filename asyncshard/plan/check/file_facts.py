@@ -19,10 +19,9 @@ from asyncshard._core import WeightMap
 from asyncshard._typing import Int64Array
 from asyncshard.format.dtypes import DTYPES
 from asyncshard.format.header import Header
+from asyncshard.format.save_id import STEP_KEY, SaveId, save_id_of
 from asyncshard.plan.text import LISTED
-
-EMBEDDING, OUTPUT = "embed_tokens.weight", "lm_head.weight"
-"""How the names end of the two tensors that a model may share."""
+from asyncshard.plan.ties import EMBEDDING, OUTPUT, told_ties
 
 MOST = 4096
 """How many names are kept of those that disagree with the index, or are tied, in one file."""
@@ -57,13 +56,17 @@ class FileFacts:
     nbytes: int
     """Bytes of all tensors."""
     ties: tuple[tuple[str, str], ...] = ()
-    """Names that the metadata ties to a tensor of the file, each with the tensor's."""
+    """Ties that the metadata tells, at most `MOST`: each the missing name, and that of a tensor of the file."""
     embeddings: tuple[str, ...] = ()
     """Names that end like `EMBEDDING` or `OUTPUT`."""
     absent: tuple[str, ...] = ()
     """Names that the index places in the file and that it lacks, at most `MOST`."""
     unexpected: tuple[str, ...] = ()
     """Those that it has and the index does not place there, at most `MOST`."""
+    save: SaveId | None = None
+    """The save that wrote the file, where its metadata tells."""
+    step: str | None = None
+    """What its metadata says under `STEP_KEY`."""
 
     def __len__(self) -> int:
         return len(self.dtype_codes)
@@ -86,11 +89,12 @@ def facts_of(
         The place of the file in its ``files``. A file that it does not name is not compared.
     """
     packed, embeddings = _pack(iter(names), len(header))
-    ties = dict(_ties(header))
     absent: Sequence[str] = ()
     unexpected: Sequence[str] = ()
     if weight_map is not None and number is not None:
         absent, unexpected = weight_map.compare(number, header.table, limit=MOST)
+    asked = frozenset(absent)
+    ties = dict(islice(told_ties(header.metadata, header.__contains__, asked.__contains__), MOST))
     codes = np.array(header.table.dtype_codes)  # a copy: the header is let go of
     sizes = header.table.stops - header.table.starts
     return FileFacts(
@@ -103,6 +107,8 @@ def facts_of(
         embeddings,
         tuple(text for text in absent if text not in ties),
         tuple(unexpected),
+        save_id_of(header.metadata),
+        header.metadata.get(STEP_KEY),
     )
 
 
@@ -122,12 +128,6 @@ def _pack(names: Iterator[str], count: int) -> tuple[PackedNames, tuple[str, ...
         start = stop
     pieces.append(packer.flush())
     return PackedNames(hashes, lengths, b"".join(pieces)), tuple(embeddings[:MOST])
-
-
-def _ties(header: Header) -> Iterator[tuple[str, str]]:
-    """Yield the names that safetensors left out because another tensor is the same: ``{"absent": "present"}``."""
-    found = ((name, kept) for name, kept in header.metadata.items() if kept in header and name not in header)
-    return islice(found, MOST)
 
 
 class Duplicate(NamedTuple):
@@ -205,9 +205,3 @@ def _is_in(values: Int64Array, others: Int64Array) -> NDArray[np.bool_]:
     places = np.minimum(np.searchsorted(others, values), len(others) - 1)
     found: NDArray[np.bool_] = others[places] == values
     return found
-
-
-def output_names(embedding: str) -> tuple[str, ...]:
-    """Return the names that the output layer may have beside an embedding: it stands in one of the modules above."""
-    above = embedding.removesuffix(EMBEDDING).split(".")[:-1]
-    return tuple(".".join([*above[:depth], OUTPUT]) for depth in range(len(above) + 1))

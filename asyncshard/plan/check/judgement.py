@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from asyncshard.errors import AsyncShardError, FormatError, NamesError, ObjectNotFoundError
+from asyncshard.errors import AsyncShardError, CheckpointError, FormatError, NamesError, ObjectNotFoundError
 from asyncshard.format.dtypes import DTYPES
 from asyncshard.format.pattern import ShardPattern
-from asyncshard.plan.check.file_facts import EMBEDDING, MOST, OUTPUT, FileFacts, Tensors
+from asyncshard.plan.check.file_facts import MOST, FileFacts, Tensors
 from asyncshard.plan.check.report import CheckpointReport, DamagedFile, DtypeUse, RankFiles, Tie
+from asyncshard.plan.check.saves import save_faults
 from asyncshard.plan.files.layout import INDEX_NAME
 from asyncshard.plan.files.survey import Group, Survey
 from asyncshard.plan.text import LISTED, count_of, enumerate_names
+from asyncshard.plan.ties import EMBEDDING, OUTPUT, config_tie, tie_word
 
 Finding = FileFacts | AsyncShardError
 """What a file turned out to be: valid, or why not."""
@@ -58,7 +61,7 @@ def report_on(evidence: CheckInput) -> CheckpointReport:
     survey = evidence.survey
     valid = [facts for group in survey.groups for facts in evidence.valid(group)]
     gone = [name for name in survey.files if isinstance(evidence.files.get(name), ObjectNotFoundError)]
-    ties = _ties(valid, evidence.config)
+    ties = _ties(evidence, valid)
     problems = [
         *evidence.problems,
         *(Problem(text, True) for text in survey.faults),
@@ -66,6 +69,7 @@ def report_on(evidence: CheckInput) -> CheckpointReport:
         *_index_problems(evidence),
         *_duplicate_problems(evidence),
         *_rank_problems(evidence),
+        *_save_problems(evidence),
         *_output_problems(evidence, valid),
         *_other_problems(evidence),
     ]
@@ -181,8 +185,15 @@ def _rank_problems(evidence: CheckInput) -> Iterator[Problem]:
         )
 
 
+def _save_problems(evidence: CheckInput) -> Iterator[Problem]:
+    """Tell ranks apart that were saved at different times."""
+    ranks = [group for group in evidence.survey.groups if group.label and evidence.is_whole(group)]
+    for text in save_faults([(group, evidence.valid(group)) for group in ranks], evidence.path):
+        yield Problem(text, True)
+
+
 def _output_problems(evidence: CheckInput, valid: Sequence[FileFacts]) -> Iterator[Problem]:
-    """Tell a model that has lost its output layer: config.json says it is not tied, and it is nowhere."""
+    """Tell a model without an output layer: config.json says that it is not tied, and it is nowhere."""
     config = evidence.config
     if config is None or evidence.survey.kind not in ("index", "single", "shards"):
         return
@@ -190,7 +201,7 @@ def _output_problems(evidence: CheckInput, valid: Sequence[FileFacts]) -> Iterat
     is_causal = isinstance(names, list) and any(
         isinstance(name, str) and name.endswith("ForCausalLM") for name in names
     )
-    if not is_causal or _is_tied(config) is not False or any(file.ties for file in valid):
+    if not is_causal or _word_of(config) is not False or any(file.ties for file in valid):
         return
     if _ending(valid, EMBEDDING) and not _ending(valid, OUTPUT) and all(map(evidence.is_whole, evidence.survey.groups)):
         yield Problem(
@@ -228,22 +239,26 @@ def _called(survey: Survey) -> str:
     return f"{text} ({INDEX_NAME})" if survey.kind == "index" else text
 
 
-def _ties(valid: Sequence[FileFacts], config: Mapping[str, Any] | None) -> tuple[Tie, ...]:
-    ties = {name: kept for file in valid for name, kept in file.ties}
-    embeddings = _ending(valid, EMBEDDING)
-    if config is not None and _is_tied(config) and embeddings and not _ending(valid, OUTPUT):
-        ties.setdefault(OUTPUT, embeddings[0])
-    return tuple(Tie(name, kept) for name, kept in ties.items())
+def _ties(evidence: CheckInput, valid: Sequence[FileFacts]) -> tuple[Tie, ...]:
+    """Return the ties that a load restores where nobody asks for a tensor by its name."""
+    told = [tie for file in valid for tie in file.ties]
+    hashes = np.concatenate([np.empty(0, np.int64), *(file.names.hashes for file in valid if told)])
+    is_stored = np.isin(np.array([hash(name) for name, _ in told], np.int64), hashes).tolist()
+    ties = dict(tie for tie, is_there in zip(told, is_stored, strict=True) if not is_there)
+    is_one_stage = len({group.pp_rank for group in evidence.survey.groups}) == 1
+    if evidence.config is not None and is_one_stage:
+        with contextlib.suppress(CheckpointError):
+            found = config_tie(evidence.config, (name for file in valid for name in file.embeddings))
+            ties.update({} if found is None or found[0] in ties else [found])
+    return tuple(Tie(name, stored_name) for name, stored_name in ties.items())
 
 
-def _is_tied(config: Mapping[str, Any]) -> bool | None:
-    """Return what config.json says, itself or in its part for the language model; None where it says nothing."""
-    inner = config.get("text_config")
-    for part in (config, inner if isinstance(inner, Mapping) else {}):
-        tied = part.get("tie_word_embeddings")
-        if isinstance(tied, bool):
-            return tied
-    return None
+def _word_of(config: Mapping[str, Any]) -> bool | None:
+    """Return what config.json says of tied embeddings; None where that is nothing, or neither true nor false."""
+    try:
+        return tie_word(config)
+    except CheckpointError:
+        return None
 
 
 def _ending(valid: Sequence[FileFacts], end: str) -> list[str]:

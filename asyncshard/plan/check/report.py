@@ -41,7 +41,7 @@ class Tie(NamedTuple):
 
     name: str
     """The one that is in no file."""
-    kept: str
+    stored_name: str
     """The one that is."""
 
 
@@ -120,7 +120,7 @@ class CheckpointReport:
         for use in self.dtypes:
             yield f"  {use.dtype}: {count_of(use.num_tensors, 'tensor')}, {use.nbytes:,} bytes"
         if self.ties:
-            yield "  tied: " + enumerate_names([f"{tie.name} is {tie.kept}" for tie in self.ties])
+            yield "  tied: " + enumerate_names([f"{tie.name} is {tie.stored_name}" for tie in self.ties])
         for problem in self.problems:
             yield f"  - {problem}"
 

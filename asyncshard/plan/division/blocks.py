@@ -1,7 +1,7 @@
-"""Blocks: what of the tensors is moved at once, and where its bytes are in the files of each rank.
+"""Blocks: the portions in which `reshard` moves tensors, and where the bytes of a block lie in the files of each rank.
 
-A block is several whole tensors, or a byte range of one; its bytes lie in memory one after the other. Each rank has
-some runs of them, which are in its files in other places, and neighbours there as often as not.
+A block is several whole tensors, or a byte range of one tensor. In memory its bytes lie one after the other. In the
+files of a rank they are runs, some of which lie next to each other.
 """
 
 from __future__ import annotations
@@ -17,72 +17,78 @@ from asyncshard.plan.division.divisions import Division
 from asyncshard.plan.division.slices import Overlap
 
 MAX_RUNS = 16384
-"""Runs that a rank may have of a block: the arrays that say where they are take 1 MiB or so."""
+"""A rank has at most 16,384 runs of a block: the arrays that describe them take about 1 MiB."""
 _MAX_TENSORS = 4096
+"""A block has at most 4,096 tensors."""
 _GRAIN = 4096
+"""A block of one tensor is a multiple of 4,096 bytes long, if the limits allow such a length."""
 _LONG_RUN = 32 << 10
-"""Runs of so many bytes on the average are moved without a copy in between: a system call costs as much as copying
-that many."""
+"""Runs of 32 KiB or more on average are moved one by one: a system call takes about as long as copying 32 KiB."""
 _SHORT_RUNS = 64
+"""A table of runs contains the divisions of which its rank has at most 64 runs."""
 _TABLE_RUNS = 1 << 19
-"""Of all ranks: 12 MiB at most, where every tensor is divided differently; a few hundred runs as models are."""
+"""The tables of all ranks together have at most 524,288 runs: 12 MiB, reached if every tensor is divided differently.
+For real models they have a few hundred runs."""
 
 
 class Block(NamedTuple):
-    """A byte range of one tensor, or several whole ones."""
+    """Several whole tensors, or a byte range of one tensor."""
 
     first: int
-    """The first tensor."""
+    """Index of the first tensor."""
     last: int
-    """The one after the last."""
+    """Index after that of the last tensor."""
     start: int
-    """First byte in it, where it is one tensor."""
+    """Offset in the tensor of the block's first byte; 0 for whole tensors."""
     stop: int
-    """Byte after the last."""
+    """Offset in the tensor after the block's last byte; `nbytes` for whole tensors."""
     nbytes: int
+    """The number of bytes of the block."""
 
 
 class Extent(NamedTuple):
-    """Neighbours in a file."""
+    """Runs of a block that lie one after the other in a file."""
 
     file: int
     """Index of the file."""
     start: int
-    """First byte, an offset in the file."""
+    """Offset in the file of the first run."""
     first: int
-    """The first of its runs."""
+    """Index of the first run."""
     last: int
-    """The one after the last."""
+    """Index after that of the last run."""
 
 
 class RankRuns(NamedTuple):
-    """What a rank has of a block, in the order of its files."""
+    """The runs that a rank has of a block, in the order of its files."""
 
     extents: list[Extent]
+    """The same runs, grouped by extents of the files."""
     offsets: Int64Array
-    """Of each run, in the block."""
+    """Offset of each run in the block."""
     lengths: Int64Array
-    """Of each run, in bytes."""
+    """Length of each run in bytes."""
     nbytes: int
+    """The sum of the lengths."""
 
     @property
     def is_direct(self) -> bool:
-        """Whether runs are moved one by one; else they are gathered first, or scattered afterwards."""
+        """Whether runs are moved one by one. Otherwise they are gathered before a write, or scattered after a read."""
         return len(self.lengths) == len(self.extents) or self.nbytes >= _LONG_RUN * len(self.lengths)
 
 
 class TensorMap:
-    """Where all tensors are in one checkpoint, the one that is read or the one that is written."""
+    """Where every tensor lies in one checkpoint: the one that is read, or the one that is written."""
 
     def __init__(
-        self, divisions: Sequence[Division], which: NDArray[np.int32], files: Int64Array, starts: Int64Array
+        self, divisions: Sequence[Division], division_of: NDArray[np.int32], files: Int64Array, starts: Int64Array
     ) -> None:
         self.divisions = divisions
-        """The distinct ones."""
-        self.which = which
-        """The one of each tensor."""
+        """The distinct divisions of the tensors."""
+        self.division_of = division_of
+        """For each tensor, the index of its division."""
         self.files = files
-        """For each rank, the index of the file that each tensor is in."""
+        """For each rank, the index of the file that holds each tensor."""
         self.starts = starts
         """For each rank, the offset of each tensor in its file."""
         self._tables: dict[int, _RunTable] = {}
@@ -93,17 +99,18 @@ class TensorMap:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that the arrays take."""
-        return self.which.nbytes + self.files.nbytes + self.starts.nbytes
+        """The number of bytes of memory that the arrays take."""
+        return self.division_of.nbytes + self.files.nbytes + self.starts.nbytes
 
     def most_runs(self) -> Int64Array:
-        """Return the runs of each tensor, of the rank that has most."""
-        return np.array([division.most_runs for division in self.divisions], np.int64)[self.which]
+        """Return for each tensor the number of runs of the rank that has the most runs of it."""
+        return np.array([division.most_runs for division in self.divisions], np.int64)[self.division_of]
 
-    def moves(self, block: Block, sizes: Int64Array, rank: int, *, is_read: bool) -> RankRuns:
-        """Return what a rank has of a block; where `is_read`, without what a rank before it has too.
+    def rank_runs(self, block: Block, sizes: Int64Array, rank: int, *, is_read: bool) -> RankRuns:
+        """Return the runs that a rank has of a block.
 
-        `sizes` are the bytes of all tensors. Slow for many: not for the event loop.
+        With `is_read`, tensors are left out of which a lower rank holds the same bytes. `sizes` are the bytes of all
+        tensors. This is slow for many tensors: call it off the event loop.
         """
         if block.last == block.first + 1:
             picked = [block.first] if not is_read or rank in self._division(block.first).first_ranks else []
@@ -121,7 +128,7 @@ class TensorMap:
         )
 
     def _division(self, tensor: int) -> Division:
-        return self.divisions[int(self.which[tensor])]
+        return self.divisions[int(self.division_of[tensor])]
 
     def _overlap(self, tensor: int, rank: int, start: int, stop: int) -> Overlap:
         return self._division(tensor).slices[rank].within_whole(start, stop)
@@ -129,17 +136,18 @@ class TensorMap:
     def _whole(
         self, block: Block, sizes: Int64Array, rank: int, *, is_read: bool
     ) -> tuple[Int64Array, Int64Array, Int64Array, list[Overlap]]:
-        """Return the tensors of a block that a rank has, the runs of each, where each begins in the block, all runs."""
+        """Return the tensors of a block that a rank has: indexes, numbers of runs, offsets in the block, and runs."""
         table = self._table(rank)
-        which = self.which[block.first : block.last]
+        divisions = self.division_of[block.first : block.last]
         inside = np.cumsum(sizes[block.first : block.last]) - sizes[block.first : block.last]
-        is_wanted = table.is_first[which] if is_read else np.ones(len(which), np.bool_)
-        short = np.flatnonzero(is_wanted & (table.counts[which] >= 0))
-        long = np.flatnonzero(is_wanted & (table.counts[which] < 0))
-        counts = table.counts[which[short]]
-        rows = np.repeat(table.begins[which[short]] - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())
+        is_wanted = table.is_first[divisions] if is_read else np.ones(len(divisions), np.bool_)
+        short = np.flatnonzero(is_wanted & (table.counts[divisions] >= 0))
+        long = np.flatnonzero(is_wanted & (table.counts[divisions] < 0))
+        counts = table.counts[divisions[short]]
+        begins = table.begins[divisions[short]] - (np.cumsum(counts) - counts)
+        rows = np.repeat(begins, counts) + np.arange(counts.sum())
         found = [Overlap(table.runs.whole[rows], table.runs.local[rows], table.runs.lengths[rows])]
-        found += [self._overlap(block.first + at, rank, 0, int(sizes[block.first + at])) for at in long.tolist()]
+        found += [self._overlap(tensor, rank, 0, int(sizes[tensor])) for tensor in (block.first + long).tolist()]
         picked = np.concatenate((short, long))
         return block.first + picked, np.concatenate((counts, _counts(found[1:]))), inside[picked], found
 
@@ -150,18 +158,20 @@ class TensorMap:
 
 
 class _RunTable(NamedTuple):
-    """A rank's runs of whole tensors, for the divisions where they are few."""
+    """The runs that a rank has of whole tensors, for the divisions that give it few runs."""
 
     begins: Int64Array
-    """The first run of each division."""
+    """Index in `runs` of the first run of each division."""
     counts: Int64Array
-    """How many it has; -1 where they are not in the table."""
+    """The number of runs of each division; -1 for a division that is not in the table."""
     runs: Overlap
+    """The runs of all divisions in the table."""
     is_first: NDArray[np.bool_]
-    """Whether the rank is one of the first ranks of each division."""
+    """Whether the rank is one of the `first_ranks` of each division."""
 
 
 def _tabulate(divisions: Sequence[Division], rank: int, limit: int) -> _RunTable:
+    """Return the table of a rank, with at most `limit` runs."""
     counts = np.full(len(divisions), -1, np.int64)
     found = [Overlap(*(np.empty(0, np.int64),) * 3)]
     total = 0
@@ -182,14 +192,14 @@ def _counts(overlaps: Sequence[Overlap]) -> Int64Array:
 
 
 def cut_blocks(sizes: Int64Array, most_runs: Int64Array, limit: int) -> Iterator[Block]:
-    """Yield blocks of at most `limit` bytes, in order. Empty tensors take no part.
+    """Yield the blocks of all tensors in order, each of at most `limit` bytes. No block is made of empty tensors alone.
 
     Parameters
     ----------
     sizes : array of int64
-        Bytes of each tensor.
+        The number of bytes of each tensor.
     most_runs : array of int64
-        Runs of each, of the rank that has most, on whichever side.
+        For each tensor, the number of runs of the rank that has the most runs, in the old or the new checkpoint.
     """
     bytes_before = np.concatenate(([0], np.cumsum(sizes)))
     runs_before = np.concatenate(([0], np.cumsum(most_runs)))
@@ -216,21 +226,21 @@ def cut_blocks(sizes: Int64Array, most_runs: Int64Array, limit: int) -> Iterator
         first += 1
 
 
-def _ordered(files: Int64Array, places: Int64Array, offsets: Int64Array, lengths: Int64Array) -> RankRuns:
-    """Put runs in the order of the files, and join those that are neighbours both there and in the block."""
-    order = np.lexsort((places, files))
-    files, places, offsets, lengths = files[order], places[order], offsets[order], lengths[order]
-    is_apart = (files[1:] != files[:-1]) | (places[1:] != places[:-1] + lengths[:-1])
+def _ordered(files: Int64Array, starts: Int64Array, offsets: Int64Array, lengths: Int64Array) -> RankRuns:
+    """Sort runs by file and by `starts`, their offsets there, and join runs that are neighbours in file and block."""
+    order = np.lexsort((starts, files))
+    files, starts, offsets, lengths = files[order], starts[order], offsets[order], lengths[order]
+    is_apart = (files[1:] != files[:-1]) | (starts[1:] != starts[:-1] + lengths[:-1])
     begins = np.flatnonzero(np.concatenate(([True], is_apart | (offsets[1:] != offsets[:-1] + lengths[:-1]))))
     joined = np.add.reduceat(lengths, begins)
-    files, places, offsets = files[begins], places[begins], offsets[begins]
-    is_apart = (files[1:] != files[:-1]) | (places[1:] != places[:-1] + joined[:-1])
+    files, starts, offsets = files[begins], starts[begins], offsets[begins]
+    is_apart = (files[1:] != files[:-1]) | (starts[1:] != starts[:-1] + joined[:-1])
     firsts = np.flatnonzero(np.concatenate(([True], is_apart)))
     lasts = [*firsts[1:].tolist(), len(files)]
     extents = [
         Extent(file, start, first, last)
         for file, start, first, last in zip(
-            files[firsts].tolist(), places[firsts].tolist(), firsts.tolist(), lasts, strict=True
+            files[firsts].tolist(), starts[firsts].tolist(), firsts.tolist(), lasts, strict=True
         )
     ]
     return RankRuns(extents, offsets, joined, int(joined.sum()))

@@ -1,7 +1,7 @@
-"""Shards of tensors: which slice of a dimension is a rank's, by ``torch.chunk``'s rule.
+"""Chunks of a dimension: which rows belong to a rank, by the rule of ``torch.chunk``.
 
-``n`` chunks of a dimension have ``ceil(size / n)`` rows each, as long as there are rows: the last ones are smaller, or
-empty. So 10 rows in 4 chunks are 3, 3, 3, 1, and in 8 chunks 2, 2, 2, 2, 2, 0, 0, 0.
+If a dimension is cut into ``n`` chunks, each has ``ceil(size / n)`` rows until no rows are left, so the last chunks may
+be smaller or empty. 10 rows in 4 chunks give 3, 3, 3, 1; in 8 chunks they give 2, 2, 2, 2, 2, 0, 0, 0.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from reprlib import repr as short_repr
 from typing import Any, NamedTuple
 
@@ -20,7 +21,13 @@ _INT64_MAX = 2**63 - 1
 
 
 def whole_number(value: object, what: str, *, minimum: int | None = None) -> int:
-    """Return ``value`` as an int; ValueError says that ``what`` is not a whole number, a bool, or below ``minimum``."""
+    """Return ``value`` as an int.
+
+    Raises
+    ------
+    ValueError
+        ``value`` is a bool, not a whole number, or below ``minimum``; the message calls it ``what``.
+    """
     try:
         if isinstance(value, bool):
             raise TypeError
@@ -33,12 +40,12 @@ def whole_number(value: object, what: str, *, minimum: int | None = None) -> int
 
 
 def chunk_bounds(size: int, num_chunks: int, index: int) -> tuple[int, int]:
-    """Return the rows ``[start, stop)`` of chunk ``index`` of ``num_chunks``, by ``torch.chunk``'s rule.
+    """Return the rows ``[start, stop)`` of chunk ``index`` when ``size`` rows are cut into ``num_chunks`` chunks.
 
     Raises
     ------
     ValueError
-        ``size`` is negative, ``num_chunks`` below 1, or not ``0 <= index < num_chunks``.
+        ``size`` is negative, ``num_chunks`` is below 1, or ``index`` is not one of the chunks.
     """
     if size < 0:
         raise ValueError(f"size must be at least 0, got {size}")
@@ -53,12 +60,13 @@ def chunk_bounds(size: int, num_chunks: int, index: int) -> tuple[int, int]:
 
 @dataclass(frozen=True, slots=True)
 class ShardedTensor:
-    """One rank's share of a tensor that is cut along one dimension.
+    """One shard of a tensor that is cut along one dimension.
 
     Raises
     ------
     ValueError
-        A size is negative, the dimension is out of range, the index is not one of the shards, or a scalar is cut.
+        A size is negative, the dimension is out of range, the index is not below the number of shards, or a scalar is
+        cut into several shards.
     """
 
     name: str
@@ -66,13 +74,13 @@ class ShardedTensor:
     shape: tuple[int, ...]
     """Shape of the whole tensor."""
     dtype: Any
-    """Its dtype, as the caller writes it."""
+    """Dtype of the tensor, in any form."""
     shard_dim: int = 0
-    """The dimension that is cut; negative ones count from the last, and are stored counted from the first."""
+    """The dimension that is cut. A negative one counts from the last dimension, and is stored as a non-negative one."""
     num_shards: int = 1
-    """Into how many shards."""
+    """The number of shards of the tensor."""
     local_shard_index: int = 0
-    """Which of them this is."""
+    """Index of this shard, from 0."""
 
     def __post_init__(self) -> None:
         label = f"tensor {short_repr(self.name)}"
@@ -97,17 +105,17 @@ class ShardedTensor:
 
     @property
     def local_start(self) -> int:
-        """First row of this shard along ``shard_dim``."""
+        """The first row of this shard along ``shard_dim``."""
         return self._bounds()[0]
 
     @property
     def local_stop(self) -> int:
-        """The row after its last one; a scalar counts as one row."""
+        """The row after the last one of this shard; a scalar counts as one row."""
         return self._bounds()[1]
 
     @property
     def local_shape(self) -> tuple[int, ...]:
-        """Shape of this shard: that of ``torch.chunk``, or with no rows where ``torch.chunk`` gives fewer chunks."""
+        """Shape of this shard, as ``torch.chunk`` makes it; a chunk that ``torch.chunk`` leaves out has no rows."""
         if not self.shape:
             return ()
         start, stop = self._bounds()
@@ -119,40 +127,42 @@ class ShardedTensor:
 
 
 def validate_shard_shapes(shard_specs: Iterable[Mapping[str, Any]], rank: int, world_size: int) -> list[str]:
-    """Check the shards that one rank is to hold, and say in a sentence each what is wrong with them.
+    """Check the shards that one rank is to hold, and return a sentence for each problem.
 
     Parameters
     ----------
     shard_specs : iterable of mappings
-        Each with ``name``, ``shape`` (of the whole tensor), ``shard_dim`` (negative ones count from the last) and
-        ``num_shards`` (``world_size``, or 1 for a tensor that every rank holds whole), and optionally ``local_shape``
-        (by ``torch.chunk``'s rule) and ``dtype`` (any name; only an empty one is a fault).
+        Each mapping has ``name``, ``shape`` (of the whole tensor), ``shard_dim`` (a negative one counts from the last
+        dimension) and ``num_shards`` (``world_size``, or 1 for a tensor that every rank holds whole). It may have
+        ``local_shape`` (by the rule of ``torch.chunk``) and ``dtype`` (any name that is not empty).
     rank, world_size : int
-        Who asks, of how many.
+        The rank that is to hold the shards, and the number of ranks.
 
     Returns
     -------
     list of str
-        Problems of the world first, then in the order of the specs; empty when all is well. A bad spec never raises,
-        and what depends on a faulty number is not checked.
+        The problems of the world first, then those of each mapping in order; empty if there are none. A bad mapping
+        never raises. A rule that needs a number with a problem is not checked.
     """
-    faults: list[str] = []
-    known_rank, known_world = _check_world(rank, world_size, faults)
+    world_problems: list[str] = []
+    known_rank, known_world = _check_world(rank, world_size, world_problems)
     seen: dict[str, int] = {}
     specs: list[_Spec | None] = []
-    found: list[list[str]] = []
+    spec_problems: list[list[str]] = []
     for position, raw in enumerate(shard_specs):
-        complaints: list[str] = []
-        specs.append(_read_spec(raw, position, seen, complaints))
-        found.append(complaints)
-    whole = [(spec, complaints) for spec, complaints in zip(specs, found, strict=True) if spec is not None]
-    codes = _check([spec for spec, _ in whole], known_rank, known_world)
-    for (spec, complaints), code in zip(whole, codes, strict=True):
-        complaints += _sentences(spec, code, known_rank, known_world)
-    return [*faults, *(sentence for complaints in found for sentence in complaints)]
+        problems: list[str] = []
+        specs.append(_read_spec(raw, position, seen, problems))
+        spec_problems.append(problems)
+    readable = [(spec, problems) for spec, problems in zip(specs, spec_problems, strict=True) if spec is not None]
+    codes = _check([spec for spec, _ in readable], known_rank, known_world)
+    for (spec, problems), code in zip(readable, codes, strict=True):
+        problems += _sentences(spec, code, known_rank, known_world)
+    return [*world_problems, *chain.from_iterable(spec_problems)]
 
 
 class _Spec(NamedTuple):
+    """The fields of one mapping that the kernel checks, and the words that messages call it by."""
+
     label: str
     shape: tuple[int, ...]
     shard_dim: int
@@ -160,50 +170,51 @@ class _Spec(NamedTuple):
     local_shape: tuple[int, ...] | None
 
 
-def _check_world(rank: object, world_size: object, faults: list[str]) -> tuple[int, int]:
-    """Return rank and world size, -1 for one that is no use."""
-    world = _int64_or_fault(world_size, "world_size", faults, minimum=1)
-    own = _int64_or_fault(rank, "rank", faults, minimum=0)
-    if own is not None and world is not None and own >= world:
-        faults.append(f"rank {own} is outside the world of {world} ranks, which count from 0.")
-        own = None
-    return (-1 if own is None else own), (-1 if world is None else world)
+def _check_world(rank: object, world_size: object, problems: list[str]) -> tuple[int, int]:
+    """Return the rank and the world size, each -1 if it has a problem."""
+    checked_world = _int64_or_problem(world_size, "world_size", problems, minimum=1)
+    checked_rank = _int64_or_problem(rank, "rank", problems, minimum=0)
+    if checked_rank is not None and checked_world is not None and checked_rank >= checked_world:
+        problems.append(f"rank {checked_rank} is outside the world of {checked_world} ranks, which count from 0.")
+        checked_rank = None
+    return (-1 if checked_rank is None else checked_rank), (-1 if checked_world is None else checked_world)
 
 
-def _read_spec(raw: object, position: int, seen: dict[str, int], faults: list[str]) -> _Spec | None:
-    """Read one spec; append a sentence for each field that is missing or of the wrong kind, and then return None."""
+def _read_spec(raw: object, position: int, seen: dict[str, int], problems: list[str]) -> _Spec | None:
+    """Return one mapping as a `_Spec`, or None and a problem for each field that is missing or of the wrong type."""
     if not isinstance(raw, Mapping):
-        faults.append(f"Spec {position} is a {type(raw).__name__}, not a mapping.")
+        problems.append(f"Spec {position} is a {type(raw).__name__}, not a mapping.")
         return None
     name = raw.get("name")
     label = f"Spec {position}"
     if isinstance(name, str) and name:
         label += f" ({short_repr(name)})"
         if name in seen:
-            faults.append(f"{label}: the name is taken by spec {seen[name]}.")
+            problems.append(f"{label}: the name is taken by spec {seen[name]}.")
         seen.setdefault(name, position)
     elif "name" in raw:
-        faults.append(f"{label}: name must be a text that is not empty, got {short_repr(name)}.")
+        problems.append(f"{label}: name must be a text that is not empty, got {short_repr(name)}.")
     missing = [key for key in ("name", "shape", "shard_dim", "num_shards") if key not in raw]
     if missing:
-        faults.append(f"{label}: {', '.join(missing)} missing.")
+        problems.append(f"{label}: {', '.join(missing)} missing.")
     dtype = raw.get("dtype", "-")
     if not isinstance(dtype, str) or not dtype:
-        faults.append(f"{label}: dtype must be a name that is not empty, got {short_repr(dtype)}.")
-    shape = _shape_or_fault(raw["shape"], f"{label}: shape", faults) if "shape" in raw else None
+        problems.append(f"{label}: dtype must be a name that is not empty, got {short_repr(dtype)}.")
+    shape = _shape_or_problem(raw["shape"], f"{label}: shape", problems) if "shape" in raw else None
     local = raw.get("local_shape")
-    local_shape = None if local is None else _shape_or_fault(local, f"{label}: local_shape", faults)
+    local_shape = None if local is None else _shape_or_problem(local, f"{label}: local_shape", problems)
     shard_dim = num_shards = None
     if "shard_dim" in raw:
-        shard_dim = _int64_or_fault(raw["shard_dim"], f"{label}: shard_dim", faults)
+        shard_dim = _int64_or_problem(raw["shard_dim"], f"{label}: shard_dim", problems)
     if "num_shards" in raw:
-        num_shards = _int64_or_fault(raw["num_shards"], f"{label}: num_shards", faults, minimum=1)
+        num_shards = _int64_or_problem(raw["num_shards"], f"{label}: num_shards", problems, minimum=1)
     if shape is None or shard_dim is None or num_shards is None:
         return None
     return _Spec(label, shape, shard_dim, num_shards, local_shape)
 
 
 def _check(specs: list[_Spec], rank: int, world_size: int) -> list[int]:
+    """Return the kernel's code for each spec: the rules that it breaks, as bits."""
     dims: list[int] = []
     rows: list[tuple[int, ...]] = []
     for spec in specs:
@@ -232,7 +243,7 @@ def _check(specs: list[_Spec], rank: int, world_size: int) -> list[int]:
 
 
 def _sentences(spec: _Spec, code: int, rank: int, world_size: int) -> list[str]:
-    """Put the kernel's code into words."""
+    """Return a sentence for each bit of the kernel's code."""
     sentences = []
     if code & 1:
         sentences.append(
@@ -260,26 +271,26 @@ def _whole_shape(shape: object, what: str) -> tuple[int, ...]:
     return tuple(whole_number(size, f"{what}[{dim}]", minimum=0) for dim, size in enumerate(sizes))
 
 
-def _shape_or_fault(shape: object, what: str, faults: list[str]) -> tuple[int, ...] | None:
+def _shape_or_problem(shape: object, what: str, problems: list[str]) -> tuple[int, ...] | None:
     try:
         sizes = _whole_shape(shape, what)
     except ValueError as error:
-        faults.append(f"{error}.")
+        problems.append(f"{error}.")
         return None
     if any(size > _INT64_MAX for size in sizes):
-        faults.append(f"{what} holds a size above 2**63 - 1.")
+        problems.append(f"{what} holds a size above 2**63 - 1.")
         return None
     return sizes
 
 
-def _int64_or_fault(value: object, what: str, faults: list[str], *, minimum: int | None = None) -> int | None:
+def _int64_or_problem(value: object, what: str, problems: list[str], *, minimum: int | None = None) -> int | None:
     try:
         number = whole_number(value, what, minimum=minimum)
     except ValueError as error:
-        faults.append(f"{error}.")
+        problems.append(f"{error}.")
         return None
     if abs(number) > _INT64_MAX:
-        faults.append(f"{what} is beyond 63 bits.")
+        problems.append(f"{what} is beyond 63 bits.")
         return None
     return number
 

@@ -1,4 +1,4 @@
-"""What all ranks have of a tensor: a `Slice` for each, and who reads what several of them hold."""
+"""How a tensor is divided among all ranks: the slice of each rank, and which ranks read bytes that several hold."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ Shape = tuple[int, ...]
 
 
 class Division(NamedTuple):
-    """One tensor among the ranks of a world."""
+    """How one tensor is divided among all ranks of a world."""
 
     slices: tuple[Slice, ...]
-    """What each rank has."""
+    """The slice of each rank."""
     first_ranks: frozenset[int]
-    """Ranks that hold something which none before them does. Together they have each byte once."""
+    """The ranks whose piece no lower rank holds. Together their pieces have every byte of the tensor once."""
 
     @property
     def most_runs(self) -> int:
-        """Ranges of bytes that the rank with most of them has."""
+        """The number of runs of the rank that has the most runs."""
         return max(piece.outer * len(piece.runs) for piece in self.slices)
 
 
 def divide(name: str, shape: Shape, bits: int, placement: Placement, world_size: int) -> Division:
-    """Divide a tensor of whole `shape` among `world_size` ranks.
+    """Divide a tensor, whose whole shape is `shape`, among `world_size` ranks.
 
     Raises
     ------
     CheckpointError
-        The tensor cannot be divided so.
+        The tensor cannot be divided by this placement.
     """
     if isinstance(placement, Replicate):
         slices = (slice_tensor(name, shape, bits, placement, rank=0, world_size=1),) * world_size
@@ -45,12 +45,12 @@ def divide(name: str, shape: Shape, bits: int, placement: Placement, world_size:
 
 
 def fitted(placement: Placement, world_size: int) -> Placement:
-    """Return a placement for a world of another size: no more pieces than ranks.
+    """Return `placement` for a world of `world_size` ranks, with no more pieces than ranks.
 
     Raises
     ------
     ValueError
-        The ranks are no multiple of the pieces, nor the pieces of the ranks.
+        Neither is the number of ranks a multiple of the number of pieces, nor the other way round.
     """
     if not isinstance(placement, Shard) or placement.pieces is None or world_size % placement.pieces == 0:
         return placement
@@ -60,12 +60,14 @@ def fitted(placement: Placement, world_size: int) -> Placement:
 
 
 def whole_shape(name: str, local_shapes: tuple[Shape, ...], placement: Placement) -> Shape:
-    """Return the shape of the tensor whose pieces have these shapes; that they are the right ones is not checked.
+    """Return the shape of the whole tensor, given the shape of the piece that each rank holds.
+
+    Whether the pieces have the shapes that `placement` gives them is not checked.
 
     Raises
     ------
     CheckpointError
-        They have no such dimension.
+        The pieces do not have the dimension of the placement.
     """
     shape = local_shapes[0]
     if isinstance(placement, Replicate):

@@ -1,13 +1,14 @@
-"""Placements in the metadata of rank shards, so that the ranks can be joined again.
+"""Placements as text in the metadata of rank shards: they tell how the pieces of all ranks are joined again.
 
 ``asyncshard.placement``
-    JSON: an object with an entry for each tensor of the file that is divided, such as ``{"dim": 0}``, with ``"pieces"``
-    where there are fewer than ranks, or with ``"sizes"`` where several tensors are fused. Others are whole.
+    A JSON object with an entry for each divided tensor of the file, such as ``{"dim": 0}``. An entry has ``"pieces"``
+    if there are fewer pieces than ranks, or ``"sizes"`` if several tensors are fused. A tensor without an entry is
+    whole.
 ``asyncshard.world_size``
-    Of how many ranks the file is one.
+    The number of ranks of the checkpoint to which the file belongs.
 
-``"pieces"`` is the most that there may be: a world with fewer ranks has one for each, and the number stays for a larger
-world that it is cut for next.
+``"pieces"`` is the largest number of pieces. If a world has fewer ranks, each rank has a piece of its own, but the
+number is kept for a larger world that the checkpoint may be divided for later.
 """
 
 from __future__ import annotations
@@ -22,11 +23,13 @@ from asyncshard.errors import FormatError
 from asyncshard.plan.division.placements import PackedShard, Placement, Replicate, Shard
 
 PLACEMENT_KEY = "asyncshard.placement"
+"""The key in the metadata of the placements of a file's tensors."""
 WORLD_SIZE_KEY = "asyncshard.world_size"
+"""The key in the metadata of the number of ranks."""
 
 
 def format_placements(placed: Iterable[tuple[str, Placement]]) -> str:
-    """Return the entries of one file; whole tensors have none."""
+    """Return the value of `PLACEMENT_KEY` for the tensors of one file, given their names and placements."""
     known: dict[Placement, str] = {}
     entries = []
     for name, placement in placed:
@@ -41,14 +44,15 @@ def format_placements(placed: Iterable[tuple[str, Placement]]) -> str:
 def parse_placements(
     text: str, *, path: str, known: dict[str, Placement] | None = None
 ) -> Iterator[tuple[str, Placement]]:
-    """Yield the entries of one file: the tensor's name and its placement. A wrapper may let go of the GIL between them.
+    """Yield the name and the placement of each divided tensor of one file, from the value of `PLACEMENT_KEY`.
 
-    `known` are placements by their text: those of other files, to which these are added.
+    Entries are parsed one at a time, so that a caller can release the GIL between them. `known` maps the text of an
+    entry to its placement. It is filled here, and may be shared between files.
 
     Raises
     ------
     FormatError
-        It is something else.
+        The text is not a JSON object of placements.
     """
     known = {} if known is None else known
     try:
@@ -74,7 +78,13 @@ def parse_placements(
 
 
 def parse_world_size(metadata: Mapping[str, str], *, path: str) -> int | None:
-    """Return the number of ranks that the metadata names, or None."""
+    """Return the number of ranks that the metadata gives, or None if it gives none.
+
+    Raises
+    ------
+    FormatError
+        The value of `WORLD_SIZE_KEY` is not a positive number.
+    """
     text = metadata.get(WORLD_SIZE_KEY)
     if text is None:
         return None
@@ -104,6 +114,6 @@ def _placement(entry: Any) -> Placement:
 
 _KEYS = {"dim", "pieces", "sizes"}
 _SPACE = " \t\n\r"
-# The text is taken apart entry by entry: json.loads holds the GIL until it has read all of it.
+# The text is parsed entry by entry, because json.loads would hold the GIL until it has read all entries.
 _BEGIN = re.compile(r"[ \t\n\r]*\{[ \t\n\r]*(\}?)")
 _ENTRY = re.compile(r'[ \t\n\r]*("[^"\\]*(?:\\.[^"\\]*)*")[ \t\n\r]*:[ \t\n\r]*(\{[^{}]*\})[ \t\n\r]*([,}])', re.DOTALL)

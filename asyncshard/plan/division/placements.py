@@ -1,6 +1,6 @@
 """Placements: how a tensor is divided among ranks.
 
-The words are those of ``torch.distributed.tensor``; the sizes follow ``torch.chunk``
+The names are those of ``torch.distributed.tensor``; the sizes of the pieces follow ``torch.chunk``
 (:mod:`asyncshard.plan.division.chunks`).
 """
 
@@ -13,19 +13,20 @@ from asyncshard.plan.division.chunks import whole_number
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """Cut along one dimension, a piece for each rank.
+    """The placement of a tensor that is cut along one dimension, with a piece for each rank.
 
     Raises
     ------
     ValueError
-        Not a whole number, or fewer than one piece.
+        `dim` or `pieces` is not a whole number, or `pieces` is below 1.
     """
 
     dim: int
-    """The dimension; negative ones count from the last."""
+    """The dimension that is cut; a negative one counts from the last dimension."""
     pieces: int | None = None
-    """Into how many; by default as many as there are ranks, which must be a multiple of it. With fewer, neighbouring
-    ranks hold the same piece, as key and value heads are held where there are fewer of them than ranks."""
+    """The number of pieces; None for one piece for each rank. The number of ranks must be a multiple of it. If there
+    are fewer pieces than ranks, neighbouring ranks hold the same piece, as for models with fewer key and value heads
+    than ranks."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dim", whole_number(self.dim, "dim"))
@@ -35,26 +36,26 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class Replicate:
-    """Whole on every rank."""
+    """The placement of a tensor that every rank holds whole."""
 
 
 @dataclass(frozen=True, slots=True)
 class PackedShard:
-    """Several tensors fused along one dimension, each of which is cut into a piece for each rank.
+    """The placement of several tensors that are fused along one dimension, each of them cut into a piece for each rank.
 
-    A rank holds its piece of the first, then its piece of the second, and so on: ``PackedShard(0, (4096, 1024, 1024))``
-    for the rows of a ``qkv_proj``.
+    A rank holds its piece of the first tensor, then its piece of the second, and so on. The rows of a ``qkv_proj`` may
+    have ``PackedShard(0, (4096, 1024, 1024))``.
 
     Raises
     ------
     ValueError
-        No sizes, or something other than whole numbers.
+        `sizes` is empty, or a number is not a whole number, or a size is negative.
     """
 
     dim: int
-    """The dimension; negative ones count from the last."""
+    """The dimension along which the tensors are fused and cut; a negative one counts from the last dimension."""
     sizes: tuple[int, ...]
-    """Of the fused tensors along it; they add up to its size."""
+    """The sizes of the fused tensors along the dimension; they add up to the size of the dimension."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dim", whole_number(self.dim, "dim"))
@@ -65,3 +66,4 @@ class PackedShard:
 
 
 Placement = Shard | Replicate | PackedShard
+"""Any placement."""

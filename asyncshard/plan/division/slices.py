@@ -1,12 +1,12 @@
-"""Which bytes of a tensor are a rank's.
+"""Slices: which bytes of a tensor belong to a rank.
 
-A tensor lies row-major in its file. What a rank has of it is the same few runs of bytes in each of its rows, where a
-row is all that one index of the dimensions before the divided one covers:
+A tensor is stored row-major. It has a row of bytes for each index of the dimensions before the divided one, and a rank
+has the same few runs of bytes in each row:
 
-    whole tensor   |....AAAA....BB..|....AAAA....BB..|     outer = 2 rows, stride = 16 bytes, runs = (4, 4), (12, 2)
-    the rank's     |AAAABB|AAAABB|
+    whole tensor      |....AAAA....BB..|....AAAA....BB..|     outer = 2 rows, stride = 16 bytes, runs = (4, 4), (12, 2)
+    rank's tensor     |AAAABB|AAAABB|
 
-Along dimension 0 there is one row, and so one byte range for each run.
+If the tensor is divided along dimension 0 there is a single row, and each run is one byte range of the tensor.
 """
 
 from __future__ import annotations
@@ -24,42 +24,42 @@ from asyncshard.plan.division.placements import PackedShard, Placement, Replicat
 
 
 class Overlap(NamedTuple):
-    """Where some bytes are, in the whole tensor and in the rank's: a piece for each element of the arrays."""
+    """Runs of bytes, and where they lie in the whole tensor and in the rank's tensor."""
 
     whole: Int64Array
-    """Offsets in the whole tensor."""
+    """Offset of each run in the whole tensor."""
     local: Int64Array
-    """Offsets in the rank's tensor."""
+    """Offset of each run in the rank's tensor."""
     lengths: Int64Array
-    """Bytes."""
+    """Length of each run in bytes."""
 
 
 class Slice(NamedTuple):
-    """What a rank has of one tensor."""
+    """The bytes of one tensor that belong to a rank."""
 
     shape: tuple[int, ...]
-    """Of the rank's tensor."""
+    """Shape of the rank's tensor."""
     outer: int
-    """Rows."""
+    """The number of rows."""
     stride: int
-    """Bytes of a row of the whole tensor."""
+    """The number of bytes of a row of the whole tensor."""
     runs: tuple[tuple[int, int], ...]
-    """Offset in a row and length, in bytes, of each run; they ascend."""
+    """Offset in a row and length of each run, in bytes, in ascending order."""
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of a row of the rank's tensor."""
+        """The number of bytes of a row of the rank's tensor."""
         return sum(length for _, length in self.runs)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the rank's tensor."""
+        """The number of bytes of the rank's tensor."""
         return self.outer * self.row_bytes
 
     def within_whole(self, start: int, stop: int) -> Overlap:
-        """Return what the rank has of the bytes [start, stop) of the whole tensor, in their order.
+        """Return the runs of the slice within the bytes [start, stop) of the whole tensor, in ascending order.
 
-        It is one range of the rank's tensor.
+        In the rank's tensor these runs lie one after the other.
         """
         first, last = (start // self.stride, -(-stop // self.stride)) if self.stride and stop > start else (0, 0)
         rows = np.arange(first, min(last, self.outer), dtype=np.int64)[:, None]
@@ -68,29 +68,30 @@ class Slice(NamedTuple):
         whole, local = (rows * self.stride + offsets).ravel(), (rows * self.row_bytes + in_row).ravel()
         cut = np.maximum(start - whole, 0)
         left = np.minimum(np.tile(lengths, len(rows)), stop - whole) - cut
-        kept = left > 0
-        return Overlap((whole + cut)[kept], (local + cut)[kept], left[kept])
+        is_inside = left > 0
+        return Overlap((whole + cut)[is_inside], (local + cut)[is_inside], left[is_inside])
 
 
 def slice_tensor(
     name: str, shape: tuple[int, ...], bits: int, placement: Placement, *, rank: int, world_size: int
 ) -> Slice:
-    """Return what one rank has of a tensor.
+    """Return the slice of a tensor that belongs to a rank.
 
     Parameters
     ----------
     name : str
-        For messages.
+        The tensor's name, for messages.
     shape : tuple of int
-        Of the whole tensor, in elements.
+        The shape of the whole tensor, in elements.
     bits : int
-        Of one element.
+        The number of bits of one element.
 
     Raises
     ------
     CheckpointError
-        The tensor cannot be divided so: there is no such dimension, the sizes of a `PackedShard` do not add up, the
-        ranks are no multiple of the pieces, or, with elements of 4 or 6 bits, a piece would not begin on a byte.
+        The tensor cannot be divided by this placement: it does not have the dimension, the sizes of a `PackedShard` do
+        not add up, the number of ranks is no multiple of the number of pieces, or a piece of elements of 4 or 6 bits
+        would begin within a byte.
     """
     if isinstance(placement, Replicate):
         return whole_tensor(shape, bits)
@@ -118,14 +119,14 @@ def slice_tensor(
     local = (*shape[:dim], sum(last - first for first, last in bounds), *shape[dim + 1 :])
     if not math.prod(local):
         return Slice(local, 0, 0, ())
-    if local == shape:  # all in one run, and not in one for each row
+    if local == shape:  # one run, instead of one for each row
         return whole_tensor(shape, bits)
     runs = tuple((first * inner // 8, (last - first) * inner // 8) for first, last in bounds if last > first)
     return Slice(local, outer, shape[dim] * inner // 8, runs)
 
 
 def whole_tensor(shape: tuple[int, ...], bits: int) -> Slice:
-    """Return all of a tensor."""
+    """Return the slice that is the whole tensor."""
     nbytes = math.prod(shape) * bits // 8
     return Slice(shape, 1, nbytes, ((0, nbytes),)) if nbytes else Slice(shape, 0, 0, ())
 
@@ -133,7 +134,7 @@ def whole_tensor(shape: tuple[int, ...], bits: int) -> Slice:
 def _piece(
     name: str, shape: tuple[int, ...], placement: Shard | PackedShard, rank: int, world_size: int
 ) -> tuple[int, int]:
-    """Return into how many pieces a tensor is cut, and which is the rank's."""
+    """Return the number of pieces of a tensor, and the index of the rank's piece."""
     pieces = placement.pieces if isinstance(placement, Shard) and placement.pieces is not None else world_size
     if world_size % pieces:
         raise _cannot(name, shape, placement, f"{world_size} ranks are no multiple of {pieces} pieces")

@@ -16,7 +16,7 @@ from asyncshard.format.header import Header
 from asyncshard.plan.division.placements import Placement
 from asyncshard.plan.division.slices import Slice, slice_tensor, whole_tensor
 from asyncshard.plan.file_slices.file_slice import FileSlice, Patterns
-from asyncshard.plan.tp.plan import Paced, TpPlan
+from asyncshard.plan.tp.plan import TpPlan, YieldingGil
 
 
 def make_file_slice(
@@ -27,7 +27,7 @@ def make_file_slice(
     rank: int,
     world_size: int,
     path: str,
-    paced: Paced = iter,
+    yielding_gil: YieldingGil = iter,
 ) -> FileSlice | None:
     """Plan what a rank has of a file; None if that is all of it.
 
@@ -54,12 +54,12 @@ def make_file_slice(
     if is_wanted is None:
         rows = np.arange(len(header), dtype=np.int64)
     else:
-        rows = np.fromiter((row for row in paced(range(len(header))) if is_wanted(table.name(row))), np.int64)
+        rows = np.fromiter((row for row in yielding_gil(range(len(header))) if is_wanted(table.name(row))), np.int64)
     alike = table.kinds("")[0] if plan is None else plan.kinds(table)
     firsts, numbers = _numbered(alike[rows])
     planner = _Planner(plan, rank, world_size)
     try:
-        found = [planner.kind_of(*table.row(row)[:3]) for row in paced(rows[firsts].tolist())]
+        found = [planner.kind_of(*table.row(row)[:3]) for row in yielding_gil(rows[firsts].tolist())]
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}", path=path, tensor=error.tensor) from None
     if len(rows) == len(header) and planner.are_whole:

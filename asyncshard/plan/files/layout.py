@@ -21,13 +21,15 @@ from typing import Literal
 from asyncshard.errors import CheckpointError, ObjectNotFoundError
 from asyncshard.format.pattern import ShardName, ShardPattern
 from asyncshard.plan.division.chunks import whole_number
+from asyncshard.plan.files.incomplete import INCOMPLETE_NAME, incomplete, incomplete_rank, marked_ranks
 from asyncshard.plan.files.rank_shards import KNOWN_PATTERNS, faults_of_rank, find_rank_shards, two_patterns
 from asyncshard.plan.text import count_of, enumerate_names
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-INCOMPLETE_NAME = "asyncshard.incomplete"
-"""A file that stands in a directory for as long as `reshard` has not ended writing it."""
+
+NUMBERED = re.compile(r"(?P<prefix>.*)-(?P<number>[0-9]{1,18})-of-(?P<count>[0-9]{1,18})\.safetensors", re.DOTALL)
+"""The names of one file of several."""
 
 _SHOWN = 10  # how many files it shows of those that are there
 
@@ -101,8 +103,9 @@ def choose_layout(
     ObjectNotFoundError
         There is no checkpoint, or none of this rank.
     CheckpointError
-        `reshard` has left it incomplete, parts are missing, two names mean the same part, the set is of a larger world
-        than ``world_size``, both patterns occur, or a pattern was given for a single file.
+        `reshard` has left it incomplete, or a save has left this rank so, parts are missing, two names mean the same
+        part, the set is of a larger world than ``world_size``, both patterns occur, or a pattern was given for a single
+        file.
     ValueError
         The ranks are out of range, or ``names`` is not one name where ``path`` is a file.
     """
@@ -119,6 +122,9 @@ def choose_layout(
         return Layout("single", tuple(names))
     if INCOMPLETE_NAME in names:
         raise incomplete(path)
+    for mark, own in marked_ranks(names, KNOWN_PATTERNS if pattern is None else (pattern,)):
+        if own[:2] == (pp_rank, rank):
+            raise incomplete_rank(path, mark, own)
     matches = find_rank_shards(names, path, pattern)
     if len(matches) > 1:
         raise two_patterns(path)
@@ -138,6 +144,20 @@ def choose_layout(
 def is_rank_shard(name: str, pattern: ShardPattern | None = None) -> bool:
     """Return whether a file is by its name a shard of one rank: of this pattern, or of one of vLLM's."""
     return any(known.parse(name) is not None for known in (KNOWN_PATTERNS if pattern is None else (pattern,)))
+
+
+def is_one_of_several(name: str, pattern: ShardPattern | None = None) -> bool:
+    """Return whether a file is by its name one of those that make up a checkpoint."""
+    return NUMBERED.fullmatch(name) is not None or is_rank_shard(name, pattern)
+
+
+def is_whole_model(layout: Layout, *, is_file: bool, pattern: ShardPattern | None = None) -> bool:
+    """Return whether files hold all that a model has on a rank: neither one file of several nor a pipeline stage."""
+    name = layout.files[0]
+    if is_file:
+        return not is_one_of_several(name, pattern)
+    patterns = KNOWN_PATTERNS if pattern is None else (pattern,)
+    return layout.kind != "ranks" or not any(each.has_pp_rank and each.parse(name) is not None for each in patterns)
 
 
 def index_files(weight_map_files: Iterable[str], names: Iterable[str], path: str) -> tuple[str, ...]:
@@ -175,15 +195,6 @@ def files_not_found(absent: Sequence[str], path: str) -> ObjectNotFoundError:
     return ObjectNotFoundError(
         f"{path}: {INDEX_NAME} names {count_of(len(absent), 'file')} that the directory lacks: "
         f"{enumerate_names(absent)}. Download them, or mend the index.",
-        path=path,
-    )
-
-
-def incomplete(path: str) -> CheckpointError:
-    """Return the error for a directory with the mark that `reshard` removes when it has ended."""
-    return CheckpointError(
-        f"{path} is incomplete: it holds {INCOMPLETE_NAME}, since a reshard into it was stopped or has not ended yet. "
-        "Run reshard again, or wait for it.",
         path=path,
     )
 

@@ -12,13 +12,13 @@ from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from asyncshard.format.pattern import ShardPattern
+from asyncshard.plan.files.incomplete import INCOMPLETE_NAME, incomplete, incomplete_rank, marked_ranks
 from asyncshard.plan.files.layout import (
-    INCOMPLETE_NAME,
     INDEX_NAME,
+    NUMBERED,
     SINGLE_NAME,
     absent_files,
     files_not_found,
-    incomplete,
     natural_key,
     nothing_found,
 )
@@ -37,7 +37,6 @@ from asyncshard.plan.text import count_of, enumerate_names
 
 Kind = Literal["ranks", "index", "single", "shards"]
 
-_NUMBERED = re.compile(r"(?P<prefix>.*)-(?P<number>[0-9]{1,18})-of-(?P<count>[0-9]{1,18})\.safetensors", re.DOTALL)
 _CONSOLIDATED = re.compile(r"consolidated.*\.safetensors", re.DOTALL)
 
 
@@ -115,7 +114,9 @@ def survey_names(
         survey = Survey("single", (Group("", (SINGLE_NAME,)),))
     else:
         survey = _survey_numbered(names, path, pattern)
-    return _with_others(survey, names)
+    marks = marked_ranks(names, KNOWN_PATTERNS if pattern is None else (pattern,))
+    faults = [str(incomplete_rank(path, mark, own)) for mark, own in marks]
+    return _with_others(replace(survey, faults=(*faults, *survey.faults)), names)
 
 
 def survey_index(files: Iterable[str], names: Sequence[str], *, path: str) -> Survey:
@@ -168,7 +169,7 @@ def _survey_numbered(names: Sequence[str], path: str, pattern: ShardPattern | No
     fault = str(nothing_found(names, path, pattern))
     sets: dict[tuple[str, str], dict[int, str]] = {}
     for name in sorted(names, key=natural_key) if pattern is None else ():
-        if match := _NUMBERED.fullmatch(name):
+        if match := NUMBERED.fullmatch(name):
             sets.setdefault((match["prefix"], match["count"]), {})[int(match["number"])] = name
     if not sets:
         return Survey(None, faults=(fault,))
@@ -196,6 +197,6 @@ def _is_copy(name: str) -> bool:
     return (
         name == SINGLE_NAME
         or _CONSOLIDATED.fullmatch(name) is not None
-        or _NUMBERED.fullmatch(name) is not None
+        or NUMBERED.fullmatch(name) is not None
         or any(known.parse(name) is not None for known in KNOWN_PATTERNS)
     )

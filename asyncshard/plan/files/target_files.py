@@ -1,4 +1,4 @@
-"""The files of a checkpoint that is to be written: which tensors are in each, and where."""
+"""The files of a checkpoint that is to be written: which tensors each file holds, and at which offsets."""
 
 from __future__ import annotations
 
@@ -19,40 +19,41 @@ class TargetFile(NamedTuple):
 
     name: str
     rank: int
+    """The rank to which the file belongs."""
     tensors: Int64Array
-    """Its tensors, in the order of its bytes."""
+    """Indexes of the tensors of the file, in the order of their bytes."""
 
 
 class TargetFiles(NamedTuple):
-    """All files, and where each rank's tensors are in them."""
+    """All files to be written, and where each tensor of each rank lies in them."""
 
     files: tuple[TargetFile, ...]
-    places: Int64Array
-    """For each rank, the file of each tensor."""
+    file_of: Int64Array
+    """For each rank, the index in `files` of the file that holds each tensor."""
     offsets: Int64Array
-    """For each rank, the offset of each tensor in its file's data."""
+    """For each rank, the offset of each tensor in the data of its file."""
 
 
 def lay_out(
     sizes: Int64Array, element_bytes: Int64Array, *, max_shard_size: int, pattern: ShardPattern | None
 ) -> TargetFiles:
-    """Share the tensors out among files.
+    """Distribute the tensors over files.
 
-    A file's tensors keep their order, but for wider elements coming first: so all are aligned.
+    In a file, tensors with wider elements come first, so that all tensors are aligned; otherwise they keep their order.
 
     Parameters
     ----------
     sizes : array of int64
-        Bytes of each tensor, in a row for each rank.
+        The number of bytes of each tensor, in a row for each rank.
     element_bytes : array of int64
-        Of each tensor; 1 for elements of less than a byte.
+        The number of bytes of an element of each tensor; 1 for elements smaller than a byte.
     max_shard_size : int
-        Bytes of tensors in a file at most; a larger tensor has a file of its own.
+        The most bytes of tensors in a file; a larger tensor has a file of its own.
     pattern : ShardPattern, optional
-        Names of rank shards; None for those of Hugging Face, with one rank.
+        The pattern of the names of rank shards; None for the names of Hugging Face shards, with one rank.
     """
     world_size, count = sizes.shape
-    places = np.empty((world_size, count), np.int64)
+    file_of = np.empty((world_size, count), np.int64)
     offsets = np.empty((world_size, count), np.int64)
     files: list[TargetFile] = []
     for rank in range(world_size):
@@ -60,15 +61,15 @@ def lay_out(
         for part, (first, last) in enumerate(bounds):
             tensors = first + np.argsort(-element_bytes[first:last], kind="stable")
             ends = np.cumsum(sizes[rank, tensors])
-            places[rank, first:last] = len(files)
+            file_of[rank, first:last] = len(files)
             offsets[rank, tensors] = ends - sizes[rank, tensors]
             name = _hugging_face_name(part, len(bounds)) if pattern is None else pattern.format_for_rank(rank, part)
             files.append(TargetFile(name, rank, tensors))
-    return TargetFiles(tuple(files), places, offsets)
+    return TargetFiles(tuple(files), file_of, offsets)
 
 
 def _parts(sizes: Int64Array, limit: int) -> list[tuple[int, int]]:
-    """Cut into runs of tensors of at most `limit` bytes, or of one."""
+    """Return the first and last index (half-open) of the tensors of each file: at most `limit` bytes, or one tensor."""
     bounds = merge_ranges(np.cumsum(sizes) - sizes, sizes, max_gap=0, max_bytes=limit, max_count=sys.maxsize)
     return list(itertools.pairwise(bounds.tolist())) or [(0, 0)]
 

@@ -1,8 +1,9 @@
-"""Plans of tensor parallelism for models that we know, chosen by what ``config.json`` says.
+"""Plans of tensor parallelism for known models, chosen by ``config.json``.
 
-The table is in the names of Hugging Face checkpoints: attention is cut on whole heads, the MLP along its inner
-dimension, and all else (norms, embeddings, the head) is whole on every rank. An inner dimension that the ranks do not
-divide is cut as ``torch.chunk`` cuts it, in the same places for all three weights, so that the sums are still right.
+The rules use the tensor names of Hugging Face checkpoints. Attention is cut on whole heads, and the MLP along its inner
+dimension. All other tensors (norms, embeddings, the output layer) are whole on every rank. If the number of ranks does
+not divide the inner dimension, it is cut as ``torch.chunk`` cuts it, at the same indexes in all three weights of the
+MLP, so that the sum over the ranks is still right.
 """
 
 from __future__ import annotations
@@ -19,9 +20,7 @@ from asyncshard.plan.division.placements import Placement, Shard
 from asyncshard.plan.text import enumerate_names
 from asyncshard.plan.tp.plan import TpPlan
 
-_GEMMA = frozenset({"gemma", "gemma2", "gemma3_text"})
-_MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"}) | _GEMMA
-_TIED_UNLESS_SAID = _GEMMA | {"gemma3"}
+_MODEL_TYPES = frozenset({"gemma", "gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3"})
 _EXPERTS = (
     "moe_intermediate_size",
     "moe_num_experts",
@@ -39,23 +38,23 @@ _EXPLICIT = "Pass a tp_plan of your own, with the name and the placement of each
 def auto_plan(config: Mapping[str, Any], world_size: int, *, path: str | None = None) -> TpPlan:
     """Return the plan of a dense Llama, Mistral, Qwen 2, Qwen 3 or Gemma model.
 
-    Where there are fewer heads of keys and values than ranks, ``world_size / num_key_value_heads`` neighbouring ranks
-    have the same one.
+    If there are fewer key and value heads than ranks, ``world_size / num_key_value_heads`` neighbouring ranks hold the
+    same head.
 
     Parameters
     ----------
     config : mapping
-        What ``config.json`` holds.
+        The content of ``config.json``.
     world_size : int
         The number of ranks.
     path : str, optional
-        Of ``config.json``, for messages.
+        The path of ``config.json``, for messages.
 
     Raises
     ------
     CheckpointError
-        The model is none that the table has, has a mixture of experts, is quantized, or its heads cannot be divided
-        among so many ranks; or the config does not say what is needed.
+        The model is unknown, has a mixture of experts or is quantized; its heads cannot be divided among
+        `world_size` ranks; or a field of the config is missing.
     ValueError
         `world_size` is not a whole number of at least 1.
     """
@@ -64,7 +63,7 @@ def auto_plan(config: Mapping[str, Any], world_size: int, *, path: str | None = 
     _check_model(config, path)
     heads = _number(config, "num_attention_heads", path)
     if config.get("num_key_value_heads") is None and ("num_key_value_heads" in config or _is_llama(config)):
-        kv_heads = heads  # as transformers takes it
+        kv_heads = heads  # the default of transformers
     else:
         kv_heads = _number(config, "num_key_value_heads", path)
     if heads % kv_heads:
@@ -88,12 +87,12 @@ def auto_plan(config: Mapping[str, Any], world_size: int, *, path: str | None = 
 
 
 def require_known(plan: TpPlan, names: Iterable[str], *, path: str | None = None) -> None:
-    """Check that a plan of `auto_plan` places every projection of the layers; of another form of the model it does not.
+    """Check that a plan of `auto_plan` has a rule for every projection of the layers in a checkpoint.
 
     Raises
     ------
     CheckpointError
-        There are others: fused ones, experts, adapters.
+        The checkpoint has projections that the plan does not know, such as fused ones, experts or adapters.
     """
     others = [name for name in plan.match(names).unmatched if _PROJECTION.search(name)]
     if others:
@@ -105,35 +104,13 @@ def require_known(plan: TpPlan, names: Iterable[str], *, path: str | None = None
         )
 
 
-def ties_embeddings(config: Mapping[str, Any], *, path: str | None = None) -> bool:
-    """Return whether the model's head is its embedding, so that a checkpoint need not hold both.
-
-    Without a word of the config Gemma's is, and no other.
-
-    Raises
-    ------
-    CheckpointError
-        The config is not a mapping, or ``tie_word_embeddings`` is neither true nor false.
-    """
-    _check_config(config, path)
-    tied = config.get("tie_word_embeddings")
-    if tied is None:
-        model_type = config.get("model_type")
-        return isinstance(model_type, str) and model_type in _TIED_UNLESS_SAID
-    if not isinstance(tied, bool):
-        raise CheckpointError(
-            f"{path or 'config.json'}: tie_word_embeddings must be true or false, got {short_repr(tied)}", path=path
-        )
-    return tied
-
-
 def _check_config(config: object, path: str | None) -> None:
     if not isinstance(config, Mapping):
         raise CheckpointError(f"{path or 'config.json'} must hold an object, got {short_repr(config)}", path=path)
 
 
 def _check_model(config: Mapping[str, Any], path: str | None) -> None:
-    """Refuse what the table does not have."""
+    """Raise CheckpointError if `auto_plan` has no rules for the model."""
     model_type = config.get("model_type")
     if model_type is None:
         _refuse("there is no model_type", path)
@@ -156,7 +133,7 @@ def _check_model(config: Mapping[str, Any], path: str | None) -> None:
 
 
 def _is_llama(config: Mapping[str, Any]) -> bool:
-    # Configs of the first Llama models do not speak of heads of keys and values: they had as many as of queries.
+    # Configs of the first Llama models have no number of key and value heads: it equals the number of query heads.
     return bool(config.get("model_type") == "llama")
 
 

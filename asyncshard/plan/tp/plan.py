@@ -1,4 +1,4 @@
-"""Plans of tensor parallelism: which placement each tensor of a checkpoint has, by its name."""
+"""Plans of tensor parallelism: rules that give each tensor of a checkpoint a placement by its name."""
 
 from __future__ import annotations
 
@@ -18,48 +18,49 @@ from asyncshard.plan.text import enumerate_names
 from asyncshard.plan.tp.rules import PREFIX, RuleIndex
 from asyncshard.plan.tp.styles import check_word, placement_of_word
 
-Paced = Callable[[Iterable[int]], Iterable[int]]
-"""Passes numbers on, and lets others have their turn now and then."""
+YieldingGil = Callable[[Iterable[int]], Iterable[int]]
+"""A function that yields numbers unchanged, and releases the GIL now and then; ``iter`` never releases it."""
 
 _UNMATCHED = ("replicate", "error")
 _WHOLE = Replicate()
 
 
 class TpMatch(NamedTuple):
-    """How the rules of a plan and the names of a checkpoint meet."""
+    """The rules without a name, and the names without a rule."""
 
     unused: tuple[str, ...]
-    """Rules that match no name, as they stand in the plan."""
+    """Rules that match no name, as they are written in the plan."""
     unmatched: tuple[str, ...]
     """Names that no rule matches, in their order."""
 
 
 class TpPlan:
-    """Say by name how the tensors of a checkpoint are divided among ranks.
+    """Rules that say by name how the tensors of a checkpoint are divided among ranks.
 
-    A plan is a value: it never changes, is compared by its rules, and pickles.
+    A plan is immutable, is compared by its rules, and can be pickled.
 
     Parameters
     ----------
     rules : mapping of str to str or placement
-        By the name of a parameter (``model.embed_tokens.weight``) or of a module (``layers.*.self_attn.q_proj``), in
-        which ``*`` stands for a number and nothing else. A layer's own number goes before ``*``. The placement is one
-        of ours, ``torch.distributed.tensor``'s ``Shard`` or ``Replicate``, or a word of transformers:
+        A key is the name of a parameter (``model.embed_tokens.weight``) or of a module (``layers.*.self_attn.q_proj``).
+        In a key, ``*`` stands for a number and nothing else; a rule with the layer's number takes precedence over one
+        with ``*``. A value is a `Shard`, `PackedShard` or `Replicate`, a ``Shard`` or ``Replicate`` of
+        ``torch.distributed.tensor``, or a word of transformers:
 
-        - ``colwise``: a weight along dimension -2, a bias along its only one;
-        - ``rowwise``: a weight along the last dimension, a bias whole;
-        - ``packed_colwise``, ``packed_rowwise``: the same for two tensors of one size fused along that dimension;
-        - ``replicate`` and those which place nothing, such as ``replicated_with_grad_allreduce``: whole.
+        - ``colwise`` cuts a weight along dimension -2, and a bias along its only dimension;
+        - ``rowwise`` cuts a weight along the last dimension, and leaves a bias whole;
+        - ``packed_colwise`` and ``packed_rowwise`` cut two tensors of equal size, fused along that dimension;
+        - ``replicate``, and words that place nothing, such as ``replicated_with_grad_allreduce``, cut nothing.
     unmatched : {"replicate", "error"}
-        What becomes of a tensor that no rule matches: every rank has it whole, or the load is refused.
+        For a tensor that no rule matches: "replicate" gives every rank the whole tensor, "error" refuses the load.
 
     Raises
     ------
     ValueError
-        An unknown or refused word, a placement that no file can hold, two rules that mean the same names and
-        differ, or an unknown value of `unmatched`.
+        A word is unknown or refused, no file can hold a placement, two rules for the same names differ, or `unmatched`
+        has another value.
     TypeError
-        The rules are not a mapping, a key is not a text, or a value neither a word nor a placement.
+        The rules are not a mapping, a key is not a text, or a value is neither a word nor a placement.
     """
 
     __slots__ = ("_index", "_rules", "_unmatched")
@@ -80,12 +81,12 @@ class TpPlan:
 
     @property
     def rules(self) -> Mapping[str, str | Placement]:
-        """The rules, torch's placements turned into ours."""
+        """The rules of the plan, with torch's placements replaced by those of this library."""
         return self._rules
 
     @property
     def unmatched(self) -> str:
-        """What becomes of a tensor that no rule matches."""
+        """How a tensor without a rule is treated: "replicate" or "error"."""
         return self._unmatched
 
     def placement_of(self, name: str, shape: tuple[int, ...]) -> Placement:
@@ -94,9 +95,9 @@ class TpPlan:
         Raises
         ------
         NamesError
-            No rule matches, and the plan says that this is an error.
+            No rule matches, and `unmatched` is "error".
         CheckpointError
-            The shape is not one that the word of the rule can place.
+            The word of the rule cannot place a tensor of this shape.
         """
         found = self._index.find(name)
         if found:
@@ -111,19 +112,19 @@ class TpPlan:
         return bool(self._index.find(name))
 
     def kinds(self, tensors: HeaderTable) -> NDArray[np.int32]:
-        """Number the tensors of a file so that those of a number have one dtype, shape and placement."""
+        """Number the kinds of tensors of a file: tensors of one kind have the same dtype, shape and placement."""
         return self._index.kinds(tensors)[0]
 
-    def samples(self, tables: Iterable[HeaderTable | WeightMap], paced: Paced = iter) -> Iterator[str]:
-        """Yield a name of each kind of tensor that the tables have."""
+    def samples(self, tables: Iterable[HeaderTable | WeightMap], yielding_gil: YieldingGil = iter) -> Iterator[str]:
+        """Yield one name of each kind of tensors in the tables."""
         for table in tables:
-            yield from map(table.name, paced(self._index.kinds(table)[1].tolist()))
+            yield from map(table.name, yielding_gil(self._index.kinds(table)[1].tolist()))
 
     def match(self, names: Iterable[str]) -> TpMatch:
-        """Return which rules match none of the names, and which names no rule matches.
+        """Return the rules that match none of the names, and the names that no rule matches.
 
-        `names` are those of the whole checkpoint, not of the shards that one rank opens. A rule counts as used too
-        where a more exact one goes before it.
+        `names` are the names of the whole checkpoint, not only of the shards that one rank opens. A rule counts as used
+        even if a more exact rule takes precedence over it.
         """
         used: set[str] = set()
         unmatched = []
@@ -140,20 +141,20 @@ class TpPlan:
         others: Iterable[str] = (),
         *,
         path: str | None = None,
-        paced: Paced = iter,
+        yielding_gil: YieldingGil = iter,
     ) -> None:
         """Check the plan against the names of the whole checkpoint.
 
-        A name of each kind is looked at; all are read only where they are to be listed. `others` are names that a rule
-        matches and no table has.
+        One name of each kind is checked; all names are read only to list them in an error. `others` are further names
+        that a rule may match, although no table has them.
 
         Raises
         ------
         NamesError
-            A rule matches nothing: its `missing` are the rules. Or, where the plan says so, a name is matched by no
-            rule: its `unexpected` are the names.
+            Rules match no name: the error's `missing` holds these rules. Or names have no rule and `unmatched` is
+            "error": the error's `unexpected` holds these names.
         """
-        unused, unmatched = self.match(chain(self.samples(tables, paced), others))
+        unused, unmatched = self.match(chain(self.samples(tables, yielding_gil), others))
         if unused:
             raise NamesError(
                 f"{_of(path)}the tp_plan has rules that match no tensor of the checkpoint: "
@@ -163,7 +164,7 @@ class TpPlan:
                 missing=unused,
             )
         if unmatched and self._unmatched == "error":
-            names = (table.name(index) for table in tables for index in paced(range(len(table))))
+            names = (table.name(index) for table in tables for index in yielding_gil(range(len(table))))
             raise _unmatched_error(self.match(names).unmatched, path)
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -187,21 +188,21 @@ class TpPlan:
         return _rebuild, (dict(self._rules), self._unmatched)
 
 
-def plan_of(given: object, unmatched: str = "replicate") -> TpPlan | Literal["auto"] | None:
-    """Return the plan that the option `tp_plan` stands for: a mapping of rules, a plan, "auto" or None.
+def plan_of(tp_plan: object, unmatched: str = "replicate") -> TpPlan | Literal["auto"] | None:
+    """Return the plan for a value of the option `tp_plan`: a mapping of rules, a plan, "auto" or None.
 
     Raises
     ------
     ValueError, TypeError
-        It is something else, or a rule is wrong; or `unmatched` is given for what is no mapping.
+        The option has another value, or a rule is wrong; or `unmatched` is given and `tp_plan` is not a mapping.
     """
-    if given is None or isinstance(given, TpPlan) or given == "auto":
+    if tp_plan is None or isinstance(tp_plan, TpPlan) or tp_plan == "auto":
         if unmatched != "replicate":
             raise ValueError("unmatched goes with a tp_plan that is a mapping; a TpPlan has its own")
-        return "auto" if isinstance(given, str) else given
-    if isinstance(given, str):
-        raise ValueError(f'tp_plan must be "auto", or a mapping of names to placements, not {given!r}')
-    return TpPlan(given, unmatched=unmatched)  # type: ignore[arg-type]  # which checks it
+        return "auto" if isinstance(tp_plan, str) else tp_plan
+    if isinstance(tp_plan, str):
+        raise ValueError(f'tp_plan must be "auto", or a mapping of names to placements, not {tp_plan!r}')
+    return TpPlan(tp_plan, unmatched=unmatched)  # type: ignore[arg-type]  # TpPlan checks the type
 
 
 def _rebuild(rules: Mapping[str, str | Placement], unmatched: str) -> TpPlan:
@@ -228,7 +229,7 @@ def _checked_value(key: str, value: object) -> str | Placement:
 
 
 def _of_torch(key: str, value: Any) -> Placement:
-    # By name: torch need not be there for those who do not use it.
+    # The class is compared by its name, so that this module works without torch.
     kind = type(value).__name__
     if kind == "Shard":
         return Shard(value.dim)
@@ -238,7 +239,7 @@ def _of_torch(key: str, value: Any) -> Placement:
 
 
 def _check_conflicts(rules: Mapping[str, str | Placement]) -> None:
-    """Raise ValueError for two rules that differ in a leading ``model.`` and in what they say."""
+    """Raise ValueError for two rules with different values whose keys differ only in a leading ``model.``."""
     for key, value in rules.items():
         other = PREFIX + key
         if other in rules and rules[other] != value:

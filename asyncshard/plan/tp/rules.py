@@ -1,7 +1,8 @@
-"""Which rules of a plan match a name, as transformers matches them.
+"""Which rules of a plan match the name of a tensor, by the matching of transformers.
 
-A number stands as ``*``; the name of the parameter goes before the name of its module; and either side may leave a
-leading ``model.`` out:
+In a rule, ``*`` matches a number. A rule for the parameter takes precedence over a rule for its module. A leading
+``model.`` may be missing in the rule or in the name. These rules match the name in the first line, the most exact rule
+first:
 
     model.layers.7.self_attn.q_proj.weight
         model.layers.7.self_attn.q_proj.weight     the parameter
@@ -24,30 +25,32 @@ from asyncshard._typing import Int64Array
 from asyncshard.plan.division.placements import Placement
 
 PREFIX = "model."
+"""The prefix that may be missing in a rule or in a name."""
 
 _DIGITS = re.compile("[0-9]+")
 _NUMBER = r"(?:[0-9]+|\*)"
-"""What a ``*`` of a rule stands for: a name may hold one itself, and then its own rule still matches it."""
+"""The texts that a ``*`` of a rule matches. A name that holds ``*`` itself is still matched by a rule of that name."""
 _WITHIN_WORD = re.compile(r"[^.]\*|\*[^.]")
 
 
 class Rule(NamedTuple):
-    """One rule, under one of the spellings of its names."""
+    """One rule of a plan."""
 
     key: str
-    """As it stands in the plan."""
+    """The key in the plan."""
     value: str | Placement
+    """The word or the placement in the plan."""
     pattern: re.Pattern[str] | None
-    """Of the names that it matches; None for all that are alike but for their numbers."""
+    """Pattern of the names that the rule matches; None if it matches all names that differ only in their numbers."""
 
 
 class RuleIndex:
-    """The rules of a plan, found by name."""
+    """An index of the rules of a plan by the names that they match."""
 
     def __init__(self, rules: Mapping[str, str | Placement]) -> None:
         is_within_word = any(map(_WITHIN_WORD.search, rules))
         self._spelling: Literal["parts", "digits"] = "digits" if is_within_word else "parts"
-        """How the core is told of `_alike`."""
+        """The option of the compiled core that replaces numbers as `_alike` does."""
         self._alike = _without_digits if is_within_word else _without_numbers
         self._rules = _indexed(rules, self._alike)
         self._has_numbers = any(
@@ -56,7 +59,7 @@ class RuleIndex:
         )
 
     def find(self, name: str) -> tuple[Rule, ...]:
-        """Return the rules that match a name, the most exact first."""
+        """Return the rules that match a name, the most exact rule first."""
         alike = self._alike(name)
         alike_module = alike.rpartition(".")[0]
         if not self._has_numbers:
@@ -64,9 +67,10 @@ class RuleIndex:
         return self._matching(name, alike) + self._matching(name.rpartition(".")[0], alike_module)
 
     def kinds(self, tensors: HeaderTable | WeightMap) -> tuple[NDArray[np.int32], Int64Array]:
-        """Number the tensors by kinds: those of a kind have one dtype and shape, and are matched by the same rules.
+        """Number the kinds of tensors: tensors of one kind have the same dtype and shape, and match the same rules.
 
-        Returns the kind of each tensor, and the index of the first tensor of each kind. A weight map knows names alone.
+        Returns the kind of each tensor, and the index of the first tensor of each kind. A weight map has no dtypes and
+        shapes, so its kinds depend on the names alone.
         """
         if not self._has_numbers:
             return tensors.kinds(self._spelling)
@@ -79,17 +83,17 @@ class RuleIndex:
 
 
 def _without_numbers(name: str) -> str:
-    """Return a name with ``*`` for each number that is a layer's or an expert's: ``w1`` stays."""
+    """Return a name with ``*`` for each of its dot-separated parts that is a number; ``w1`` is not replaced."""
     return ".".join(["*" if part.isascii() and part.isdecimal() else part for part in name.split(".")])
 
 
 def _without_digits(name: str) -> str:
-    """Return a name with ``*`` for each number, as transformers did before 5: ``w*`` was how to say ``w1``."""
+    """Return a name with ``*`` for each run of digits. Before version 5, transformers wrote ``w*`` to match ``w1``."""
     return _DIGITS.sub("*", name)
 
 
 def _indexed(rules: Mapping[str, str | Placement], alike_of: Callable[[str], str]) -> Mapping[str, tuple[Rule, ...]]:
-    """Return the rules by the names they match, with ``*`` for numbers where the rule has one; the most exact first."""
+    """Return the rules by the names they match, with ``*`` for numbers left open by the rule; exact rules first."""
     ranked: dict[str, list[tuple[tuple[int, bool, str], Rule]]] = {}
     for key, value in rules.items():
         for spelling in {key, PREFIX + key, key.removeprefix(PREFIX)} - {""}:

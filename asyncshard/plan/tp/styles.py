@@ -1,7 +1,7 @@
-"""The words that transformers' plans of tensor parallelism use, and what each says of a tensor in a checkpoint.
+"""The words for placements in the tensor-parallel plans of transformers.
 
-They are the keys of its ``ALL_PARALLEL_STYLES``, from 4.50 to 5.24. Most also say how a module communicates, which is
-nothing to a loader: ``colwise`` and ``colwise_gather_output`` place the same bytes.
+The words are the keys of ``ALL_PARALLEL_STYLES`` in transformers 4.50 to 5.24. Most words also say how a module
+communicates, which does not concern a loader: ``colwise`` and ``colwise_gather_output`` place the same bytes.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ _REPLICATING = frozenset(
     }
 )
 KNOWN_WORDS = tuple(sorted(_SPLITTING | _REPLICATING))
+"""The words that a plan may use."""
 
 _EXPERTS = "a mixture of experts is not placed by words: say for each tensor of the experts what to do with it"
 _EMBEDDING = "embeddings are split only by an explicit placement: say Shard(0) to cut the vocabulary, or 'replicate'"
@@ -58,12 +59,12 @@ _EMBEDDINGS = frozenset(
         "wte",
     }
 )
-"""What models call their embeddings. A row of them is a token, not an output as in a linear layer, so that the words
-would mean another dimension than they say."""
+"""The names of embeddings in models. A row of an embedding is a token, while a row of a linear layer is an output, so a
+word would cut another dimension than it says."""
 
 
 def check_word(key: str, word: str) -> None:
-    """Raise ValueError where a plan may not give `word` to the modules or parameters called `key`."""
+    """Raise ValueError if a plan must not use `word` for the modules or parameters named `key`."""
     if word in _REFUSED:
         raise ValueError(f"tp_plan: {word!r} of {key!r} is refused: {_REFUSED[word]}")
     if word in _REPLICATING:
@@ -80,14 +81,14 @@ def check_word(key: str, word: str) -> None:
 
 
 def placement_of_word(word: str, name: str, shape: tuple[int, ...]) -> Placement:
-    """Return what a known `word` says of a tensor: a weight, or with fewer than two dimensions a bias.
+    """Return the placement that a known `word` gives a tensor of this shape.
 
-    Scalars are whole on every rank.
+    A tensor with one dimension is taken for a bias, one with more for a weight. Scalars are whole on every rank.
 
     Raises
     ------
     CheckpointError
-        The dimension that packs two tensors has an odd size.
+        The word is for two fused tensors of equal size, and the dimension has an odd size.
     """
     by_ndim = _BY_NDIM.get(word)
     if by_ndim is not None:
@@ -107,10 +108,11 @@ _BY_NDIM: Mapping[str, tuple[Placement, Placement, Placement]] = MappingProxyTyp
         **dict.fromkeys(_REPLICATING, (_WHOLE, _WHOLE, _WHOLE)),
     }
 )
-"""The placement of a scalar, of a bias, and of a weight."""
+"""For each word, the placements of a scalar, of a bias, and of a weight."""
 
 
 def _halves(word: str, name: str, shape: tuple[int, ...], dim: int) -> PackedShard:
+    """Return the placement of two tensors of equal size that are fused along `dim`."""
     half, odd = divmod(shape[dim], 2)
     if odd:
         raise CheckpointError(

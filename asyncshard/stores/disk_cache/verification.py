@@ -1,31 +1,17 @@
-"""Compare every block of a cache with its digest."""
+"""Verification of a cache: every block is compared with its digest."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 
 from asyncshard._core import StopFlag
 from asyncshard.stores.disk_cache.directory import DiskCache
 from asyncshard.stores.disk_cache.entry import ABSENT, BLOCK_BYTES, TEMPORARY, CorruptEntryError, Entry, digest_of
-
-
-@dataclass(frozen=True, slots=True)
-class CacheReport:
-    """What a cache holds, and what it held that was wrong."""
-
-    entries: int
-    """Objects of which the cache has a part or all."""
-    blocks: int
-    """Their blocks, all of which match their digests."""
-    nbytes: int
-    """Bytes of these blocks."""
-    dropped: tuple[str, ...]
-    """Paths of the entries that were wrong, and have been removed."""
+from asyncshard.stores.disk_cache.report import CacheReport
 
 
 def verify(cache: DiskCache, stop: StopFlag) -> CacheReport:
-    """Read all entries, and drop those that are wrong, each with a warning. It blocks; told to stop, it ends early.
+    """Read all entries, and remove wrong ones, each with a warning. It blocks, and ends early when told to stop.
 
     Raises
     ------
@@ -62,7 +48,7 @@ def _present(entry: Entry) -> list[tuple[int, bytes]]:
 
 
 def _compare(entry: Entry, block: int, digest: bytes, memory: memoryview, stop: StopFlag) -> int:
-    """Return the bytes of a block that matches."""
+    """Compare a block with its digest, and return how many bytes it has."""
     start, end = entry.layout.span(block)
     view = memory[: end - start]
     entry.read(start, [view], stop)

@@ -1,7 +1,8 @@
 """Files on a local or mounted disk.
 
-Reads are positional, in threads of our own, in steps of 1 MiB without the GIL; no memory map, since a file that
-shrinks would turn into SIGBUS. Every read checks before and after it that the file is still the one that was opened.
+Reads are positional, in threads of the store's own, in steps of 1 MiB without the GIL. There is no memory map: a file
+that shrinks would end the process with SIGBUS. Every read checks, before and after, that the file is still the one that
+was opened.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import numpy as np
 from asyncshard._core import StopFlag, read_ranges, read_vectors
 from asyncshard._typing import Int64Array
 from asyncshard.errors import TruncatedError
-from asyncshard.stores.base import Listing, ObjectMeta, Store, require_small
+from asyncshard.stores.base import Listing, ObjectMeta, Pacing, State, Store, require_small
 from asyncshard.stores.local import files
 from asyncshard.stores.ranges import Scratch
 from asyncshard.tasks.threads import DaemonThreads, wait_to_end
@@ -36,14 +37,14 @@ class LocalStore(Store):
     path : str
         The directory or file; it may be a symbolic link, since the user named it.
     max_workers : int, optional
-        Reads in flight, each in a thread; 2 saturate memory bandwidth on most machines.
+        Reads in flight at most, each in a thread; 2 saturate memory bandwidth on most machines.
     page_cache : {"keep", "drop"}
-        Whether the kernel keeps what was read in its page cache. "drop" suits weights larger than memory.
+        Whether the kernel keeps files in its page cache after they were read. "drop" suits weights larger than memory.
     allow_symlinks : bool
         Whether links among the files may lead outside the directory.
     max_gap_bytes : int
-        Unwanted bytes between two wanted tensors, or slices of them, that are rather read than left out. As many are
-        copied out of the page cache in the time of a system call.
+        Gaps up to this many bytes between wanted byte ranges are read too. The default is what can be copied out of
+        the page cache in the time of a system call.
     """
 
     has_own_scratch = True
@@ -63,14 +64,19 @@ class LocalStore(Store):
             raise ValueError('page_cache="drop" needs posix_fadvise, which this system does not have')
         if max_gap_bytes < 0:
             raise ValueError(f"max_gap_bytes must be 0 or more, not {max_gap_bytes}")
-        self.max_gap_bytes = max_gap_bytes
+        self.pacing = Pacing(max_gap_bytes=max_gap_bytes)
         self.url = os.path.abspath(path)
         self._root = self.url
         self._drops_cache = page_cache == "drop"
         self._allow_symlinks = allow_symlinks
-        self._threads = DaemonThreads(max_workers or DEFAULT_MAX_WORKERS, "asyncshard-read")
+        self.max_workers = max_workers or DEFAULT_MAX_WORKERS
+        self._threads = DaemonThreads(self.max_workers, "asyncshard-read")
         self._files = files.OpenFiles(_MAX_OPEN_FILES)
-        self._is_closed = False
+        self._state = State.OPEN
+        self._reads_in_flight = 0
+
+    def _facts(self) -> tuple[str, ...]:
+        return self._state.value, f"{self.max_workers} workers", f"{self._reads_in_flight} reads in flight"
 
     def path_of(self, name: str) -> str:
         return os.path.join(self._root, name)
@@ -82,13 +88,14 @@ class LocalStore(Store):
         return f"file:{version.modified_ns} {version.changed_ns} {version.size}"
 
     async def aclose(self) -> None:
-        if self._is_closed:
+        if self._state is not State.OPEN:
             return
-        self._is_closed = True
+        self._state = State.CLOSING
         try:
             await wait_to_end(asyncio.wrap_future(self._threads.submit(self._files.close)))
         finally:
             await self._threads.aclose()
+            self._state = State.CLOSED
 
     async def list(self) -> Listing:
         listing = await self._threads.run(self._list)
@@ -131,7 +138,11 @@ class LocalStore(Store):
 
     async def read_into(self, meta: ObjectMeta, start: int, buffers: Sequence[memoryview]) -> None:
         stop = StopFlag()
-        await self._threads.run(self._read, meta, start, buffers, stop, on_cancel=stop.set)
+        self._reads_in_flight += 1
+        try:
+            await self._threads.run(self._read, meta, start, buffers, stop, on_cancel=stop.set)
+        finally:
+            self._reads_in_flight -= 1
 
     def _read(self, meta: ObjectMeta, start: int, buffers: Sequence[memoryview], stop: StopFlag) -> None:
         path = self.path_of(meta.name)
@@ -154,8 +165,12 @@ class LocalStore(Store):
         if not len(offsets):
             return
         stop = StopFlag()
-        gap = self.max_gap_bytes if max_gap is None else max_gap
-        await self._threads.run(self._read_ranges, meta, offsets, lengths, buffers, gap, stop, on_cancel=stop.set)
+        gap = self.pacing.max_gap_bytes if max_gap is None else max_gap
+        self._reads_in_flight += 1
+        try:
+            await self._threads.run(self._read_ranges, meta, offsets, lengths, buffers, gap, stop, on_cancel=stop.set)
+        finally:
+            self._reads_in_flight -= 1
 
     def _read_ranges(
         self,

@@ -1,7 +1,7 @@
-"""AWS's side, the only module that knows botocore: credentials, regions, endpoints, signatures, listings.
+"""The client of one bucket, in the only module that imports botocore: credentials, regions, signatures, listings.
 
 It runs on the store's own loop. Importing it takes a third of a second, and making the client reads JSON models, so
-both happen there, at the store's first use. botocore's own retries are off: `retries.py` decides for all requests.
+both happen there, at the store's first use. botocore's own retries are off: `http/retries.py` decides for all requests.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ import ssl
 from collections.abc import AsyncIterator, Iterator, Mapping
 from datetime import UTC, datetime
 from time import time
-from typing import Any, NamedTuple
-from urllib.parse import SplitResult, urlsplit
+from typing import Any
 
 import aiohttp
 import botocore.auth
@@ -29,23 +28,12 @@ from botocore.utils import get_environ_proxies
 
 from asyncshard.errors import AccessDeniedError, ChecksumError, ObjectNotFoundError, StoreTimeoutError, TruncatedError
 from asyncshard.stores.http.failures import Action, Failed, Failure
-from asyncshard.stores.http.response import ErrorBody, Head, Pin, explain_error
+from asyncshard.stores.http.response import Pin, ResponseHead
+from asyncshard.stores.s3.errors import ErrorBody, failure_of_error
 from asyncshard.stores.s3.options import S3Options
+from asyncshard.stores.s3.signed_urls import URL_LIFETIME_S, SignedUrls
 
-_URL_LIFETIME_S = 900
-_SIGN_AGAIN_S = 300
-"""botocore renews temporary credentials ten minutes before they end: a URL this old outlives them."""
 _HEADERS_OF_CHECKSUMS = {"x-amz-checksum-mode": "ENABLED"}
-
-
-class SignedUrl(NamedTuple):
-    """How to ask for an object. Its repr would show the signature: it must not get into a message."""
-
-    url: SplitResult
-    headers: Mapping[str, str]
-    """Those that the signature covers."""
-    made_at: float
-    """By the loop's clock."""
 
 
 class S3Client:
@@ -56,7 +44,7 @@ class S3Client:
     options : S3Options
     bucket : str
     connections : int
-        Requests in flight.
+        Requests in flight at most.
     """
 
     def __init__(self, options: S3Options, bucket: str, connections: int) -> None:
@@ -65,14 +53,14 @@ class S3Client:
         self._connections = connections
         self._client: Any = None
         self._clients = contextlib.AsyncExitStack()
-        """All that were made: requests in flight may still use one that has been replaced."""
+        """All clients that were made: requests in flight may still use one that has been replaced."""
         self._region: str | None = options.region_name
         self._clock_offset_s = 0.0
-        """How far the server's clock is ahead of ours, once it has complained."""
-        self._urls: dict[str, SignedUrl] = {}
+        """Seconds by which the server's clock is ahead of ours; set once the server has complained."""
+        self.urls = SignedUrls(self._sign, _HEADERS_OF_CHECKSUMS if options.verify_checksums else {})
         self._lock = asyncio.Lock()
         self.generation = 0
-        """Counts what has been changed about how requests are signed."""
+        """Number of times that the way in which requests are signed was changed."""
         self._ca_bundle: bool | str = True
 
     @property
@@ -91,7 +79,10 @@ class S3Client:
         await self._clients.aclose()
 
     async def remedy(self, failure: Failure, generation: int) -> None:
-        """Do what the failure of a request that was signed in `generation` calls for; once for all that failed so."""
+        """Apply the remedy for the failure of a request that was signed in `generation`.
+
+        The first of several such requests does it for all.
+        """
         async with self._lock:
             if generation != self.generation:
                 return
@@ -101,7 +92,7 @@ class S3Client:
                 self._region = failure.region
             # A new session looks for credentials anew: in files that were rewritten, at services that issue them.
             await self._make()
-            self._urls.clear()
+            self.urls.forget()
             self.generation += 1
 
     async def _make(self) -> None:
@@ -114,10 +105,8 @@ class S3Client:
             if options.style_for(endpoint) != options.style_for(options.endpoint_url):
                 # The endpoint of AWS's configuration cannot have the bucket in its name.
                 await self._make_client(session, options.style_for(endpoint))
-            if options.verify is None or options.verify is True:
-                self._ca_bundle = session.get_config_variable("ca_bundle") or True
-            else:
-                self._ca_bundle = options.verify
+            verify = True if options.verify is None else options.verify
+            self._ca_bundle = session.get_config_variable("ca_bundle") or True if verify is True else verify
         if self._clock_offset_s and not options.unsigned:
             events = self._client.meta.events
             events.register("choose-signer.s3", lambda **_: UNSIGNED)  # nobody else is to sign
@@ -154,7 +143,7 @@ class S3Client:
         credentials = await request_signer._credentials.get_frozen_credentials()
         scope = (credentials, signing.get("signing_name", signing_name), signing.get("region", region_name))
         if request.context.get("is_presign_request"):
-            auth = botocore.auth.S3SigV4QueryAuth(*scope, expires=_URL_LIFETIME_S)
+            auth = botocore.auth.S3SigV4QueryAuth(*scope, expires=URL_LIFETIME_S)
         else:
             auth = botocore.auth.S3SigV4Auth(*scope)
         # What `add_auth` does, but for the time.
@@ -164,10 +153,10 @@ class S3Client:
         text = auth.string_to_sign(request, auth.canonical_request(request))
         auth._inject_signature_to_request(request, auth.signature(text, request))
 
-    # What data goes by
+    # For connections of our own
 
     def reason_against_sockets(self) -> str | None:
-        """Say why our own connections cannot reach this bucket; None where they can."""
+        """Return why our own connections cannot reach this bucket, in words; None where they can."""
         endpoint = self._client.meta.endpoint_url
         if self._client.meta.config.proxies or get_environ_proxies(endpoint):
             return "a proxy is configured"
@@ -178,7 +167,7 @@ class S3Client:
         return None
 
     def tls_context(self) -> ssl.SSLContext:
-        """Return the context for our own connections; slow, it parses certificates."""
+        """Return the TLS context for our own connections. Slow: it parses certificates."""
         if self._ca_bundle is False:
             context = ssl.create_default_context()
             context.check_hostname = False
@@ -192,35 +181,25 @@ class S3Client:
         except OSError as error:
             raise Failed(Failure(f"the certificate authorities in {path} (verify) cannot be read: {error}")) from None
 
-    async def url_for(self, key: str) -> SignedUrl:
-        """Return a URL that gets an object, signed anew when it is old."""
-        now = asyncio.get_running_loop().time()
-        generation = self.generation
-        url = self._urls.get(key)
-        if url is None or now - url.made_at > _SIGN_AGAIN_S:
-            parameters = {"Bucket": self._bucket, "Key": key} | self._checksum_mode()
-            with _translated():
-                text = await self._client.generate_presigned_url(
-                    "get_object", Params=parameters, ExpiresIn=_URL_LIFETIME_S
-                )
-            headers = _HEADERS_OF_CHECKSUMS if self._options.verify_checksums else {}
-            url = SignedUrl(urlsplit(text), headers, now)
-            if generation == self.generation:
-                self._urls[key] = url
-        return url
+    async def _sign(self, key: str) -> str:
+        parameters = {"Bucket": self._bucket, "Key": key} | self._checksum_mode()
+        with _translated():
+            return str(
+                await self._client.generate_presigned_url("get_object", Params=parameters, ExpiresIn=URL_LIFETIME_S)
+            )
 
     @contextlib.asynccontextmanager
-    async def get(self, key: str, headers: Mapping[str, str]) -> AsyncIterator[tuple[Head, Any]]:
-        """Ask through aiobotocore; yield the head and the stream of the body."""
+    async def get(self, key: str, headers: Mapping[str, str]) -> AsyncIterator[tuple[ResponseHead, Any]]:
+        """Get an object through aiobotocore; yield the head of the response and the stream of its body."""
         arguments = {"Range": headers["Range"]}
         if "If-Match" in headers:
             arguments["IfMatch"] = headers["If-Match"]
         with _translated():
-            answer = await self._client.get_object(Bucket=self._bucket, Key=key, **arguments, **self._checksum_mode())
-            async with answer["Body"] as body:
-                yield _head(answer), body
+            output = await self._client.get_object(Bucket=self._bucket, Key=key, **arguments, **self._checksum_mode())
+            async with output["Body"] as body:
+                yield _head_of(output), body
 
-    # The control plane
+    # Listings and metadata
 
     async def list_page(self, prefix: str, token: str | None) -> tuple[list[str], str | None]:
         """Return names directly below a prefix, and the token of the next page."""
@@ -231,11 +210,11 @@ class S3Client:
         return [name for name in names if name], page.get("NextContinuationToken")
 
     async def head(self, key: str) -> tuple[Pin, Mapping[str, str]]:
-        """Return an object's pin and the headers of the answer."""
+        """Return an object's pin and the headers of the response."""
         with _translated():
-            answer = await self._client.head_object(Bucket=self._bucket, Key=key, **self._checksum_mode())
-        head = _head(answer)
-        return Pin(head.headers.get("etag", ""), int(head.headers.get("content-length", "0"))), head.headers
+            output = await self._client.head_object(Bucket=self._bucket, Key=key, **self._checksum_mode())
+        headers = _head_of(output).headers
+        return Pin(headers.get("etag", ""), int(headers.get("content-length", "0"))), headers
 
     def _checksum_mode(self) -> dict[str, str]:
         return {"ChecksumMode": "ENABLED"} if self._options.verify_checksums else {}
@@ -243,44 +222,42 @@ class S3Client:
 
 @functools.cache
 def _models() -> Any:
-    """Return what reads and keeps AWS's JSON models, once for the process: they never change, and parsing them takes
-    most of the time of making a client."""
+    """Return botocore's reader of AWS's JSON models, one for the process: parsing them takes most of the time of making
+    a client, and they never change."""
     return create_loader()
 
 
-def _head(answer: Any) -> Head:
-    metadata = answer["ResponseMetadata"]
-    return Head(metadata["HTTPStatusCode"], {name.lower(): value for name, value in metadata["HTTPHeaders"].items()})
+def _head_of(output: Any) -> ResponseHead:
+    metadata = output["ResponseMetadata"]
+    headers = {name.lower(): value for name, value in metadata["HTTPHeaders"].items()}
+    return ResponseHead(metadata["HTTPStatusCode"], headers)
 
 
 @contextlib.contextmanager
 def _translated() -> Iterator[None]:
-    """Turn what botocore raises into `Failed`; without its own text where that may hold a URL."""
+    """Turn botocore's errors into `Failed`, without their own text where it may hold a signed URL."""
     try:
         yield
     except botocore.exceptions.ClientError as error:
-        raise Failed(_of_answer(error)) from None
+        raise Failed(_failure_of_response(error)) from None
     except botocore.exceptions.BotoCoreError as error:
-        raise Failed(_of_botocore(error)) from None
+        raise Failed(_failure_of_botocore(error)) from None
     except aiohttp.ClientError:
         raise Failed(Failure("the connection was lost", action=Action.RETRY, kind=TruncatedError)) from None
     except TimeoutError:
         raise Failed(Failure("the server did not answer", action=Action.RETRY, kind=StoreTimeoutError)) from None
 
 
-def _of_answer(error: Any) -> Failure:
-    response = error.response
-    fields = response.get("Error", {})
+def _failure_of_response(error: Any) -> Failure:
+    fields = error.response.get("Error", {})
     code = fields.get("Code", "")
-    return explain_error(
-        _head(response),
-        ErrorBody(
-            "" if code.isdigit() else code, fields.get("Message", ""), fields.get("Region"), fields.get("ServerTime")
-        ),
-    )
+    if code.isdigit():  # the status, of a response without a body
+        code = ""
+    body = ErrorBody(code, fields.get("Message", ""), fields.get("Region"), fields.get("ServerTime"))
+    return failure_of_error(_head_of(error.response), body)
 
 
-_OF_BOTOCORE: tuple[tuple[tuple[type[Exception], ...], Failure], ...] = (
+_FAILURES: tuple[tuple[tuple[type[Exception], ...], Failure], ...] = (
     (
         (botocore.exceptions.NoCredentialsError,),
         Failure(
@@ -312,11 +289,11 @@ _OF_BOTOCORE: tuple[tuple[tuple[type[Exception], ...], Failure], ...] = (
 )
 
 
-def _of_botocore(error: Exception) -> Failure:
-    for kinds, failure in _OF_BOTOCORE:
+def _failure_of_botocore(error: Exception) -> Failure:
+    for kinds, failure in _FAILURES:
         if isinstance(error, kinds):
             return failure
     if isinstance(error, botocore.exceptions.ParamValidationError):
         return Failure("the bucket's or the object's name is not valid", kind=ObjectNotFoundError)
-    # What is left speaks of profiles, regions and configuration, not of requests.
+    # The other errors speak of profiles, regions and configuration, not of requests.
     return Failure(str(error), kind=AccessDeniedError)

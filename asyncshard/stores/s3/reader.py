@@ -1,21 +1,25 @@
-"""Reads of one bucket: pinned, retried, resumed where a body was cut, checked."""
+"""Reads of one bucket: pinned to an ETag, retried, resumed where a body was cut, compared with checksums."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from asyncshard.errors import ChecksumError, StoreError, StoreTimeoutError
-from asyncshard.stores.http.connection import Receive
+from asyncshard.events import Listener, Retried
+from asyncshard.stores.http.exchange import Receive
 from asyncshard.stores.http.failures import REMEDIES, Action, Failed, Failure
-from asyncshard.stores.http.response import Head, Pin, RangeRequest, explain, is_error, require_range
+from asyncshard.stores.http.response import Pin, RangeRequest, ResponseHead, require_range
 from asyncshard.stores.http.retries import Retries, RetryPolicy
 from asyncshard.stores.s3.client import S3Client
-from asyncshard.stores.s3.integrity import Integrity
+from asyncshard.stores.s3.errors import failure_of_response, is_error
 from asyncshard.stores.s3.transports import Transport
 from asyncshard.stores.scatter import Scatter
+
+if TYPE_CHECKING:
+    from asyncshard.stores.s3.integrity import Integrity  # it imports a package that only checksums need
 
 T = TypeVar("T")
 _CORRUPTED = Failure(
@@ -24,6 +28,7 @@ _CORRUPTED = Failure(
     action=Action.RETRY,
     kind=ChecksumError,
 )
+_UNMATCHED = "what was read does not match the checksum that the server has of the object"
 _MISMATCH = Failure(
     "what was read, and read again, does not match the checksum that the server has of the object: upload it anew",
     kind=ChecksumError,
@@ -31,19 +36,22 @@ _MISMATCH = Failure(
 
 
 class Target(NamedTuple):
-    """What a request is about, for its error."""
+    """The object, or byte range, that a request is about, for its error."""
 
     bucket: str
     key: str
+    """Key of the object, or prefix of a listing."""
     start: int | None = None
+    """First byte of the range; None where the request has none."""
     stop: int | None = None
+    """The byte behind the last one of the range."""
 
     @property
     def path(self) -> str:
         return f"s3://{self.bucket}/{self.key}"
 
     def error(self, failure: Failure, attempts: int) -> StoreError:
-        """Return what the user gets."""
+        """Return the error that the user gets."""
         facts = [] if self.start is None or self.stop is None else [f"bytes {self.start:,}-{self.stop:,}"]
         facts += [f"{attempts} attempts"] if attempts > 1 else []
         facts += [f"request id {failure.request_id}"] if failure.request_id else []
@@ -60,19 +68,21 @@ class Target(NamedTuple):
 
 
 class S3Reader:
-    """Everything that a store asks of its server. It runs on the store's own loop.
+    """All requests of a store to its server. It runs on the store's own loop.
 
     Parameters
     ----------
     client : S3Client
     make_transport : callable
-        Called once, when the client is there.
+        Called once, after the client has been started.
     bucket : str
     policy : RetryPolicy
+    report : Listener
+        Called with each request that is made again.
     max_workers : int
-        Range requests in flight. A request's deadline begins when it gets its turn.
+        Range requests in flight at most. The deadline of a request begins when it gets its turn.
     integrity : Integrity or None
-        Compares checksums, where that was asked for.
+        Compares checksums; None where that was not asked for.
     """
 
     def __init__(
@@ -81,6 +91,7 @@ class S3Reader:
         make_transport: Callable[[], Transport],
         bucket: str,
         policy: RetryPolicy,
+        report: Listener,
         *,
         max_workers: int,
         integrity: Integrity | None,
@@ -91,8 +102,8 @@ class S3Reader:
         self._bucket = bucket
         self._policy = policy
         self._turns = asyncio.Semaphore(max_workers)
+        self._report = report
         self._integrity = integrity
-        self.retries = 0
 
     async def aclose(self) -> None:
         try:
@@ -102,14 +113,6 @@ class S3Reader:
             await self._client.aclose()
             if self._integrity is not None:
                 await self._integrity.aclose()
-
-    @property
-    def verified(self) -> tuple[str, ...]:
-        return () if self._integrity is None else self._integrity.verified()
-
-    @property
-    def unverified(self) -> tuple[str, ...]:
-        return () if self._integrity is None else self._integrity.unverified()
 
     async def list_names(self, prefix: str) -> list[str]:
         """Return the names of all objects directly below a prefix."""
@@ -128,12 +131,12 @@ class S3Reader:
         return pin
 
     async def open(self, key: str, nbytes: int) -> tuple[Pin, bytes]:
-        """Pin an object and read its first bytes, fewer where it has fewer."""
-        asked = RangeRequest(0, max(nbytes, 1), None)
-        target = Target(self._bucket, key, 0, asked.stop)
-        memory = memoryview(bytearray(asked.stop))
+        """Pin an object and read its first `nbytes` bytes, or all of a shorter one."""
+        request = RangeRequest(0, max(nbytes, 1), None)
+        target = Target(self._bucket, key, 0, request.stop)
+        memory = memoryview(bytearray(request.stop))
         async with self._turns:
-            pin, length = await self._persist(target, lambda: self._open(key, asked, memory))
+            pin, length = await self._persist(target, lambda: self._open(key, request, memory))
         if length == 0:
             return await self.head(key), b""
         first = bytes(memory[: min(length, nbytes)])
@@ -142,18 +145,18 @@ class S3Reader:
             self._integrity.begin(target.path, pin, headers, first)
         return pin, first
 
-    async def _open(self, key: str, asked: RangeRequest, memory: memoryview) -> tuple[Pin, int]:
+    async def _open(self, key: str, request: RangeRequest, memory: memoryview) -> tuple[Pin, int]:
         pin, length = Pin("", 0), 0
 
-        def receive(head: Head) -> Scatter | None:
+        def receive(head: ResponseHead) -> Scatter | None:
             nonlocal pin, length
             if is_error(head):
                 return None
-            pin, length = require_range(head, asked)
+            pin, length = require_range(head, request)
             return Scatter([memory[:length]])
 
         try:
-            await self._get(key, asked, receive)
+            await self._get(key, request, receive)
         except Failed as failed:
             if failed.failure.status == 416:  # no range of an empty object can be satisfied
                 return Pin("", 0), 0
@@ -161,7 +164,7 @@ class S3Reader:
         return pin, length
 
     async def read(self, key: str, pin: Pin, start: int, scatter: Scatter) -> None:
-        """Fill `scatter` from `start` on."""
+        """Fill `scatter` with the bytes of an object from `start` on."""
         if not scatter.nbytes:
             return
         target = Target(self._bucket, key, start, start + scatter.nbytes)
@@ -171,19 +174,26 @@ class S3Reader:
                 await self._read_again(self._integrity, target, pin, scatter)
 
     async def _read(self, key: str, pin: Pin, start: int, scatter: Scatter) -> None:
-        asked = RangeRequest(start + scatter.filled, start + scatter.nbytes, pin)
+        request = RangeRequest(start + scatter.filled, start + scatter.nbytes, pin)
 
-        def receive(head: Head) -> Scatter | None:
+        def receive(head: ResponseHead) -> Scatter | None:
             if is_error(head):
                 return None
-            require_range(head, asked)
+            require_range(head, request)
             return scatter
 
-        await self._get(key, asked, receive)
+        await self._get(key, request, receive)
 
     async def _read_again(self, integrity: Integrity, target: Target, pin: Pin, scatter: Scatter) -> None:
-        """Of a mismatch, find out what is wrong by reading once more, and mend it where nobody has the bytes yet."""
-        self.retries += 1
+        """Read bytes that do not match once more, to find out what is wrong.
+
+        An object that was read in one go is mended so. Of one that was read in ranges, others have the bytes already.
+
+        Raises
+        ------
+        ChecksumError
+        """
+        self._report(Retried(target.path, _UNMATCHED, 0.0, 1, None, None))
         if scatter.nbytes == pin.size:
             scatter.rewind()
             await self._persist(target, lambda: self._read(target.key, pin, 0, scatter), lambda: scatter.filled)
@@ -197,15 +207,15 @@ class S3Reader:
                 raise part.error(_CORRUPTED, 2)
         raise target.error(_MISMATCH, 2)
 
-    async def _get(self, key: str, asked: RangeRequest, receive: Receive) -> None:
-        headers = {"Range": f"bytes={asked.start}-{asked.stop - 1}"}
-        if asked.pin is not None:
-            headers["If-Match"] = asked.pin.etag
+    async def _get(self, key: str, request: RangeRequest, receive: Receive) -> None:
+        headers = {"Range": f"bytes={request.start}-{request.stop - 1}"}
+        if request.pin is not None:
+            headers["If-Match"] = request.pin.etag
         if self._transport is None:
             self._transport = self._make_transport()
-        answer = await self._transport.get(key, headers, receive)
-        if answer.head.status != 206:
-            raise Failed(explain(answer.head, answer.error_body))
+        response = await self._transport.get(key, headers, receive)
+        if response.head.status != 206:
+            raise Failed(failure_of_response(response.head, response.error_body))
 
     async def _persist(self, target: Target, attempt: Callable[[], Awaitable[T]], filled: Callable[[], int] = int) -> T:
         """Make a request until it succeeds, or until nothing helps any more."""
@@ -228,7 +238,7 @@ class S3Reader:
                     pause = retries.pause_after(last, has_progressed=filled() > before)
                     if pause is None or clock() + pause > deadline:
                         raise target.error(last, attempts)
-                    self.retries += 1
+                    self._report(Retried(target.path, last.reason, pause, attempts, last.status, last.request_id))
                     if last.action in REMEDIES:
                         await self._remedy(target, last, generation, attempts)
                     await asyncio.sleep(pause)

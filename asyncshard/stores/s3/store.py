@@ -6,11 +6,11 @@ import asyncio
 import json
 import re
 from collections.abc import Callable, Coroutine, Sequence
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from asyncshard.errors import ObjectNotFoundError, TruncatedError
-from asyncshard.stores.base import ETAG, Listing, ObjectMeta, Store
+from asyncshard.extras import require
+from asyncshard.stores.base import ETAG, Listing, ObjectMeta, Pacing, State, Store
 from asyncshard.stores.http.response import Pin
 from asyncshard.stores.s3.options import S3Options
 from asyncshard.stores.scatter import Scatter
@@ -29,15 +29,15 @@ _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,253}[A-Za-z0-9]")
 class S3Store(Store):
     """A prefix or an object of a bucket, on AWS or any server that speaks its protocol.
 
-    Requests, signatures and the bodies that come in are the work of an event loop in a thread of its own; the
-    application's loop hears only when a read is done. Objects are pinned by ETag from their first answer on.
+    Requests, signatures and the bodies of responses are the work of an event loop in a thread of its own. The
+    application's loop hears only when a read is done. Objects are pinned by ETag from their first response on.
 
     Parameters
     ----------
     url : str
         ``s3://bucket/prefix`` or ``s3://bucket/key``. The key is taken as it stands: nothing in it is decoded.
     max_workers : int, optional
-        Range requests in flight.
+        Range requests in flight at most.
     **options
         See `S3Options`.
 
@@ -48,49 +48,31 @@ class S3Store(Store):
     TypeError
         An option that does not exist.
     ImportError
-        The packages that this needs are not installed.
+        The packages that S3 needs are not installed.
     """
-
-    chunk_size = 8 * _MIB
 
     def __init__(self, url: str, *, max_workers: int | None = None, **options: Any) -> None:
         self._options = S3Options.from_keywords(options)
         self._bucket, self._key = split_url(url)
-        needed = ["aiobotocore", *(["awscrt"] if self._options.verify_checksums else ())]
-        missing = [name for name in needed if find_spec(name) is None]
-        if missing:
-            extra = "checksums" if missing == ["awscrt"] else "s3"
-            raise ImportError(f"{', '.join(missing)} is not installed: pip install 'asyncshard[{extra}]'")
         self.url = f"s3://{self._bucket}/{self._key}"
-        self.max_workers = max_workers or DEFAULT_MAX_WORKERS
-        # As many read and waiting for the consumer as are in flight, or the connections would run dry at every tensor.
-        self.prefetch_count = 2 * self.max_workers
-        if self._options.max_gap_bytes is not None:
-            self.max_gap_bytes = self._options.max_gap_bytes
+        if self._options.verify_checksums:
+            require(f"{self.url} with verify_checksums", "aiobotocore", "h11", "awscrt")
         else:
-            self.max_gap_bytes = 0 if self._options.verify_checksums else _MIB
+            require(self.url, "aiobotocore", "h11")
+        self.max_workers = max_workers or DEFAULT_MAX_WORKERS
+        max_gap_bytes = self._options.max_gap_bytes
+        if max_gap_bytes is None:
+            max_gap_bytes = 0 if self._options.verify_checksums else _MIB
+        # As many read and waiting for the consumer as are in flight, or the connections would run dry at every tensor.
+        self.pacing = Pacing(8 * _MIB, 2 * self.max_workers, max_gap_bytes)
         self._prefix = self._key if not self._key or self._key.endswith("/") else f"{self._key}/"
         self._loop = LoopThread("asyncshard-s3")
         self._reader: S3Reader | None = None
-        self._is_closed = False
+        self._state = State.OPEN
+        self._reads_in_flight = 0
 
-    def __repr__(self) -> str:
-        return f"S3Store({self.url!r})"
-
-    @property
-    def retries(self) -> int:  # type: ignore[override]
-        """Requests made again so far."""
-        return 0 if self._reader is None else self._reader.retries
-
-    @property
-    def verified(self) -> tuple[str, ...]:  # type: ignore[override]
-        """Objects that were read whole and match their checksums."""
-        return () if self._reader is None else self._reader.verified
-
-    @property
-    def unverified(self) -> tuple[str, ...]:  # type: ignore[override]
-        """Objects that were opened and have not been compared."""
-        return () if self._reader is None else self._reader.unverified
+    def _facts(self) -> tuple[str, ...]:
+        return self._state.value, f"{self.max_workers} workers", f"{self._reads_in_flight} reads in flight"
 
     def path_of(self, name: str) -> str:
         return f"s3://{self._bucket}/{self._prefix}{name}"
@@ -106,8 +88,8 @@ class S3Store(Store):
         )
 
     async def aclose(self) -> None:
-        if not self._is_closed:
-            self._is_closed = True
+        if self._state is State.OPEN:
+            self._state = State.CLOSING
             await wait_to_end(asyncio.ensure_future(self._close()))  # to its end, even when cancelled
 
     async def _close(self) -> None:
@@ -116,6 +98,7 @@ class S3Store(Store):
                 await self._loop.run(self._reader.aclose)
         finally:
             await self._loop.aclose()
+            self._state = State.CLOSED
 
     async def list(self) -> Listing:
         return await self._run(self._list)
@@ -157,11 +140,15 @@ class S3Store(Store):
                 start=start,
                 stop=stop,
             )
-        # The scatter is made on the store's loop: thousands of buffers take a millisecond.
-        await self._run(lambda reader: reader.read(self._prefix + meta.name, pin, start, Scatter(buffers)))
+        self._reads_in_flight += 1
+        try:
+            # The scatter is made on the store's loop: thousands of buffers take a millisecond.
+            await self._run(lambda reader: reader.read(self._prefix + meta.name, pin, start, Scatter(buffers)))
+        finally:
+            self._reads_in_flight -= 1
 
     async def _run(self, call: Callable[[S3Reader], Coroutine[Any, Any, T]]) -> T:
-        """Call the reader on its own loop; it is made there first."""
+        """Call a method of the reader on the store's own loop, where the reader is made first."""
 
         async def run() -> T:
             if self._reader is None:
@@ -174,7 +161,7 @@ class S3Store(Store):
         # Here, since importing botocore takes a third of a second.
         from asyncshard.stores.s3.assembly import make_reader
 
-        return make_reader(self._options, self._bucket, self.max_workers)
+        return make_reader(self._options, self._bucket, self.max_workers, self.report)
 
 
 def split_url(url: str) -> tuple[str, str]:
@@ -183,7 +170,7 @@ def split_url(url: str) -> tuple[str, str]:
     Raises
     ------
     ValueError
-        It names no bucket, or holds credentials.
+        The URL names no bucket, or holds credentials.
     """
     scheme, _, rest = url.partition("://")
     bucket, _, key = rest.partition("/")

@@ -1,14 +1,16 @@
 """Tied tensors: written once, and restored under each of their names."""
 
 import json
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
 import torch
 
 import asyncshard
-from asyncshard import AsyncShardLoader, ShardedStateLoader
-from asyncshard.errors import CheckpointError, DestinationError, NamesError
+from asyncshard import AsyncShardLoader, IncrementalShardLoader, ShardedStateLoader
+from asyncshard.errors import AccessDeniedError, CheckpointError, DestinationError, NamesError
+from asyncshard.format.save_id import SAVE_KEY
 from asyncshard.plan.division.placements import Shard
 from asyncshard.plan.tp.plan import TpPlan
 from asyncshard.testing import MemoryStore
@@ -125,7 +127,7 @@ async def test_tied_tensors_are_written_once_and_come_back_as_one(tmp_path, tens
     await asyncshard.save_sharded_state({**made, HEAD: made[EMBED]}, tmp_path, rank=0, metadata={"step": "3"})
     (header,) = [await asyncshard.read_header(path) for path in tmp_path.iterdir()]
     assert set(header) == set(tensors) - {EMBED} | {HEAD}  # the smaller name stays
-    assert header.metadata == {"step": "3", EMBED: HEAD}
+    assert header.metadata == {"step": "3", EMBED: HEAD, f"asyncshard.tie.{EMBED}": HEAD, SAVE_KEY: ANY}
     weights = await asyncshard.load(tmp_path, framework=library)
     assert weights[HEAD] is weights[EMBED]
     assert np.array_equal(np.asarray(weights[EMBED]), tensors[EMBED])
@@ -139,7 +141,7 @@ async def test_views_of_a_written_tensor_are_no_ties(tmp_path, tensors):
     views = {"rows": tensors[EMBED][:8], "flat": tensors[EMBED].reshape(-1)}
     await asyncshard.save_sharded_state({**tensors, **views}, tmp_path, rank=0)
     (header,) = [await asyncshard.read_header(path) for path in tmp_path.iterdir()]
-    assert header.metadata == {}
+    assert header.metadata == {SAVE_KEY: ANY}
 
 
 @pytest.mark.parametrize("max_gap", [None, 0, 1 << 20])
@@ -154,7 +156,7 @@ async def test_several_names_may_be_tied_to_one_tensor(tmp_path, tensors, placem
     path = tmp_path
     if max_gap is not None:
         path = MemoryStore(files)
-        path.max_gap_bytes = max_gap
+        path.pacing = path.pacing._replace(max_gap_bytes=max_gap)
     cut = {None: whole, Shard(0): whole[32:], Shard(1): whole[:, 8:]}[placement]
     expected = {**tensors, EMBED: cut} | {name: cut if kept == EMBED else tensors[kept] for name, kept in ties.items()}
     state = {name: np.zeros_like(tensor) for name, tensor in expected.items()}
@@ -361,3 +363,198 @@ async def test_resharding_keeps_them_one_and_needs_them_divided_alike(tied, tens
     assert not (tmp_path / "others").exists()
     await reshard(tied, tmp_path / "whole", world_size=1, tp_plan={"lm_head": "colwise"})
     assert np.array_equal((await asyncshard.load(tmp_path / "whole"))[EMBED], tensors[EMBED])
+
+
+# Where everything is taken, and nobody asks for a name
+
+
+CONFIGS = [
+    {"model_type": "llama", "tie_word_embeddings": True},
+    {"model_type": "gemma2"},
+    {"model_type": "llava", "text_config": {"model_type": "qwen2", "tie_word_embeddings": True}},
+    {"model_type": "llava", "text_config": {"model_type": "gemma"}},
+    {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "text_config": {}},
+]
+SILENT = [
+    {"model_type": "llama"},
+    {"model_type": "gemma2", "tie_word_embeddings": False},
+    {"model_type": "gemma3", "text_config": {"tie_word_embeddings": False}},
+    {"model_type": "gemma2", "architectures": ["Gemma2ForSequenceClassification"]},
+    {"tie_word_embeddings": "yes"},
+]
+
+
+@pytest.fixture
+def write_config(tmp_path, tensors):
+    """Write a checkpoint without an output layer, and its config."""
+    from safetensors.numpy import save_file
+
+    def write(config, name="model.safetensors", tensors=tensors):
+        save_file(tensors, tmp_path / name)
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        return tmp_path
+
+    return write
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+async def test_a_dict_a_stream_and_a_check_know_what_the_config_ties(write_config, tensors, state, config):
+    path = write_config(config)
+    weights = await asyncshard.load(path)
+    assert set(weights) == {*tensors, HEAD}
+    assert weights[HEAD] is weights[EMBED]
+    async with AsyncShardLoader().stream(path) as stream:
+        assert stream.ties == {HEAD: EMBED}
+        assert {name async for name, _ in stream} == set(tensors)
+    report = await asyncshard.check_checkpoint(path)
+    assert report.ties == ((HEAD, EMBED),)
+    assert report.is_ok
+    await ShardedStateLoader().load_weights(path, state)
+    assert np.array_equal(state[HEAD], tensors[EMBED])
+    state[HEAD] = state[EMBED]
+    async with AsyncShardLoader().stream(path, state) as stream:
+        assert stream.ties == {HEAD: EMBED}
+
+
+@pytest.mark.parametrize("config", SILENT)
+async def test_nothing_is_made_up_where_the_config_ties_nothing(write_config, tensors, config):
+    path = write_config(config)
+    assert set(await asyncshard.load(path)) == set(tensors)
+    assert (await asyncshard.check_checkpoint(path)).ties == ()
+
+
+async def test_a_dict_of_ranks_has_the_slice_of_the_embedding(write_config, tensors):
+    path = write_config(CONFIGS[1])
+    loader = ShardedStateLoader(rank=1, world_size=4, tp_plan={"model.embed_tokens": Shard(0)})
+    weights = await loader.load_weights(path)
+    assert weights[HEAD] is weights[EMBED]
+    assert np.array_equal(weights[HEAD], tensors[EMBED][16:32])
+
+
+@pytest.mark.parametrize("name", ["model-00001-of-00002.safetensors", "model-rank-0-part-0.safetensors"])
+async def test_one_file_of_several_is_no_model(write_config, tensors, name):
+    path = write_config(CONFIGS[0], name) / name
+    assert set(await asyncshard.load(path)) == set(tensors)
+    with pytest.raises(NamesError, match=r"there is no tensor 'lm_head\.weight'"):
+        await IncrementalShardLoader().get_tensor(path, HEAD)
+
+
+async def test_a_pipeline_stage_is_no_model(write_config, tensors):
+    path = write_config(CONFIGS[0], "model-pp-0-tp-0-part-0.safetensors")
+    write_config(CONFIGS[0], "model-pp-1-tp-0-part-0.safetensors", {HEAD: tensors[EMBED] + 1})
+    assert set(await asyncshard.load(path)) == set(tensors)
+    assert (await asyncshard.check_checkpoint(path)).ties == ()
+
+
+async def test_a_config_that_may_not_be_read_ties_nothing_that_nobody_asked_for(checkpoints, tensors, state):
+    class Store(MemoryStore):
+        async def read(self, name, *, max_bytes=None):
+            raise AccessDeniedError(f"{name} may not be read")
+
+    store = Store(checkpoints.rank_files(tensors))
+    assert set(await ShardedStateLoader().load_weights(store)) == set(tensors)
+    with pytest.raises(AccessDeniedError):
+        await ShardedStateLoader().load_weights(store, state)
+
+
+async def test_text_of_the_metadata_is_no_tensor(tmp_path, tensors):
+    from safetensors.numpy import save_file
+
+    save_file(
+        tensors, tmp_path / "model.safetensors", metadata={"format": "np", "type": EMBED, "a": "model.norm.weight"}
+    )
+    assert set(await asyncshard.load(tmp_path)) == set(tensors)
+    state = {name: np.zeros_like(tensor) for name, tensor in tensors.items()}
+    state["type"] = np.zeros_like(tensors[EMBED])
+    await ShardedStateLoader().load_weights(tmp_path, state)
+    assert np.array_equal(state["type"], tensors[EMBED])
+
+
+async def test_what_save_model_writes_is_restored(tmp_path):
+    from safetensors.torch import save_model
+
+    model = torch.nn.Module()
+    model.embed, model.head = torch.nn.Embedding(6, 4), torch.nn.Linear(4, 6, bias=False)
+    model.head.weight = model.embed.weight
+    save_model(model, str(tmp_path / "model.safetensors"))
+    weights = await asyncshard.load(tmp_path, framework="pt")
+    assert set(weights) == set(model.state_dict())
+    assert torch.equal(weights["head.weight"], model.embed.weight)
+
+
+# One tensor, or one file
+
+
+async def get(path, name, **options):
+    loader = IncrementalShardLoader(ShardedStateLoader(**options))
+    async with loader:
+        tensor = await loader.get_tensor(path, name)
+        assert np.array_equal(await loader.get_tensor(path, name), tensor)
+        assert loader.statistics().hits >= 1
+    assert loader.budget.bytes_used == 0
+    return tensor
+
+
+@pytest.mark.parametrize("is_file", [True, False])
+async def test_get_tensor_knows_a_tie_however_it_is_told(tied, tensors, is_file):
+    path = tied / "model.safetensors" if is_file else tied
+    assert np.array_equal(await get(path, HEAD), tensors[EMBED])
+    async with IncrementalShardLoader() as loader:
+        embedding = await loader.get_tensor(path, EMBED)
+        used = loader.budget.bytes_used
+        assert np.shares_memory(await loader.get_tensor(path, HEAD), embedding)
+        assert loader.budget.bytes_used == used
+        with pytest.raises(NamesError, match="there is no tensor 'other'"):
+            await loader.get_tensor(path, "other")
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+async def test_get_tensor_reads_the_config_as_a_load_does(write_config, tensors, config):
+    assert np.array_equal(await get(write_config(config), HEAD), tensors[EMBED])
+
+
+async def test_get_tensor_finds_it_by_an_index(tied_index, tensors):
+    assert np.array_equal(await get(tied_index, HEAD), tensors[EMBED])
+
+
+async def test_get_tensor_takes_any_pair_of_the_metadata_for_the_name_it_is_asked_for(tmp_path, tensors):
+    from safetensors.numpy import save_file
+
+    files = {f"model-rank-0-part-{part}.safetensors": {name: tensors[name]} for part, name in enumerate(tensors)}
+    for file, held in files.items():
+        save_file(held, tmp_path / file, metadata={"a": "model.norm.weight"})
+    assert np.array_equal(await get(tmp_path, "a"), tensors["model.norm.weight"])
+
+
+@pytest.mark.parametrize("tensor_filter", [None, HEAD, [HEAD, "model.norm.weight"]])
+async def test_get_tensor_divides_it_by_its_own_rule(tied, tied_index, tensors, tensor_filter):
+    options = {} if tensor_filter is None else {"tensor_filter": lambda name: name in tensor_filter}
+    options |= {"rank": 1, "world_size": 4, "tp_plan": {"lm_head": "colwise"}}
+    for path in (tied / "model.safetensors", tied_index / "a.safetensors"):
+        assert np.array_equal(await get(path, HEAD, **options), tensors[EMBED][16:32])
+    if tensor_filter is None:
+        assert np.array_equal(await get(tied, HEAD, **options), tensors[EMBED][16:32])
+
+
+async def test_get_tensor_has_the_rank_s_slice_of_the_stored_one_and_not_what_a_filter_leaves_out(tied, tensors):
+    plan = {"model.embed_tokens": Shard(0)}
+    sliced = await get(tied, HEAD, rank=1, world_size=4, tp_plan=plan)
+    assert np.array_equal(sliced, tensors[EMBED][16:32])
+    with pytest.raises(NamesError):
+        await get(tied, HEAD, tensor_filter="model.*")
+
+
+async def test_a_shard_has_what_its_metadata_ties_and_not_what_a_plan_divides(tmp_path, tensors):
+    await asyncshard.save_sharded_state({**tensors, HEAD: tensors[EMBED]}, tmp_path / "whole", rank=0)
+    (path,) = (tmp_path / "whole").iterdir()
+    async with IncrementalShardLoader() as loader:
+        shard = await loader.load_shard(path)
+        assert set(shard) == {*tensors, HEAD}
+        assert len(shard) == len(list(shard)) == len(tensors) + 1
+        assert np.shares_memory(shard[HEAD], shard[EMBED])
+        assert np.array_equal(await loader.get_tensor(path, EMBED), tensors[EMBED])
+        assert loader.statistics().hits == 1
+    plan = ShardedStateLoader(tp_plan={"model.embed_tokens": Shard(0)})
+    async with IncrementalShardLoader(plan) as loader:
+        assert EMBED not in await loader.load_shard(path)  # the smaller name is stored
+        assert np.array_equal(await loader.get_tensor(path, EMBED), tensors[EMBED])

@@ -238,6 +238,22 @@ async def test_on_wait_is_called_only_where_it_has_to_wait():
     account.close()
 
 
+async def test_the_repr_of_an_account_shows_what_is_used_held_and_waited_for():
+    budget = MemoryBudget(1)
+    account = budget.open_account()
+    account.charge_headers(100_000, "path")
+    lease = await account.allocate(200_704)
+    assert repr(account) == "<Account of 1 MiB: 0.3 MB used, 0.0 MB held>"
+    waiting = asyncio.ensure_future(account.allocate(900_000))
+    await turns()
+    assert repr(account) == "<Account of 1 MiB: 0.3 MB used, 0.0 MB held, waiting for 0.9 MB>"
+    waiting.cancel()
+    await turns()
+    account.close()
+    assert repr(account) == "<Account of 1 MiB: 0.0 MB used, 0.2 MB held, closed>"
+    del lease
+
+
 # --- where leases die
 
 

@@ -218,7 +218,6 @@ async def test_windows_that_share_elements_are_refused_and_others_are_filled(che
 @pytest.mark.parametrize(
     ("one", "other"),
     [
-        (OVERLAPPING[:10], OVERLAPPING[:10]),
         (OVERLAPPING[:10], OVERLAPPING[9:19]),
         (OVERLAPPING[0:20:2], OVERLAPPING[:10]),
         (OVERLAPPING[0:20:2], OVERLAPPING[2:22:2]),

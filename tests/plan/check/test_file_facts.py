@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from asyncshard.format.dtypes import DTYPES
 from asyncshard.format.header import parse_header
+from asyncshard.format.index import parse_index
 from asyncshard.plan.check.file_facts import Tensors, facts_of
 
 NAMES = st.text(st.characters(exclude_categories=("Cs",)), max_size=6) | st.sampled_from(["a", "b", "c", "d\0e"])
@@ -15,7 +16,7 @@ FILES = st.lists(
 )
 
 
-def facts(number, dtypes, metadata=None):
+def facts(number, dtypes, metadata=None, weight_map=None):
     header = {} if metadata is None else {"__metadata__": metadata}
     start = 0
     for name, dtype in dtypes.items():
@@ -23,7 +24,7 @@ def facts(number, dtypes, metadata=None):
         start += dtype.bits
     text = json.dumps(header).encode()
     parsed = parse_header(len(text).to_bytes(8, "little") + text, 8 + len(text) + start)
-    return facts_of(f"file-{number}", parsed, parsed)
+    return facts_of(f"file-{number}", parsed, parsed, weight_map, None if weight_map is None else number)
 
 
 @given(FILES)
@@ -61,5 +62,14 @@ def test_a_difference_is_that_of_sets(ours, theirs):
 
 
 def test_only_metadata_that_ties_an_absent_name_to_a_present_one_is_a_tie():
-    metadata = {"format": "pt", "tied": "a", "a": "b", "both": "nothing"}
+    ties = {"tied": "a", "a": "b", "both": "nothing"}
+    metadata = {"format": "pt", "type": "a", **{f"asyncshard.tie.{name}": stored for name, stored in ties.items()}}
     assert facts(0, dict.fromkeys("ab", DTYPES[0]), metadata).ties == (("tied", "a"),)
+
+
+def test_any_text_is_a_tie_of_a_name_that_the_index_places_in_the_file():
+    text = json.dumps({"weight_map": {"a": "file-0", "type": "file-0", "other": "file-0"}}).encode()
+    weight_map = parse_index(text, path="index")
+    found = facts(0, {"a": DTYPES[0]}, {"type": "a", "format": "a"}, weight_map)
+    assert found.ties == (("type", "a"),)
+    assert found.absent == ("other",)

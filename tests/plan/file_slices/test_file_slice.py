@@ -1,7 +1,5 @@
 """A rank's part of a file, against slicing the whole tensors."""
 
-import json
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -14,7 +12,6 @@ from asyncshard.format.header import format_header
 from asyncshard.plan.division.chunks import chunk_bounds
 from asyncshard.plan.division.placements import PackedShard, Replicate, Shard
 from asyncshard.plan.file_slices.planner import make_file_slice
-from asyncshard.plan.tensor_filter import TensorFilter
 from asyncshard.plan.tp.plan import TpPlan
 
 WORLD = 4
@@ -157,74 +154,19 @@ def test_a_large_header_is_planned_with_few_objects_and_lets_others_run(checkpoi
     header = parse_header(text, len(text) + count * 64 * 64 * 4)
     seen = []
 
-    def paced(numbers):
+    def yielding_gil(numbers):
         seen.append(len(numbers))
         return iter(numbers)
 
     part = make_file_slice(
-        header, TpPlan({name: Shard(0) for name in header}), None, rank=3, world_size=64, path="x", paced=paced
+        header,
+        TpPlan({name: Shard(0) for name in header}),
+        None,
+        rank=3,
+        world_size=64,
+        path="x",
+        yielding_gil=yielding_gil,
     )
     assert seen == [count]
     assert part.bytes_needed == part.bytes_read(0) == count * 64 * 4
     assert len(part.ranges(part.header.size, part.header.file_size).offsets) == count
-
-
-# --- what the parts are made of
-
-
-def test_a_formatted_header_is_read_by_us_and_by_safetensors(checkpoints, tmp_path):
-    from safetensors import safe_open
-
-    tensors = {'odd " name \\ \u20ac \U0001f600\n': np.arange(6, dtype="<f4").reshape(2, 3), "empty": np.zeros((3, 0))}
-    facts = [(name, "F32" if name != "empty" else "F64", a.shape, a.nbytes) for name, a in tensors.items()]
-    head = format_header(facts, {"key": 'va"lue \u20ac'})
-    assert len(head) % 8 == 0
-    data = head + b"".join(array.tobytes() for array in tensors.values())
-    header = parse_header(data)
-    assert [(info.name, info.dtype, info.shape, info.nbytes) for info in header.values()] == facts
-    assert header.metadata == {"key": 'va"lue \u20ac'}
-    (tmp_path / "x.safetensors").write_bytes(data)
-    with safe_open(tmp_path / "x.safetensors", "np") as file:
-        assert file.metadata() == {"key": 'va"lue \u20ac'}
-        assert checkpoints.same({name: file.get_tensor(name) for name in tensors}, tensors)
-
-
-@pytest.mark.parametrize("shift", [0, 1, 2])
-def test_long_metadata_is_quoted_in_steps_and_read_as_it_was(shift):
-    metadata = {"a": "x" * shift + '"\n\U0001f600' * 70_000, "b": "", "": "c"}
-    head = format_header([], metadata)
-    assert parse_header(head).metadata == metadata
-    assert json.loads(head[8:]) == {"__metadata__": metadata}
-
-
-def test_a_formatted_header_without_tensors_is_one():
-    head = format_header([])
-    assert json.loads(head[8:]) == {}
-    assert len(parse_header(head)) == 0
-
-
-@pytest.mark.parametrize(
-    ("wanted", "expected"),
-    [
-        ("a.b", {"a.b"}),
-        ("a.*", {"a.b", "a.c.d"}),
-        (["a.b", "x?"], {"a.b", "xy"}),
-        ({"[ax]*"}, {"a.b", "a.c.d", "xy"}),
-        (lambda name: name.endswith("d"), {"a.c.d"}),
-        (iter(["xy"]), {"xy"}),
-    ],
-)
-def test_a_filter_is_names_globs_or_a_predicate(wanted, expected):
-    wanted = TensorFilter(wanted)
-    assert {name for name in ("a.b", "a.c.d", "xy", "A.b") if wanted(name)} == expected
-
-
-@pytest.mark.parametrize("wanted", [5, [5], ["a", None]])
-def test_a_filter_of_other_things_is_an_error(wanted):
-    with pytest.raises(TypeError, match="tensor_filter must"):
-        TensorFilter(wanted)
-
-
-def test_a_filter_without_a_name_is_an_error():
-    with pytest.raises(ValueError, match="names no tensor"):
-        TensorFilter([])

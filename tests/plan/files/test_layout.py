@@ -7,7 +7,14 @@ from hypothesis import strategies as st
 
 from asyncshard.errors import CheckpointError, ObjectNotFoundError
 from asyncshard.format.pattern import PP_TEMPLATE, ShardPattern
-from asyncshard.plan.files.layout import Layout, choose_layout, index_files, natural_key, validate_rank
+from asyncshard.plan.files.layout import (
+    Layout,
+    choose_layout,
+    index_files,
+    is_whole_model,
+    natural_key,
+    validate_rank,
+)
 
 PATTERN = ShardPattern()
 PP_PATTERN = ShardPattern(PP_TEMPLATE)
@@ -182,3 +189,32 @@ def test_ranks_in_range_pass():
     validate_rank(np.int64(3), 4, 7)
     with pytest.raises(ValueError, match="outside the world"):
         choose("model.safetensors", rank=1)
+
+
+# Whether the files are all that a model has
+
+
+@pytest.mark.parametrize(
+    ("layout", "is_file", "is_whole"),
+    [
+        (Layout("index", ("model.safetensors.index.json",)), False, True),
+        (Layout("single", ("model.safetensors",)), False, True),
+        (Layout("single", ("model.safetensors",)), True, True),
+        (Layout("single", ("other.safetensors",)), True, True),
+        (Layout("single", ("model-00001-of-00002.safetensors",)), True, False),
+        (Layout("single", ("model-rank-0-part-0.safetensors",)), True, False),
+        (Layout("ranks", ("model-rank-0-part-0.safetensors",)), False, True),
+        (Layout("ranks", ("model-pp-0-tp-0-part-0.safetensors",)), False, False),
+    ],
+)
+def test_a_model_is_whole_but_for_one_file_of_several_and_a_pipeline_stage(layout, is_file, is_whole):
+    assert is_whole_model(layout, is_file=is_file) is is_whole
+
+
+def test_a_pattern_tells_the_stages():
+    layout = Layout("ranks", ("s0-r0-p0.safetensors",))
+    for template, is_whole in (
+        ("s{pp_rank}-r{rank}-p{part}.safetensors", False),
+        ("s0-r{rank}-p{part}.safetensors", True),
+    ):
+        assert is_whole_model(layout, is_file=False, pattern=ShardPattern(template)) is is_whole

@@ -13,7 +13,7 @@ def test_files_are_full_before_the_next_begins_and_a_large_tensor_has_its_own() 
     files = lay_out(sizes, np.ones(6, np.int64), max_shard_size=100, pattern=None)
     assert [file.tensors.tolist() for file in files.files] == [[0, 1], [2], [3], [4, 5]]
     assert [file.name for file in files.files] == [f"model-0000{number}-of-00004.safetensors" for number in range(1, 5)]
-    assert files.places.tolist() == [[0, 0, 1, 2, 3, 3]]
+    assert files.file_of.tolist() == [[0, 0, 1, 2, 3, 3]]
     assert files.offsets.tolist() == [[0, 40, 0, 0, 0, 10]]
 
 
@@ -33,7 +33,7 @@ def test_each_rank_has_parts_of_its_own() -> None:
         ("model-rank-0-part-1.safetensors", 0),
         ("model-rank-1-part-0.safetensors", 1),
     ]
-    assert files.places.tolist() == [[0, 1], [2, 2]]
+    assert files.file_of.tolist() == [[0, 1], [2, 2]]
 
 
 def test_no_tensors_are_one_empty_file_for_each_rank() -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from asyncshard.errors import CheckpointError, NamesError
 from asyncshard.format.header import format_header, parse_header
 from asyncshard.plan.division.slices import slice_tensor
-from asyncshard.plan.tp.models import auto_plan, require_known, ties_embeddings
+from asyncshard.plan.tp.models import auto_plan, require_known
 
 
 def table_of(*names):
@@ -245,9 +245,8 @@ def test_no_experts_and_no_quantization_said_in_so_many_words_are_no_reason():
 
 @pytest.mark.parametrize("config", [None, [], "llama", 3])
 def test_a_config_is_an_object(config):
-    for function in (lambda config: auto_plan(config, 2), ties_embeddings):
-        with pytest.raises(CheckpointError, match=r"config\.json must hold an object"):
-            function(config)
+    with pytest.raises(CheckpointError, match=r"config\.json must hold an object"):
+        auto_plan(config, 2)
 
 
 @pytest.mark.parametrize("world_size", [0, -1, 1.5, True, "2", None])
@@ -265,41 +264,8 @@ JSON = st.recursive(
 
 @given(st.dictionaries(st.sampled_from([*LLAMA_8B, "num_experts", "quantization_config"]), JSON), st.integers(1, 16))
 def test_whatever_a_config_says_it_is_a_plan_or_a_checkpoint_error(changes, world_size):
-    for function in (lambda config: auto_plan(config, world_size), ties_embeddings):
-        with contextlib.suppress(CheckpointError):
-            function({**LLAMA_8B, **changes})
-
-
-# Tied embeddings
-
-
-@pytest.mark.parametrize(
-    ("config", "is_tied"),
-    [
-        (LLAMA_8B, False),
-        ({"model_type": "llama"}, False),
-        ({"model_type": "llama", "tie_word_embeddings": True}, True),
-        ({"model_type": "qwen2", "tie_word_embeddings": None}, False),
-        (GEMMA_7B, True),
-        (GEMMA2_9B, True),
-        (GEMMA3_1B, True),
-        ({"model_type": "gemma3", "text_config": {}}, True),
-        ({"model_type": "gemma", "tie_word_embeddings": False}, False),
-        ({"model_type": ["gemma"]}, False),
-        ({}, False),
-    ],
-)
-def test_embeddings_are_tied_where_the_config_or_gemma_says_so(config, is_tied):
-    assert ties_embeddings(config) is is_tied
-
-
-@pytest.mark.parametrize("value", [1, 0, "true", [], {}])
-def test_tied_is_true_or_false(value):
-    with pytest.raises(
-        CheckpointError, match=r"^/ckpt/config.json: tie_word_embeddings must be true or false"
-    ) as caught:
-        ties_embeddings({"tie_word_embeddings": value}, path="/ckpt/config.json")
-    assert caught.value.path == "/ckpt/config.json"
+    with contextlib.suppress(CheckpointError):
+        auto_plan({**LLAMA_8B, **changes}, world_size)
 
 
 def test_a_model_in_another_form_is_refused_rather_than_loaded_whole():

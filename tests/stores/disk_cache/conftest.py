@@ -6,7 +6,8 @@ import random
 
 import pytest
 
-from asyncshard.stores.disk_cache import CachedStore, DiskCache
+from asyncshard.stores.disk_cache.directory import DiskCache
+from asyncshard.stores.disk_cache.store import CachedStore
 from asyncshard.stores.wrapper import WrapperStore
 from asyncshard.testing import MemoryStore
 

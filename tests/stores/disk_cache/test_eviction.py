@@ -3,10 +3,10 @@
 import os
 import random
 
-from asyncshard.stores.disk_cache import CachedStore
 from asyncshard.stores.disk_cache.directory import key_of
 from asyncshard.stores.disk_cache.entry import name_of
 from asyncshard.stores.disk_cache.eviction import make_room
+from asyncshard.stores.disk_cache.store import CachedStore
 
 MIB = 1 << 20
 

@@ -21,7 +21,8 @@ CHILD = """
 import asyncio, os, random, signal, sys
 
 directory, nbytes, step, kill_at = sys.argv[1], *map(int, sys.argv[2:5])
-from asyncshard.stores.disk_cache import CachedStore, DiskCache
+from asyncshard.stores.disk_cache.directory import DiskCache
+from asyncshard.stores.disk_cache.store import CachedStore
 from asyncshard.testing import MemoryStore
 
 fetched, calls = 0, 0

@@ -7,9 +7,10 @@ import stat
 import pytest
 
 from asyncshard.errors import ObjectChangedError, StoreError
-from asyncshard.stores.disk_cache import CachedStore
+from asyncshard.stores.base import Pacing
 from asyncshard.stores.disk_cache.directory import key_of
 from asyncshard.stores.disk_cache.entry import ABSENT, BLOCK_BYTES, Entry
+from asyncshard.stores.disk_cache.store import CachedStore
 from asyncshard.testing import Fault, FaultyStore, GatedStore, MemoryStore, StoreTests
 
 MIB = 1 << 20
@@ -175,14 +176,12 @@ async def test_the_other_store_is_closed_only_where_that_is_asked_for(make_cache
         assert (store in closed) == closes
 
 
-async def test_it_passes_on_what_suits_the_other_store(make_cache, origin):
+async def test_a_cached_store_has_the_pacing_of_the_other_store_with_the_chunks_of_a_disk_at_least(make_cache, origin):
     store = origin()
-    store.store.chunk_size, store.store.prefetch_count, store.store.max_gap_bytes = 1 << 25, 5, 7
-    async with CachedStore(store, make_cache()) as cached:
-        assert (cached.chunk_size, cached.prefetch_count, cached.max_gap_bytes) == (1 << 25, 5, 7)
-        store.store.chunk_size = 1 << 20
-        assert cached.chunk_size == 16 << 20  # as for a disk
-        assert (cached.retries, cached.verified, cached.unverified) == (0, (), ())
+    for chunk_size, expected in ((1 << 25, 1 << 25), (1 << 20, 16 << 20)):
+        store.pacing = Pacing(chunk_size, 5, 7)
+        async with CachedStore(store, make_cache()) as cached:
+            assert cached.pacing == Pacing(expected, 5, 7)
 
 
 async def test_the_directory_is_private_and_nothing_of_a_name_is_in_a_path(tmp_path, origin, load, data):

@@ -5,7 +5,7 @@ from dataclasses import fields
 import pytest
 
 from asyncshard.loaders.options import Options
-from asyncshard.stores import from_url
+from asyncshard.stores import Pacing, from_url
 from asyncshard.stores.s3 import S3Store
 from asyncshard.stores.s3.options import S3Options
 
@@ -119,12 +119,7 @@ def test_a_bucket_is_not_put_before_an_address(endpoint, style):
 
 def test_a_store_has_defaults_of_its_own():
     store = from_url("s3://bucket/key")
-    assert (store.max_workers, store.chunk_size, store.prefetch_count, store.max_gap_bytes) == (
-        16,
-        8 << 20,
-        32,
-        1 << 20,
-    )
+    assert (store.max_workers, store.pacing) == (16, Pacing(8 << 20, 32, 1 << 20))
     store = from_url("s3://bucket/key", max_workers=3, verify_checksums=True)
-    assert (store.max_workers, store.prefetch_count, store.max_gap_bytes) == (3, 6, 0)
-    assert from_url("s3://bucket/key", max_gap_bytes=5).max_gap_bytes == 5
+    assert (store.max_workers, store.pacing) == (3, Pacing(8 << 20, 6, 0))
+    assert from_url("s3://bucket/key", max_gap_bytes=5).pacing.max_gap_bytes == 5

@@ -11,9 +11,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from asyncshard._core import StopFlag, copy_runs
-from asyncshard.pipeline.writing.directory import Target
 from asyncshard.pipeline.writing.reshard.block_reader import BlockBuffers, BlockReader, local_offsets, views_of
 from asyncshard.pipeline.writing.reshard.source import Source
+from asyncshard.pipeline.writing.reshard.target import Target
 from asyncshard.plan.division.blocks import Block, RankRuns, TensorMap, cut_blocks
 from asyncshard.plan.files.target_files import TargetFiles
 from asyncshard.tasks.bounded import run_bounded
@@ -71,13 +71,13 @@ class Copy:
 
     def _reads(self, block: Block) -> list[RankRuns]:
         side = self._source
-        ranks = (side.moves(block, self._sizes, rank, is_read=True) for rank in range(side.world_size))
+        ranks = (side.rank_runs(block, self._sizes, rank, is_read=True) for rank in range(side.world_size))
         return [moves for moves in ranks if moves.nbytes]
 
     def _write(self, block: Block, room: BlockBuffers, stop: StopFlag) -> int:
         written = 0
         for rank in range(self._side.world_size):
-            moves = self._side.moves(block, self._sizes, rank, is_read=False)
+            moves = self._side.rank_runs(block, self._sizes, rank, is_read=False)
             gathered = None if moves.is_direct else room.staging
             if gathered is not None:
                 copy_runs(room.memory.data, gathered.data, moves.offsets, local_offsets(moves), moves.lengths)

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from asyncshard._core import StopFlag
 from asyncshard.errors import NotRegularFileError
-from asyncshard.pipeline.writing.directory import Target
 from asyncshard.pipeline.writing.reshard.block_reader import Bytes
+from asyncshard.pipeline.writing.reshard.target import Target
 from asyncshard.stores.base import Store
 from asyncshard.tasks.threads import DaemonThreads
 

@@ -37,14 +37,14 @@ class TargetPlan(NamedTuple):
     """Of each division."""
     codes: tuple[int, ...]
     """The dtype, for each division."""
-    which: NDArray[np.int32]
+    division_of: NDArray[np.int32]
     """The division of each tensor."""
     is_ranks: bool
 
     @property
     def nbytes(self) -> int:
         """Bytes of memory that the arrays take."""
-        return 2 * self.files.offsets.nbytes + 2 * self.files.places.nbytes + self.which.nbytes
+        return 2 * self.files.offsets.nbytes + 2 * self.files.file_of.nbytes + self.division_of.nbytes
 
     def header(self, number: int) -> bytearray:
         """Return the header of a file. Slow for many tensors: not for the event loop."""
@@ -53,26 +53,26 @@ class TargetPlan(NamedTuple):
         if self.is_ranks:
             tensors = yielding_gil(file.tensors.tolist())
             metadata[PLACEMENT_KEY] = format_placements(
-                (self.source.tensors.name(tensor), self.placements[self.which[tensor]]) for tensor in tensors
+                (self.source.tensors.name(tensor), self.placements[self.division_of[tensor]]) for tensor in tensors
             )
             metadata[WORLD_SIZE_KEY] = str(len(self.files.offsets))
         return format_header(self._entries(file.rank, file.tensors), metadata)
 
     def _entries(self, rank: int, tensors: Int64Array) -> Iterator[tuple[str, str, tuple[int, ...], int]]:
         for tensor in yielding_gil(tensors.tolist()):
-            which = self.which[tensor]
-            piece = self.divisions[which].slices[rank]
-            yield self.source.tensors.name(tensor), DTYPES[self.codes[which]].name, piece.shape, piece.nbytes
+            index = self.division_of[tensor]
+            piece = self.divisions[index].slices[rank]
+            yield self.source.tensors.name(tensor), DTYPES[self.codes[index]].name, piece.shape, piece.nbytes
 
     def weight_map(self) -> Iterator[tuple[str, str]]:
         """Yield the file of each tensor, of the first rank."""
-        for tensor, place in enumerate(self.files.places[0].tolist()):
+        for tensor, place in enumerate(self.files.file_of[0].tolist()):
             yield self.source.tensors.name(tensor), self.files.files[place].name
 
     def side(self, header_sizes: Int64Array) -> TensorMap:
         """Return where the tensors go, when the size of each file's header is known."""
-        starts = self.files.offsets + header_sizes[self.files.places]
-        return TensorMap(self.divisions, self.which, self.files.places, starts)
+        starts = self.files.offsets + header_sizes[self.files.file_of]
+        return TensorMap(self.divisions, self.division_of, self.files.file_of, starts)
 
 
 def plan_target(
@@ -103,8 +103,8 @@ def plan_target(
     divisions: list[Division] = []
     placements: list[Placement] = []
     codes: list[int] = []
-    which = np.empty(len(source.side.which), np.int32)
-    for tensor, old in enumerate(yielding_gil(source.side.which.tolist())):
+    division_of = np.empty(len(source.side.division_of), np.int32)
+    for tensor, old in enumerate(yielding_gil(source.side.division_of.tolist())):
         name = source.tensors.name(tensor)
         try:
             if pattern is None:
@@ -118,15 +118,17 @@ def plan_target(
                 placements.append(placement)
                 codes.append(source.codes[old])
                 known[key] = len(divisions) - 1
-            which[tensor] = known[key]
+            division_of[tensor] = known[key]
         except CheckpointError as error:
             faults.add(str(error))
     faults.require_none()
     sizes = np.array([[piece.nbytes for piece in division.slices] for division in divisions], np.int64)
-    sizes = sizes.reshape(-1, world_size).T[:, which]
-    element_bytes = _ELEMENT_BYTES[np.array(codes, np.int64)[which]] if codes else np.empty(0, np.int64)
+    sizes = sizes.reshape(-1, world_size).T[:, division_of]
+    element_bytes = _ELEMENT_BYTES[np.array(codes, np.int64)[division_of]] if codes else np.empty(0, np.int64)
     files = lay_out(sizes, element_bytes, max_shard_size=max_shard_size, pattern=pattern)
-    return TargetPlan(source, files, tuple(divisions), tuple(placements), tuple(codes), which, pattern is not None)
+    return TargetPlan(
+        source, files, tuple(divisions), tuple(placements), tuple(codes), division_of, pattern is not None
+    )
 
 
 def _fit(name: str, placement: Placement, world_size: int) -> Placement:

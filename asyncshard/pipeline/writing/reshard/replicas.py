@@ -38,9 +38,9 @@ class Copies:
                 sizes[number] = division.slices[rank].nbytes
         self.source = source
         self.rank = rank
-        self.tensors: Int64Array = np.flatnonzero(firsts[side.which] >= 0)
-        self.first_ranks: Int64Array = firsts[side.which][self.tensors]
-        self.sizes: Int64Array = sizes[side.which][self.tensors]
+        self.tensors: Int64Array = np.flatnonzero(firsts[side.division_of] >= 0)
+        self.first_ranks: Int64Array = firsts[side.division_of][self.tensors]
+        self.sizes: Int64Array = sizes[side.division_of][self.tensors]
 
     def keep(self, chosen: NDArray[np.bool_]) -> None:
         """Leave out those that are not chosen."""
@@ -58,12 +58,12 @@ class Copies:
     def both(self) -> TensorMap:
         """Return where they are: on two ranks, that of the first copy and that of the second."""
         side = self.source.side
-        distinct, which = np.unique(self.sizes, return_inverse=True)
+        distinct, division_of = np.unique(self.sizes, return_inverse=True)
         slices = [Slice((size,), 1, size, ((0, size),)) for size in distinct.tolist()]
         divisions = [Division((piece, piece), frozenset((0,))) for piece in slices]
         ranks = np.stack([self.first_ranks, np.full(len(self.tensors), self.rank)])
         return TensorMap(
-            divisions, which.astype(np.int32), side.files[ranks, self.tensors], side.starts[ranks, self.tensors]
+            divisions, division_of.astype(np.int32), side.files[ranks, self.tensors], side.starts[ranks, self.tensors]
         )
 
 
@@ -133,7 +133,7 @@ class Comparison:
         while (block := await planning.run(next, blocks, None)) is not None:
             for rank, memory in enumerate(room):
                 moves = await planning.run(
-                    lambda block, rank: side.moves(block, copies.sizes, rank, is_read=False), block, rank
+                    lambda block, rank: side.rank_runs(block, copies.sizes, rank, is_read=False), block, rank
                 )
                 await self._reader.read([moves], memory, None)
             self.bytes_compared += 2 * block.nbytes

@@ -19,7 +19,6 @@ from asyncshard.pipeline.checkpoint.opening import Opening
 from asyncshard.pipeline.checkpoint.slicing import find_plan
 from asyncshard.pipeline.checkpoint.ties import place_ties, ties_with_rules
 from asyncshard.pipeline.memory.scratch import charge_scratch
-from asyncshard.pipeline.writing.directory import Target, index_text
 from asyncshard.pipeline.writing.reshard.block_copy import Copy
 from asyncshard.pipeline.writing.reshard.block_reader import BlockBuffers, BlockReader, take_block_buffers
 from asyncshard.pipeline.writing.reshard.companions import companion_files, copy_companions
@@ -27,6 +26,7 @@ from asyncshard.pipeline.writing.reshard.divider import PlaceTensor
 from asyncshard.pipeline.writing.reshard.plan import TargetPlan, plan_target
 from asyncshard.pipeline.writing.reshard.replicas import Comparison, compare_digests
 from asyncshard.pipeline.writing.reshard.source import Source, join_source, open_source
+from asyncshard.pipeline.writing.reshard.target import Target, index_text
 from asyncshard.pipeline.writing.reshard.written_placements import has_placements
 from asyncshard.plan.files.layout import INDEX_NAME, SINGLE_NAME
 from asyncshard.plan.files.survey import Survey, survey_names
@@ -84,7 +84,7 @@ class Reshard:
         names, source = await self._open()
         plan = await self._plan(source)
         self._account.charge_headers(source.side.nbytes + plan.nbytes, self._store.url)
-        chunk_size = self._wanted.chunk_size or min(self._store.chunk_size, _BLOCK_BYTES)
+        chunk_size = self._wanted.chunk_size or min(self._store.pacing.chunk_size, _BLOCK_BYTES)
         reader = BlockReader(self._store, source.shards, self._threads, self._scratch(source, chunk_size))
         rooms = await take_block_buffers(self._account, chunk_size)
         bytes_compared = await self._compare(source, reader, rooms)
@@ -109,8 +109,9 @@ class Reshard:
         )
 
     def _scratch(self, source: Source, chunk_size: int) -> Scratch:
-        # A single rank has every byte of its files: no read covers what is not wanted.
-        if self._store.has_own_scratch or source.side.world_size == 1:
+        # A single rank has every byte of its files.
+        is_covering = self._store.pacing.max_gap_bytes > 0 and source.side.world_size > 1
+        if self._store.has_own_scratch or not is_covering:
             return Scratch(self._threads, chunk_size, 1)
         return charge_scratch(self._account, self._threads, chunk_size=chunk_size, path=self._store.url)
 
@@ -143,14 +144,14 @@ class Reshard:
         """Check a plan against the names of the first rank: tied tensors stay one, so they must be divided alike."""
         url, tables = self._store.url, _tables(first.shards)
         ties = await ties_with_rules(self._store, first, tables, plan, self._threads)
-        await self._threads.run(lambda: plan.check(tables, ties, path=url, paced=yielding_gil))
+        await self._threads.run(lambda: plan.check(tables, ties, path=url, yielding_gil=yielding_gil))
         if ties and not is_ranks:
             selection = Selection(world_size=self._wanted.world_size)
             tied = await self._threads.run(next, place_ties(first, ties, selection, plan), None)
             if tied is not None:
                 raise CheckpointError(
-                    f"{url}: {tied.name!r} is tied to {tied.kept!r}, and the tp_plan divides them differently: reshard "
-                    "keeps tied tensors one. Leave the rule for the former out; a load may still have it",
+                    f"{url}: {tied.name!r} is tied to {tied.stored_name!r}, and the tp_plan divides them differently: "
+                    "reshard keeps tied tensors one. Leave the rule for the former out; a load may still have it",
                     path=url,
                     tensor=tied.name,
                 )

@@ -14,6 +14,7 @@ from asyncshard._typing import Int64Array
 from asyncshard.errors import CheckpointError, FormatError
 from asyncshard.format.digests import DIGESTS_KEY
 from asyncshard.format.pattern import ShardPattern
+from asyncshard.format.save_id import SAVE_KEY
 from asyncshard.pipeline.checkpoint.checkpoint import Checkpoint, Selection, open_checkpoint
 from asyncshard.pipeline.checkpoint.opened_file import OpenedFile
 from asyncshard.pipeline.memory.budget import Account
@@ -31,7 +32,7 @@ from asyncshard.tasks.pace import yielding_gil
 from asyncshard.tasks.threads import DaemonThreads
 
 _RANKS_AT_ONCE = 4
-_OUR_KEYS = (DIGESTS_KEY, PLACEMENT_KEY, WORLD_SIZE_KEY)
+_OUR_KEYS = (DIGESTS_KEY, PLACEMENT_KEY, WORLD_SIZE_KEY, SAVE_KEY)
 
 
 class Tensors(NamedTuple):
@@ -76,7 +77,7 @@ class Source(NamedTuple):
             sum(piece.nbytes for rank, piece in enumerate(division.slices) if rank in division.first_ranks)
             for division in self.side.divisions
         ]
-        return np.array(sizes, np.int64)[self.side.which]
+        return np.array(sizes, np.int64)[self.side.division_of]
 
 
 async def open_source(
@@ -143,14 +144,14 @@ def join_source(checkpoints: Sequence[Checkpoint], place: PlaceTensor | None, *,
         )
     divider = Divider(shards, files, rows, written, place, faults)
     count = len(tensors.rows)
-    which = np.fromiter((divider.find(each, tensors.name(each)) for each in yielding_gil(range(count))), np.int32)
+    division_of = np.fromiter((divider.find(each, tensors.name(each)) for each in yielding_gil(range(count))), np.int32)
     faults.require_none()
     tables = [shard.header.table for shard in shards]
     starts = np.empty(files.shape, np.int64)
     for number, table in enumerate(tables):
         chosen = files == number
         starts[chosen] = table.starts[rows[chosen]]
-    side = TensorMap(divider.divisions, which, files, starts)
+    side = TensorMap(divider.divisions, division_of, files, starts)
     return Source(
         shards,
         tensors,

@@ -10,6 +10,7 @@ from awscrt import checksums
 import asyncshard
 from asyncshard import ShardedStateLoader
 from asyncshard.errors import ChecksumError
+from asyncshard.events import Retried, Unverified, Verified
 from asyncshard.stores.s3 import S3Store
 from asyncshard.testing import S3Fault, S3Server
 
@@ -119,12 +120,14 @@ async def test_a_small_object_that_came_wrong_is_read_again(server):
     data = bytes(range(100))
     put(server, data)
     server.faults.append(S3Fault(body=flipped(data, 7), when=is_data))
+    events = []
     async with S3Store("s3://models/checkpoint", **options_on(server)) as store:
-        meta, _ = await store.open("model.safetensors", 0)
-        memory = bytearray(100)
-        await store.read_into(meta, 0, [memoryview(memory)])
+        with store.reporting_to(events.append):
+            meta, _ = await store.open("model.safetensors", 0)
+            memory = bytearray(100)
+            await store.read_into(meta, 0, [memoryview(memory)])
         assert memory == data
-        assert store.retries == 1
+    assert [type(event) for event in events] == [Unverified, Unverified, Retried, Verified]
 
 
 async def test_a_checksum_in_the_answer_to_a_range_is_not_taken_for_the_ranges(server, checkpoints, tensors):

@@ -6,7 +6,7 @@ import pytest
 
 from asyncshard.stores.http.failures import Failed
 from asyncshard.stores.http.pool import Origin
-from asyncshard.stores.http.response import Head
+from asyncshard.stores.http.response import ResponseHead
 from asyncshard.stores.s3.transports import host_of, redirected
 
 SIGNED = urlsplit(
@@ -15,7 +15,7 @@ SIGNED = urlsplit(
 
 
 def follow(location, current=SIGNED):
-    return redirected(SIGNED, current, Head(307, {} if location is None else {"location": location})).geturl()
+    return redirected(SIGNED, current, ResponseHead(307, {} if location is None else {"location": location})).geturl()
 
 
 def test_the_same_server_gets_what_it_says():
