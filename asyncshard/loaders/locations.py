@@ -10,7 +10,7 @@ from asyncshard.loaders.sources import ShardFile, Sources
 from asyncshard.pipeline.checkpoint.checkpoint import Checkpoint, Selection, choose_files
 from asyncshard.pipeline.checkpoint.opened_file import FileReader, OpenedFile
 from asyncshard.pipeline.checkpoint.opening import Opening
-from asyncshard.pipeline.checkpoint.ties import embedding_beside, possible_tie
+from asyncshard.pipeline.checkpoint.tied_tensor import embedding_beside, possible_tie
 from asyncshard.pipeline.memory.budget import Account
 from asyncshard.pipeline.shard_cache.cache import ShardCache
 from asyncshard.stores.opening import StoreAccess

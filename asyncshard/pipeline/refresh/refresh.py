@@ -15,7 +15,7 @@ from asyncshard.errors import BudgetError, ChecksumError
 from asyncshard.format.digests import Digest, digests_of, load_digest
 from asyncshard.pipeline.checkpoint.version import CheckpointVersion, changes_since, version_of
 from asyncshard.pipeline.memory.budget import Account, MemoryBudget, charge_of
-from asyncshard.pipeline.refresh.changes import ChangedTensors
+from asyncshard.pipeline.refresh.changes import ChangedTensors, StagingLayout
 from asyncshard.pipeline.refresh.update import Update
 from asyncshard.pipeline.transfer.destinations import MatchedDestinations, ShardDestinations, are_equal
 from asyncshard.pipeline.transfer.load import Delivery, OpenedCheckpoint
@@ -76,37 +76,34 @@ class Refresh(Delivery):
         ImportError
             There are digests, and the package that computes them is not installed.
         """
-        budget = opened.load.budget
-        matched = await self._into.match(opened)
-        reading = matched.reading
-        changes = await reading.threads.run(self._compare, matched)
-        into: list[ShardDestinations] | None = None
+        budget, threads = opened.load.budget, opened.reading.threads
+        matched, changes, layout = await self._into.match(opened, self._compare)
+        lease = None
         if self._is_staged:
-            layout = await reading.threads.run(changes.lay_out, _SPACING)
-            lease = await self._allocate(layout.nbytes, reading, budget)
-            into = await reading.threads.run(_stage, matched.destinations, layout.offsets, lease)
+            lease = await self._allocate(layout.nbytes, matched.reading, budget)
             changes.lease, changes.offsets = lease, layout.offsets
         self._changes = changes
-        # What lies between changed tensors is left out, however narrow: the point is to read little.
-        reading = reading._replace(pacing=reading.pacing._replace(max_gap_bytes=0))
 
         def make() -> RefreshTransfer:
-            transfer = RefreshTransfer(reading, matched.destinations, into)
+            # What lies between changed tensors is left out, however narrow: the point is to read little.
+            pacing = matched.reading.pacing._replace(max_gap_bytes=0)
+            into = _stage(matched.destinations, layout.offsets, lease) if self._is_staged else None
+            transfer = RefreshTransfer(matched.reading._replace(pacing=pacing), matched.destinations, into)
             transfer.plan(budget)
             return transfer
 
-        self._transfer = await reading.threads.run(make)
+        self._transfer = await threads.run(make)
         return self._transfer
 
-    def _compare(self, matched: Matched) -> ChangedTensors:
-        """Leave of the destinations those of tensors that have changed."""
+    def _compare(self, matched: Matched) -> tuple[Matched, ChangedTensors, StagingLayout]:
+        """Leave of the destinations those of tensors that have changed, and lay these out in memory."""
         checkpoint, pacing, _ = matched.reading
         shards = matched.destinations.shards
         if self._since is not None:
             matched.destinations.keep(list(changes_since(self._since, checkpoint, version_of(checkpoint))))
         changes = ChangedTensors(checkpoint, shards, matched.library, pacing.chunk_size, cast=self._cast)
         self._changed = changes.names()
-        return changes
+        return matched, changes, changes.lay_out(_SPACING)
 
     async def _allocate(self, nbytes: int, reading: Reading, budget: MemoryBudget) -> Lease | None:
         if not nbytes:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from asyncshard.errors import BudgetError, NamesError
 from asyncshard.pipeline.checkpoint.checkpoint import Selection
-from asyncshard.pipeline.checkpoint.ties import TiedTensor, ties_of_file
+from asyncshard.pipeline.checkpoint.tied_tensor import TiedTensor, ties_of_file
 from asyncshard.pipeline.memory.budget import charge_of
 from asyncshard.pipeline.shard_cache.cache import CachedFile, ShardCache
 from asyncshard.pipeline.shard_cache.tensors import ShardTensors

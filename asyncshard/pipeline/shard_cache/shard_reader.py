@@ -10,8 +10,8 @@ from asyncshard.arrays.base import ArrayLibrary
 from asyncshard.errors import ObjectChangedError
 from asyncshard.pipeline.checkpoint.checkpoint import Checkpoint, Selection, refuse_second_cut
 from asyncshard.pipeline.checkpoint.opened_file import FileReader, OpenedFile, read_header_of
-from asyncshard.pipeline.checkpoint.slicing import find_plan, slice_shard, with_slice_reader
-from asyncshard.pipeline.checkpoint.ties import find_tied
+from asyncshard.pipeline.checkpoint.slicing import covers_gaps, find_plan, slice_shard, with_slice_reader
+from asyncshard.pipeline.checkpoint.tied_tensor import find_tied
 from asyncshard.pipeline.shard_cache.cache import CachedFile, ShardCache
 from asyncshard.pipeline.shard_cache.reads import read_one, read_tied, read_whole, unknown
 from asyncshard.pipeline.shard_cache.tensors import ShardTensors
@@ -120,7 +120,10 @@ class ShardReader:
         account = self._cache.open_account()  # of the scratch for slices
         try:
             if shard.slice is not None:
-                checkpoint = await with_slice_reader(checkpoint, opened.threads, account, chunk_size=pacing.chunk_size)
+                is_covering = await opened.threads.run(covers_gaps, checkpoint, pacing.max_gap_bytes)
+                checkpoint = with_slice_reader(
+                    checkpoint, opened.threads, account, chunk_size=pacing.chunk_size, is_covering=is_covering
+                )
             yield BufferedTransfer(Reading(checkpoint, pacing, opened.threads), opened.library)
         finally:
             self._cache.discard(account)

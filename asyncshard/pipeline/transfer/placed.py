@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 from asyncshard._core import Lease
 from asyncshard.arrays.base import ArrayLibrary
 from asyncshard.arrays.memory import Sink
-from asyncshard.pipeline.checkpoint.ties import add_ties
+from asyncshard.pipeline.checkpoint.ties import AskedTies, asked_ties, config_ties_embeddings, with_asked_ties
 from asyncshard.pipeline.memory.budget import MemoryBudget
 from asyncshard.pipeline.transfer.destinations import (
     MatchedDestinations,
@@ -28,6 +28,8 @@ from asyncshard.pipeline.transfer.matching import match_destinations
 from asyncshard.pipeline.transfer.shared_memory import FirstCopies, copies_differ
 from asyncshard.pipeline.transfer.transfer import Reading, Transfer
 from asyncshard.plan.items import GRAIN, ReadItem, TensorKey, placed_tensors
+
+T = TypeVar("T")
 
 _MAX_TENSORS = 4096
 """In one item: what reading into separate buffers handles in one call without holding the GIL for long."""
@@ -66,12 +68,10 @@ class ToDestinations(Delivery):
         self._cast = cast
 
     async def plan(self, opened: OpenedCheckpoint) -> PlacedTransfer:
-        load, reading = opened
-        matched = await self.match(opened)
-        return await reading.threads.run(self._place, matched, load.budget)
+        return await self.match(opened, lambda matched: self._place(matched, opened.load.budget))
 
-    async def match(self, opened: OpenedCheckpoint) -> Matched:
-        """Find the destination of every tensor, tied ones among them.
+    async def match(self, opened: OpenedCheckpoint, then: Callable[[Matched], T]) -> T:
+        """Find the destination of every tensor, tied ones among them; return what `then` makes of it in a thread.
 
         Raises
         ------
@@ -79,19 +79,28 @@ class ToDestinations(Delivery):
             See `match_destinations`.
         """
         load, reading = opened
-        library = await reading.threads.run(load.library, self._destinations)
-        checkpoint = await add_ties(reading.checkpoint, self._destinations, library, reading.threads)
-        destinations = await reading.threads.run(
-            lambda: match_destinations(
-                checkpoint,
+        checkpoint, threads = reading.checkpoint, reading.threads
+
+        def look() -> tuple[ArrayLibrary, AskedTies]:
+            return load.library(self._destinations), asked_ties(checkpoint, self._destinations)
+
+        library, asked = await threads.run(look)
+        if asked.missing_output is not None and not await config_ties_embeddings(checkpoint.reader.store, threads):
+            asked = asked._replace(missing_output=None)
+
+        def match() -> T:
+            whole = with_asked_ties(checkpoint, asked, self._destinations, library, threads)
+            destinations = match_destinations(
+                whole,
                 self._destinations,
                 library,
                 strict=self._strict,
                 cast=self._cast,
-                path=checkpoint.reader.store.url,
+                path=whole.reader.store.url,
             )
-        )
-        return Matched(reading._replace(checkpoint=checkpoint), destinations, library)
+            return then(Matched(reading._replace(checkpoint=whole), destinations, library))
+
+        return await threads.run(match)
 
     @staticmethod
     def _place(matched: Matched, budget: MemoryBudget) -> PlacedTransfer:
