@@ -68,7 +68,7 @@ def natural_key(name: str) -> tuple[list[tuple[int, str]], str]:
 
     Different names have different keys: names that differ only in leading zeros are ordered as texts.
     """
-    # Texts and numbers alternate, so like is compared with like. Of numbers without leading zeros the longer is greater.
+    # Texts and numbers alternate: like is compared with like. Of numbers without leading zeros, the longer is greater.
     key = []
     for index, text in enumerate(re.split("([0-9]+)", name)):
         digits = text.lstrip("0")

@@ -55,5 +55,3 @@ def test_a_survey_tells_of_every_marked_rank():
     problems = survey_names(names, path="/m").problems
     expected = [str(incomplete_rank("/m", name, ShardName(0, rank, 0))) for rank, name in enumerate(names[4:])]
     assert list(problems) == expected
-        *problems
-    ]
