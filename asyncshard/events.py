@@ -1,7 +1,7 @@
-"""What happens during a load, as values that whoever is interested is called with.
+"""Events of a load as values, with which listeners are called.
 
-Stores and the pipeline make them; statistics are counted from them. A tensor alone makes no event: those that the
-consumer took are told together.
+Stores and the pipeline make events, and statistics are counted from them. There is no event for each tensor: the
+tensors that the consumer has taken are reported several at a time.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Retried:
     path: str
     """Full path or URL of the object, or of the listing."""
     reason: str
-    """What went wrong, in words; it holds no secret."""
+    """The cause of the failure in words; it holds no secret."""
     pause_s: float
     """Seconds until the next attempt."""
     attempt: int
@@ -63,7 +63,7 @@ class Retried:
     status: int | None
     """The HTTP status of the failed attempt; None where there was none."""
     request_id: str | None
-    """How the server calls the failed request in its logs; None where it did not say."""
+    """Name of the failed request in the server's logs; None where the server did not say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ class Verified:
 class Unverified:
     """An object is not compared with its checksum, or not yet: it was opened, or read again and did not match.
 
-    Told of objects for which the comparison was asked for. A `Verified` of the same object follows once it matches.
+    It is reported of objects whose comparison was asked for. A `Verified` of the same object follows once it matches.
     """
 
     path: str
@@ -90,7 +90,7 @@ class Delivered:
     """The consumer has taken tensors, or they have been filled in their destination."""
 
     tensors: int
-    """How many of them since the last such event."""
+    """Number of tensors since the last such event."""
     nbytes: int
     """Bytes of these tensors."""
 
@@ -104,11 +104,7 @@ class Closed:
 
 
 Event = Opened | ReadStarted | ReadEnded | Retried | Verified | Unverified | Delivered | Closed
-"""Whatever can happen."""
+"""Any of these events."""
 Listener = Callable[[Event], None]
 """Takes one event. It is called in the thread in which the event happens, so it must be quick, may be called from
 several threads at once, and must not raise."""
-
-
-def ignore_event(event: Event) -> None:
-    """Do nothing: the listener of those who want none."""

@@ -1,1 +1,1 @@
-"""What loading costs: ``python -m bench``. Nothing here is part of the library, and nothing here is a test."""
+"""The benchmark: ``python -m bench`` measures what loading costs. It is neither part of the library nor a test."""

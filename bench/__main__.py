@@ -1,4 +1,4 @@
-"""Measure everything and print a table: ``python -m bench [--rounds 5] [--only NAME] [--quick]``."""
+"""Run the benchmark and print its tables: ``python -m bench [--rounds 5] [--only NAME] [--quick]``."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def _words(only: str | None) -> str | None:
-    """Return what only a part of the figures was asked for by, as part of a file's name."""
+    """Return the argument of ``--only`` in a form that fits into a file's name."""
     return only and only.replace("/", "-")
 
 

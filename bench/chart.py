@@ -1,4 +1,4 @@
-"""The speeds and the lags as a picture."""
+"""A chart of the measured speeds and of the event loop's lags."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _LIBRARY_WAYS = ("load-", "stream-", "open-")
 
 
 def draw(results: Results, path: Path) -> bool:
-    """Write a PNG; False where matplotlib is not installed or nothing to draw was measured."""
+    """Write the chart as a PNG. Return False if matplotlib is not installed, or if there is nothing to draw."""
     speeds = {name: result for name, result in results.items() if name.startswith("speed/") and result.rounds}
     lags = {name: result for name, result in results.items() if name.startswith("lag/") and result.rounds}
     if importlib.util.find_spec("matplotlib") is None or not (speeds or lags):

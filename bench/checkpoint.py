@@ -1,8 +1,8 @@
-"""The files that are loaded: one rank of a 1B Llama, headers of very many tensors, and very many small tensors; and
-what is loaded from S3 besides.
+"""The files that the benchmark loads.
 
-They are written byte by byte from the format's definition, by neither the library under test nor a peer, once for each
-scale.
+They are one rank of a Llama of 1B parameters, files whose headers have very many tensors, files of very many small
+tensors, and further files that are loaded from S3. They are written once for each scale, byte by byte from the format's
+definition, with neither the library under test nor a peer.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ import numpy as np
 
 _ITEM_BYTES = {"BF16": 2, "F32": 4}
 _BLOCK = 64 << 20
+"""Random bytes are made and written 64 MiB at a time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """A tensor of a file that was generated here."""
+    """A tensor of a generated file."""
 
     name: str
     dtype: str
@@ -35,16 +36,18 @@ class Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """A tensor and where it lies."""
+    """A tensor and the position of its bytes."""
 
     tensor: Tensor
     path: Path
+    """The file that holds the tensor."""
     start: int
+    """Offset in the file of the tensor's first byte."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """How large everything is."""
+    """The sizes of all files and models of the benchmark."""
 
     name: str
     layers: int
@@ -52,21 +55,23 @@ class Scale:
     intermediate: int
     vocabulary: int
     headers: tuple[int, int]
-    """Tensors of the smaller and of the larger header."""
+    """The number of tensors of the smaller header, and of the larger one."""
     small_tensors: int
+    """The number of tensors of 4 bytes in one file."""
     views: int
-    """Views of one storage for `filter_subtensors`."""
+    """The number of views of one storage that `filter_subtensors` gets."""
     parameters: int
+    """The number of parameters that `compute_shard_assignment` gets."""
     ranks: int
-    """For `compute_shard_assignment`."""
+    """The number of ranks that `compute_shard_assignment` gets."""
     pages: int
-    """Tensors of 4 KiB of one object."""
+    """The number of tensors of 4 KiB in one object."""
     late: int
-    """Tensors of 1 MiB that a server sends late."""
+    """The number of tensors of 1 MiB that a slow server sends."""
     cancels: int
-    """Loads that are cancelled."""
+    """The number of loads that are cancelled."""
     whole_layers: int
-    """Layers of a checkpoint that was not cut for ranks."""
+    """The number of layers of the checkpoint that was not cut for ranks."""
 
 
 FULL = Scale(
@@ -78,9 +83,9 @@ RANK, WORLD_SIZE = 0, 2
 
 
 def rank_parts(scale: Scale) -> list[list[Tensor]]:
-    """Return what rank 0 of 2 of a Llama holds, named and fused as vLLM does, in three parts of about the same size.
+    """Return the tensors of rank 0 of 2 of a Llama, with the names and fused parameters of vLLM, in three parts.
 
-    The embedding is the largest tensor; the second part has layers only.
+    The parts have about the same size. The embedding is the largest tensor. The second part has layers only.
     """
     hidden, intermediate = scale.hidden, scale.intermediate // WORLD_SIZE
     vocabulary = (scale.vocabulary // WORLD_SIZE, hidden)
@@ -110,7 +115,7 @@ def rank_parts(scale: Scale) -> list[list[Tensor]]:
 
 
 def whole_parts(scale: Scale) -> list[list[Tensor]]:
-    """Return a Llama that is not cut for ranks, named as on the Hugging Face hub, in two files."""
+    """Return the tensors of a Llama that was not cut for ranks, with Hugging Face names, in two parts."""
     hidden, intermediate = scale.hidden, scale.intermediate
 
     def layers(first: int, last: int) -> Iterator[Tensor]:
@@ -135,7 +140,7 @@ def whole_parts(scale: Scale) -> list[list[Tensor]]:
 
 
 def _experts(count: int) -> Iterator[Tensor]:
-    """Yield tensors of 8 bytes with the names of a mixture of experts: the file stays small, the header does not."""
+    """Yield tensors of 8 bytes with the names of a mixture of experts: they make a large header and a small file."""
     for number in range(count):
         layer, expert = divmod(number // 3, 512)
         yield Tensor(f"layers.{layer}.experts.{expert}.w{number % 3 + 1}", "BF16", (2, 2))
@@ -143,14 +148,14 @@ def _experts(count: int) -> Iterator[Tensor]:
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """The files of one scale in a folder."""
+    """The generated files of one scale, in a folder."""
 
     folder: Path
     scale: Scale
 
     @property
     def rank(self) -> Path:
-        """A directory of rank shards."""
+        """The directory of the rank shards."""
         return self.folder / "rank"
 
     @property
@@ -159,7 +164,7 @@ class Dataset:
 
     @property
     def layers_only(self) -> Path:
-        """The part without the large tensors."""
+        """The rank shard without the large tensors."""
         return self.files[1]
 
     def header(self, count: int) -> Path:
@@ -167,22 +172,22 @@ class Dataset:
 
     @property
     def small(self) -> Path:
-        """A file of very many tensors of 4 bytes."""
+        """The file of very many tensors of 4 bytes."""
         return self.folder / "small.safetensors"
 
     @property
     def pages(self) -> Path:
-        """A file of many tensors of 4 KiB, which an object store is not to be asked for one by one."""
+        """The file of many tensors of 4 KiB: a load that makes one request for each tensor is slow."""
         return self.folder / "pages.safetensors"
 
     @property
     def late(self) -> Path:
-        """A file of tensors of 1 MiB."""
+        """The file of tensors of 1 MiB, which a slow server sends."""
         return self.folder / "late.safetensors"
 
     @property
     def whole(self) -> Path:
-        """A directory with a checkpoint that was not cut for ranks."""
+        """The directory of the checkpoint that was not cut for ranks."""
         return self.folder / "whole"
 
     @property
@@ -190,11 +195,11 @@ class Dataset:
         return [self.whole / f"model-{number:05}-of-00002.safetensors" for number in (1, 2)]
 
     def objects(self) -> list[tuple[str, Path]]:
-        """Return the keys of what is loaded from S3: the files' paths below the folder."""
+        """Return the key and the path of each file that is loaded from S3. The key is the path below the folder."""
         return [(path.relative_to(self.folder).as_posix(), path) for path in (*self.files, self.pages, self.late)]
 
     def tensors(self, only: Path | None = None) -> Iterator[Placed]:
-        """Yield the tensors of the rank, or of one file, and where they are, as the files' headers say."""
+        """Yield the tensors of the rank, or of the file `only`, as the headers of the files describe them."""
         for path in self.files if only is None else [only]:
             with path.open("rb") as file:
                 size = int.from_bytes(file.read(8), "little")
@@ -205,11 +210,11 @@ class Dataset:
 
     @property
     def rank_bytes(self) -> int:
-        """Bytes of the rank's files."""
+        """The number of bytes of the rank's files."""
         return sum(path.stat().st_size for path in self.files)
 
     def generate(self) -> None:
-        """Write the files that are not there yet."""
+        """Write the files of the rank, and the files of headers and small tensors, unless they exist."""
         self.rank.mkdir(parents=True, exist_ok=True)
         for path, tensors in zip(self.files, rank_parts(self.scale), strict=True):
             _write(path, tensors)
@@ -218,7 +223,7 @@ class Dataset:
         _write(self.small, (Tensor(f"scale.{number}", "F32", (1,)) for number in range(self.scale.small_tensors)))
 
     def generate_whole(self) -> None:
-        """Write what only the cases of slices load."""
+        """Write the checkpoint that was not cut for ranks, which only the cases of slices load, unless it exists."""
         self.whole.mkdir(parents=True, exist_ok=True)
         parts = whole_parts(self.scale)
         for path, tensors in zip(self.whole_files, parts, strict=True):
@@ -229,13 +234,13 @@ class Dataset:
         (self.whole / "model.safetensors.index.json").write_text(json.dumps(index | {"weight_map": weight_map}))
 
     def generate_objects(self) -> None:
-        """Write what only the cases of S3 load."""
+        """Write the files that only the cases of S3 load, unless they exist."""
         _write(self.pages, (Tensor(f"page.{number}", "BF16", (2048,)) for number in range(self.scale.pages)))
         _write(self.late, (Tensor(f"late.{number}", "BF16", (512, 1024)) for number in range(self.scale.late)))
 
 
 def _write(path: Path, tensors: Iterable[Tensor]) -> None:
-    """Write a file of random bytes; under its name it is complete and on the disk."""
+    """Write a file of random bytes, unless it exists. It gets its name when it is complete and on the disk."""
     if path.exists():
         return
     entries = {}

@@ -1,4 +1,4 @@
-"""Under which conditions figures were taken; without them they say nothing."""
+"""The conditions under which figures were taken: the machine and the versions of the libraries."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _PACKAGES = (
 
 
 def conditions() -> dict[str, object]:
-    """Return what of this machine and its libraries bears on the figures."""
+    """Return the facts about this machine and its libraries that may influence the figures."""
     return {
         "taken": datetime.now(UTC).isoformat(timespec="seconds"),
         "cpu": _line("/proc/cpuinfo", "model name"),

@@ -1,4 +1,4 @@
-"""Where a server of objects is, and who may read there."""
+"""The address of an S3 server, and the credentials with which the benchmark reads from it."""
 
 from __future__ import annotations
 
@@ -8,27 +8,29 @@ from typing import Any
 BUCKET = "models"
 REGION = "us-east-1"
 ACCESS_KEY, SECRET_KEY = "benchmark", "benchmark-secret"
-"""Of servers that listen on loopback and live as long as the run."""
+"""The credentials of the servers, which listen on loopback and end with the run."""
 IN_FLIGHT = 16
+"""Peers have 16 requests in flight."""
 RANGE_BYTES = 8 << 20
+"""Peers read ranges of 8 MiB."""
 LATENCY_S = 0.2
-"""Of each answer of the server that is late."""
+"""Every answer of the slow server begins 0.2 s late."""
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """A server of objects."""
+    """An S3 server."""
 
     url: str
     ca_file: str | None = None
-    """Whom to trust about its certificate, over TLS."""
+    """File of the certificates that the client trusts, for TLS; None for plain HTTP."""
 
     def arguments(self) -> tuple[str, ...]:
-        """Return what tells a case's process of it."""
+        """Return the command-line arguments with which the process of a case finds the server."""
         return ("--endpoint-url", self.url, *(() if self.ca_file is None else ("--ca-file", self.ca_file)))
 
     def options(self) -> dict[str, Any]:
-        """Return the library's storage options."""
+        """Return the `storage_options` of the library for this server."""
         return {
             "endpoint_url": self.url,
             "region_name": REGION,
@@ -39,7 +41,7 @@ class Endpoint:
 
 
 def client_of(endpoint: Endpoint) -> Any:
-    """Return an aiobotocore client, to be entered."""
+    """Return an aiobotocore client for a server, to be entered with ``async with``."""
     from aiobotocore.config import AioConfig
     from aiobotocore.session import get_session
 

@@ -1,4 +1,7 @@
-"""Serve files as objects, each answer late: ``python -m bench.late --latency SECONDS KEY FILE ...``; prints its URL."""
+"""Serve files as S3 objects, slowly: ``python -m bench.late --latency SECONDS KEY FILE ...``.
+
+It prints the URL of the server. Every answer begins SECONDS late.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from bench.endpoint import BUCKET
 
 
 async def serve(latency_s: float, files: list[tuple[str, Path]]) -> None:
-    """Serve until the process is told to end."""
+    """Serve the files until the process gets SIGTERM."""
     ended = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, ended.set)
     async with testing.S3Server(latency_s=latency_s) as server:

@@ -1,4 +1,4 @@
-"""Instruments: peak memory, the event loop's lag, and whether files are in the page cache."""
+"""Instruments: they measure peak memory and the event loop's lag, and control what is in the page cache."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ import numpy as np
 
 _STATUS = Path("/proc/self/status")
 _TICK_S = 0.001
+"""The ticker asks the event loop for a turn every millisecond."""
 
 
 def _status_bytes(field: str) -> int:
@@ -28,12 +29,13 @@ def _status_bytes(field: str) -> int:
 
 
 class PeakMemory:
-    """Peak resident memory of a block beyond what was resident before it, mapped files included."""
+    """Measures the peak of the resident memory during a ``with`` block, mapped files included."""
 
     def __init__(self) -> None:
         self.extra_bytes = 0
+        """The peak during the block, less the resident memory before it."""
         self.is_exact = True
-        """False where the kernel does not let the peak be reset: `extra_bytes` then is a lower bound."""
+        """False if the kernel does not let the peak be reset: `extra_bytes` is then a lower bound."""
 
     def __enter__(self) -> Self:
         try:
@@ -51,7 +53,7 @@ class PeakMemory:
 
 
 class Ticker:
-    """Ask the running loop for a turn every millisecond, and note how late each comes."""
+    """Asks the event loop for a turn every millisecond during an ``async with`` block, and notes how late it comes."""
 
     def __init__(self) -> None:
         self._lateness: list[float] = []
@@ -64,7 +66,7 @@ class Ticker:
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        await asyncio.sleep(2 * _TICK_S)  # the turn that is late now is counted
+        await asyncio.sleep(2 * _TICK_S)  # so that a turn which is late now is counted
         self._task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._task
@@ -76,14 +78,14 @@ class Ticker:
             self._lateness.append(time.perf_counter() - due)
 
     def milliseconds(self) -> dict[str, float]:
-        """Return percentiles of the lateness; uvloop's whole milliseconds may fire early, which counts as 0."""
+        """Return percentiles of the lag. uvloop counts in whole milliseconds and may be early: that counts as 0."""
         late = np.maximum(self._lateness, 0) * 1e3
         p50, p99 = np.percentile(late, (50, 99))
         return {"p50": float(p50), "p99": float(p99), "max": float(late.max()), "ticks": len(late)}
 
 
 def drop_from_page_cache(paths: Iterable[Path]) -> float:
-    """Ask the kernel to forget files, these alone, and return which share of them is still in the page cache."""
+    """Drop these files from the page cache; return the share of their pages that stayed there."""
     resident = total = 0
     for path in paths:
         fd = os.open(path, os.O_RDONLY)
@@ -99,7 +101,7 @@ def drop_from_page_cache(paths: Iterable[Path]) -> float:
 
 
 def read_into_page_cache(paths: Iterable[Path]) -> None:
-    """Read files once, so that what follows finds them warm."""
+    """Read files once, so that they are in the page cache."""
     buffer = bytearray(8 << 20)
     for path in paths:
         with path.open("rb", buffering=0) as file:
@@ -108,7 +110,7 @@ def read_into_page_cache(paths: Iterable[Path]) -> None:
 
 
 def _resident_pages(fd: int) -> np.ndarray:
-    """Return for each page of a file whether it is in the page cache. Asking does not read it."""
+    """Return for each page of a file whether it is in the page cache. The file is not read."""
     libc = ctypes.CDLL(None, use_errno=True)
     with mmap.mmap(fd, 0, prot=mmap.PROT_READ) as mapped:
         view = np.frombuffer(mapped, np.uint8)

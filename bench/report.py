@@ -1,4 +1,4 @@
-"""What was measured, as Markdown and as JSON."""
+"""The results of a run as JSON and as Markdown."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _MIB = 1 << 20
 
 
 def as_json(conditions: dict[str, object], options: dict[str, object], results: Results, rows: Iterable[Row]) -> Any:
-    """Return everything, the single rounds included."""
+    """Return all results as a JSON value, with the figures of every round."""
     return {
         "conditions": conditions,
         "options": options,
@@ -34,7 +34,7 @@ def as_json(conditions: dict[str, object], options: dict[str, object], results: 
 
 
 def _all_ratios(results: Results) -> dict[str, list[float]]:
-    """Return how many times faster each of the library's ways ran than each other way of its group."""
+    """Return for each of the library's ways how many times faster it ran than each other way of its group."""
     pairs = {}
     for ours in results:
         group, _, way = ours.rpartition("/")
@@ -47,7 +47,7 @@ def _all_ratios(results: Results) -> dict[str, list[float]]:
 
 
 def as_markdown(conditions: dict[str, object], results: Results, rows: Iterable[Row]) -> Iterator[str]:
-    """Yield the lines of the report: promises first, then every case."""
+    """Yield the lines of the report: first the table of promises, then the table of cases."""
     load = conditions["load_average"]
     yield (
         f"{conditions['cpu']}, {conditions['cores']} cores, Linux {conditions['kernel']}, "

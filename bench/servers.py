@@ -1,7 +1,7 @@
-"""The servers that the cases of S3 read from: SeaweedFS, nginx, and the scripted server that answers late.
+"""The servers that the cases of S3 read from: SeaweedFS, nginx, and the slow server of `bench.late`.
 
-They run on loopback, each with its first case, and end with the run, whatever happens. Of one whose program is not
-installed the cases are absent.
+Each server listens on loopback, is started for the first case that needs it, and ends with the run. If its program is
+not installed, its cases are absent from the results.
 """
 
 from __future__ import annotations
@@ -29,17 +29,21 @@ from bench.checkpoint import Dataset
 from bench.endpoint import ACCESS_KEY, BUCKET, LATENCY_S, SECRET_KEY, Endpoint, client_of
 
 _READY_S = 60.0
+"""A server has 60 seconds to start."""
 _STOP_S = 2.0
+"""A server that has not ended 2 seconds after SIGTERM is killed."""
 _ATTEMPTS = 40
+"""Files are uploaded in at most 40 attempts: a server that has just started may refuse some."""
 _PART_BYTES = 64 << 20
+"""Files are uploaded in parts of 64 MiB."""
 
 
 class Absent(Exception):
-    """A server cannot be had; the message says why."""
+    """A server is not available; the message says why."""
 
 
 class Server(ABC):
-    """One server of objects. `start` before, `stop` after; `stop` is right at any time."""
+    """One server of objects. `start` starts its process, `stop` ends it; `stop` may be called at any time."""
 
     def __init__(self, data: Dataset, folder: Path) -> None:
         self._data = data
@@ -48,20 +52,20 @@ class Server(ABC):
 
     @abstractmethod
     def start(self) -> Endpoint:
-        """Start it with the files of the data set as objects; return when it answers.
+        """Start the server with the files of the data set as objects, and wait until it answers.
 
         Raises
         ------
         Absent
-            What it needs is not installed, or it does not answer.
+            A program that the server needs is not installed, or the server does not answer.
         """
 
     def counts(self) -> dict[str, float]:
-        """Return what it has counted so far, if it counts: ``requests`` answered, ``sent_bytes``."""
+        """Return the server's own counts, where it has some: ``requests`` answered, ``sent_bytes``."""
         return {}
 
     def stop(self) -> None:
-        """End its process; of SeaweedFS that may take longer than anybody wants to wait."""
+        """End the server's process. A process that does not end by itself, as SeaweedFS may not, is killed."""
         if self._process is not None:
             self._process.terminate()
             try:
@@ -74,14 +78,14 @@ class Server(ABC):
         self._folder.mkdir(parents=True, exist_ok=True)
         with (self._folder / "output").open("wb") as output:
             given = {"stdout": output, "stderr": output} | streams
-            # It stands for another machine: where the client wants a core, it gets it.
+            # The server stands for another machine, so it gets a core only when the client does not need it.
             self._process = subprocess.Popen(
                 [program_of("nice"), "-n", "19", *command], cwd=self._folder, stdin=subprocess.DEVNULL, **given
             )
         return self._process
 
     def _wait_for(self, port: int) -> None:
-        """Wait until there is an answer, whatever it says."""
+        """Wait until the server answers on a port, with whatever status."""
         until = time.monotonic() + _READY_S
         while time.monotonic() < until:
             assert self._process is not None
@@ -98,7 +102,7 @@ class Server(ABC):
 
 
 class SeaweedFS(Server):
-    """An object store as people run it; objects stay where they are from one run to the next."""
+    """SeaweedFS, a real object store. Its objects are kept from one run to the next."""
 
     def start(self) -> Endpoint:
         program = program_of("weed")
@@ -152,7 +156,7 @@ _IDENTITIES = {
 
 
 async def _upload(endpoint: Endpoint, data: Dataset) -> None:
-    """Store what is not stored yet, in parts; a server that has just started may need some attempts."""
+    """Upload the files that are not stored yet. A server that has just started may need some attempts."""
     async with client_of(endpoint) as client:
         for attempt in range(_ATTEMPTS):
             try:
@@ -160,7 +164,7 @@ async def _upload(endpoint: Endpoint, data: Dataset) -> None:
                     await client.create_bucket(Bucket=BUCKET)
                 for key, path in data.objects():
                     await _upload_file(client, key, path, path.stat().st_size)
-                    await _read_here_and_there(client, key, path.stat().st_size)
+                    await _read_each_part(client, key, path.stat().st_size)
                 return
             except Exception as error:
                 if attempt == _ATTEMPTS - 1:
@@ -183,8 +187,8 @@ async def _upload_file(client: Any, key: str, path: Path, size: int) -> None:
     await client.complete_multipart_upload(**upload, MultipartUpload={"Parts": parts})
 
 
-async def _read_here_and_there(client: Any, key: str, size: int) -> None:
-    """Fail where it lists an object, and has not found yet what holds it."""
+async def _read_each_part(client: Any, key: str, size: int) -> None:
+    """Read a byte of each part. This fails while the server lists an object and has not loaded the volumes it is in."""
     for start in range(0, size, _PART_BYTES):
         answer = await client.get_object(Bucket=BUCKET, Key=key, Range=f"bytes={start}-{start}")
         async with answer["Body"] as body:
@@ -192,7 +196,7 @@ async def _read_here_and_there(client: Any, key: str, size: int) -> None:
 
 
 class Nginx(Server):
-    """Files over HTTP, cheaply: it takes any signature, and lists what it was started with."""
+    """nginx, which serves the files over HTTP with little CPU. It ignores signatures, and lists from a fixed file."""
 
     is_tls = False
 
@@ -216,7 +220,7 @@ class Nginx(Server):
 
 
 class NginxTls(Nginx):
-    """The same over TLS, with a certificate of this run."""
+    """nginx over TLS, with a certificate that is made for this run."""
 
     is_tls = True
 
@@ -236,8 +240,10 @@ def _listing(data: Dataset) -> str:
 
 
 def _nginx_config(folder: Path, data: Dataset, plain: int, tls: int | None) -> str:
-    """Return a configuration. With sendfile it would be the receiver that pays for pages of the page cache that no
-    core has at hand.
+    """Return the configuration of nginx.
+
+    It turns sendfile off: over loopback, sendfile would pass pages of the page cache to the client, and the client
+    would pay for the cache misses.
     """
     secure = "" if tls is None else f"listen 127.0.0.1:{tls} ssl; ssl_certificate tls.pem; ssl_certificate_key tls.key;"
     return f"""
@@ -267,7 +273,7 @@ http {{
 
 
 def make_certificate(folder: Path) -> Path:
-    """Make a key and a certificate for 127.0.0.1 that vouches for itself; return the certificate."""
+    """Make a key and a self-signed certificate for 127.0.0.1; return the path of the certificate."""
     certificate = folder / "tls.pem"
     command = [
         program_of("openssl"),
@@ -283,7 +289,7 @@ def make_certificate(folder: Path) -> Path:
 
 
 class Scripted(Server):
-    """The server for tests, whose answers come late."""
+    """The slow server of `bench.late`."""
 
     def start(self) -> Endpoint:
         import asyncshard.testing
@@ -303,7 +309,7 @@ class Scripted(Server):
 
 
 def _environment() -> dict[str, str]:
-    """Return one in which a process that runs elsewhere finds this package too."""
+    """Return environment variables with which a process finds this package from any directory."""
     paths = (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH"))
     return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
@@ -312,7 +318,7 @@ _KINDS: dict[str, type[Server]] = {"seaweedfs": SeaweedFS, "nginx": Nginx, "ngin
 
 
 class Servers:
-    """Those of one run, started as they are asked for. A context manager: they end with it."""
+    """The servers of one run, each started when it is first needed. All end with the ``with`` block."""
 
     def __init__(self, data: Dataset, folder: Path) -> None:
         self._data = data
@@ -331,12 +337,12 @@ class Servers:
                 stack.callback(server.stop)
 
     def endpoint(self, kind: str) -> Endpoint:
-        """Return where a server is.
+        """Return the address of a server, which is started if it does not run yet.
 
         Raises
         ------
         Absent
-            There is none; asked again, it says so again.
+            The server is not available. Later calls raise the same error, and do not try again.
         """
         if kind not in self._found:
             self._data.generate_objects()
@@ -351,22 +357,28 @@ class Servers:
         return found
 
     def counts(self, kind: str) -> dict[str, float]:
-        """Return what a server has counted so far."""
+        """Return the counts of a server that was started."""
         return self._started[kind].counts()
 
 
 def program_of(name: str) -> str:
-    """Return the path of a program, also of one that was installed with this interpreter's packages."""
-    places = (None, sysconfig.get_path("scripts"), "/usr/sbin")
-    for place in places:
-        found = shutil.which(name, path=place)
-        if found:
-            return found
+    """Return the path of a program. It may be one that was installed with this interpreter's packages.
+
+    Raises
+    ------
+    Absent
+        The program is not installed.
+    """
+    folders = (None, sysconfig.get_path("scripts"), "/usr/sbin")
+    for folder in folders:
+        path = shutil.which(name, path=folder)
+        if path:
+            return path
     raise Absent(f"{name} is not installed")
 
 
 def _free_ports(count: int) -> Iterator[int]:
-    """Return ports that are free now, all different."""
+    """Return different ports that are free now."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for each in sockets:

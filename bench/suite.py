@@ -1,4 +1,8 @@
-"""What is measured together, and running it: each case in its own process, in turn, A B C A B C."""
+"""The groups of cases that are measured together, and running them.
+
+Each case runs in a process of its own. The cases of a group take turns (A B C A B C), so that a change of the machine's
+speed affects all of them.
+"""
 
 from __future__ import annotations
 
@@ -15,37 +19,42 @@ from bench.checkpoint import Dataset
 from bench.servers import Absent, Servers
 
 ROOM_BUDGET_MB = 320
-"""Room for the rank's largest tensor, 251 MiB."""
+"""A budget of 320 MiB has room for the rank's largest tensor, of 251 MiB."""
 SMALL_BUDGET_MB = 64
+"""A budget of 64 MiB is much smaller than the rank."""
 CACHE_BUDGET_MB = 256
+"""The memory cache of `IncrementalShardLoader` has 256 MiB."""
 RESHARD_BUDGET_MB = 512
+"""`reshard` has a budget of 512 MiB."""
 _CASE_S = 600
+"""A case that runs for 600 seconds is ended."""
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One case: a way and how it is run."""
+    """One case: a way of loading, and the options with which it runs."""
 
     name: str
     way: str
     options: tuple[str, ...] = ()
+    """Command-line arguments of `bench.way`."""
     server: str | None = None
-    """The kind of server that it loads from."""
+    """The kind of server that the case loads from; None for no server."""
     is_once: bool = False
-    """Whether it runs in the first round only: it takes long, and has its own repetitions."""
+    """Whether the case runs in the first round only, because it takes long and repeats its work itself."""
 
 
 @dataclass(slots=True)
 class Rounds:
-    """What a case cost, round by round."""
+    """The figures of one case in each round."""
 
     case: Measured
     rounds: list[dict[str, Any]] = field(default_factory=list)
     absent: str | None = None
-    """Why there are no figures."""
+    """Why the case has no figures; None if it has."""
 
     def values(self, key: str) -> list[float]:
-        """Return one figure of every round; a key such as ``busy.p99`` reaches into it."""
+        """Return one figure of every round. A key such as ``busy.p99`` names a figure within a figure."""
         return [_figure(figures, key) for figures in self.rounds]
 
     def median(self, key: str) -> float:
@@ -94,7 +103,7 @@ def _lag(ways: Iterable[str]) -> list[Measured]:
 
 S3_PEERS = ("obstore", "aiobotocore", "runai-model-streamer")
 S3_TLS_PEERS = S3_PEERS[:2]
-"""Those that can be told whom to trust about a certificate."""
+"""The peers that can be told which certificates to trust."""
 
 
 def _s3() -> list[Measured]:
@@ -116,7 +125,7 @@ def _s3() -> list[Measured]:
 
 
 SAFETENSORS = ("safetensors-safe-open", "safetensors-safe-open-pread", "safetensors-load-file")
-"""With torch's own number of threads for `copy_`, as people run them."""
+"""The ways of safetensors. Their `copy_` runs in as many threads as torch chooses."""
 LAG_OF_LIBRARY = (
     "load-weights",
     "stream-count",
@@ -191,7 +200,7 @@ GROUPS: dict[str, list[Measured]] = {
 
 
 def select(only: str | None) -> dict[str, list[Measured]]:
-    """Return the groups, or of them what `only` names: a group, a part of one, a way, or a case."""
+    """Return the groups with the cases that `only` names: a group, a part of one, a way, or a case; None for all."""
     chosen = {
         group: [case for case in cases if only in (None, case.way, case.name) or case.name.startswith(f"{only}/")]
         for group, cases in GROUPS.items()
@@ -202,7 +211,7 @@ def select(only: str | None) -> dict[str, list[Measured]]:
 def measure(
     groups: dict[str, list[Measured]], data: Dataset, servers: Servers, rounds: int, tell: Callable[[str], object]
 ) -> Results:
-    """Run every case of a group once, then again, as many times as there are rounds."""
+    """Run the cases of each group in turn, `rounds` times; return the figures."""
     results: Results = {}
     for cases in groups.values():
         results.update((case.name, Rounds(case)) for case in cases)
@@ -220,7 +229,7 @@ def measure(
 
 
 def run_case(case: Measured, data: Dataset, servers: Servers) -> dict[str, Any]:
-    """Run one case in a process of its own; a way that fails is absent, and says why."""
+    """Run one case in a process of its own; return its figures, or the reason for which it has none as ``absent``."""
     if case.server is None:
         return _run_way(case, data)
     try:
@@ -249,9 +258,9 @@ def _run_way(case: Measured, data: Dataset, *more: str) -> dict[str, Any]:
 
 
 def ratios(results: Results, numerator: str, denominator: str, key: str = "seconds") -> list[float] | None:
-    """Return how many times faster the numerator ran than the denominator, round by round; None if one did not run.
+    """Return for each round how many times faster the numerator ran than the denominator; None if one did not run.
 
-    With another key, such as ``cpu_seconds``, how many times less of it the numerator took.
+    With another key, such as ``cpu_seconds``, return how many times less of that the numerator took.
     """
     pair = [results.get(name) for name in (numerator, denominator)]
     if any(result is None or result.absent is not None or not result.rounds for result in pair):

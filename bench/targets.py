@@ -1,4 +1,4 @@
-"""The figures that were promised, and what they are measured to be."""
+"""The promised figures, each beside the figure that was measured."""
 
 from __future__ import annotations
 
@@ -23,32 +23,40 @@ from bench.suite import (
 
 _MIB = 1 << 20
 _ROOM_BYTES = 16 * _MIB
+"""Peak memory may exceed the budget by 16 MiB."""
 _MAX_LAG_MS = 10
+"""The event loop may be blocked for 10 ms."""
 _STREAM_P99_MS = 4
+"""The 99th percentile of the lag may be 4 ms above that of an idle loop, while tensors are streamed."""
 _PLACED_P99_MS = 2
+"""The 99th percentile of the lag may be 2 ms above that of an idle loop, while tensors are loaded in place."""
 _S3_ROOM_BYTES = 32 * _MIB
+"""Peak memory of loads from S3 may exceed the budget by 32 MiB."""
 _S3_P99_MS = 3
+"""The 99th percentile of the lag may be 3 ms above that of an idle loop, during loads from S3."""
 _MOST_REQUESTS = 60
+"""A load of many small tensors from S3 may make 60 requests."""
 _LATE_BYTES_PER_S = IN_FLIGHT * _MIB / LATENCY_S
+"""The speed of the slow server, if 16 requests of 1 MiB are always in flight."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One promise."""
+    """One promise, and whether it is kept."""
 
     what: str
     target: str
     measured: str
     is_met: bool | None
-    """None where it was not measured, or says nothing at this scale."""
+    """None if the figure was not measured, or means nothing at this scale."""
 
 
 class _NotMeasured(Exception):
-    """A case has no figures; the message says why."""
+    """A case has no figures; the message has its name and says why."""
 
 
 def rows(results: Results, scale: Scale) -> Iterator[Row]:
-    """Yield a row for each promise that something was measured of."""
+    """Yield a row for each promise whose cases were selected."""
     for what, target, evaluate in _promises(scale):
         try:
             measured, is_met = evaluate(results)
@@ -56,7 +64,7 @@ def rows(results: Results, scale: Scale) -> Iterator[Row]:
         except _NotMeasured as reason:
             yield Row(what, target, str(reason), None)
         except KeyError:
-            continue  # not asked for
+            continue  # the cases were not selected
 
 
 _Evaluate = Callable[[Results], tuple[str, bool]]
@@ -185,7 +193,7 @@ def _s3_promises() -> Iterator[tuple[str, str, _Evaluate]]:
 def _lags() -> Iterator[tuple[str, str, _Evaluate]]:
     for way in LAG_OF_LIBRARY:
         if way == "stream-copy":
-            continue  # it is the consumer that copies on the loop; the lag is in the table of cases
+            continue  # its consumer copies on the event loop: the lag is no fault of the library
         p99 = _STREAM_P99_MS if way.startswith(("stream-count", "stream-small")) else _PLACED_P99_MS
         for loop in ("asyncio", "uvloop"):
             target = f"p99 ≤ {p99} ms over idle, max ≤ {_MAX_LAG_MS} ms"
@@ -200,7 +208,7 @@ def _rounds(results: Results, name: str) -> Rounds:
 
 
 def best_of_safetensors(results: Results) -> str:
-    """Return the case of safetensors with the shortest median."""
+    """Return the name of the case of safetensors with the shortest median time."""
     cases = [f"speed/{way}" for way in SAFETENSORS]
     return min(cases, key=lambda name: _rounds(results, name).median("seconds"))
 

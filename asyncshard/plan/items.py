@@ -20,6 +20,10 @@ GRAIN = 64
 """Parts of a split tensor are multiples of this many bytes, so that no element is cut."""
 
 
+TensorKey = tuple[int, int]
+"""The index of a shard in its checkpoint, and the index of a tensor in that shard."""
+
+
 class ReadItem(NamedTuple):
     """One byte range of a shard."""
 

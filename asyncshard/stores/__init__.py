@@ -103,7 +103,7 @@ def _s3_store(url: str, *, page_cache: str, **options: Any) -> Store:
 
 
 _MAKERS: Mapping[str, Callable[..., Store]] = {"": _local_store, "file": _file_store, "s3": _s3_store}
-"""What makes the store of a URL, by its scheme. A store that needs optional packages is imported when it is made."""
+"""Makers of stores, by the scheme of the URL. A store that needs optional packages is imported when it is made."""
 
 
 def _require_known(store: Callable[..., Store], options: Mapping[str, Any]) -> None:

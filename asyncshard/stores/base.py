@@ -1,4 +1,4 @@
-"""What a store is: a few verbs over the files of one checkpoint.
+"""The interface of stores: a few verbs over the files of one checkpoint.
 
 A store names objects by their path below its root, with ``/`` between parts. It bounds how many reads are in flight
 (`max_workers`) and knows nothing of tensors, plans or budgets. A new store needs `list`, `open` and `read_into`.
@@ -27,16 +27,16 @@ class ObjectMeta(NamedTuple):
     size: int
     """Bytes."""
     version: Any
-    """What tells this object from its replacement: device, inode and times of a file, the ETag of an S3 object."""
+    """Value that differs for a replaced object: device, inode and times of a file, the ETag of an S3 object."""
 
 
 class Listing(NamedTuple):
-    """What stands at a store's root."""
+    """The files at a store's root."""
 
     names: tuple[str, ...]
-    """Files directly below it."""
+    """Names of the files directly below the root."""
     is_file: bool
-    """Whether the root names one file; `names` then holds just that."""
+    """Whether the root is one file; `names` then holds just its name."""
 
 
 class Pacing(NamedTuple):
@@ -71,7 +71,7 @@ class Store(ABC):
     url: str
     """How messages name the store; it holds no secret."""
     pacing: Pacing = Pacing()
-    """What suits this store where the user says nothing. It stays the same while the store is used."""
+    """The pacing for loads whose user says nothing about it. It stays the same while the store is used."""
     held_bytes: int = 0
     """Bytes of memory that the store may take beside the buffers that it fills; they count against a load's budget."""
     has_own_scratch: bool = False
@@ -92,7 +92,7 @@ class Store(ABC):
         await self.aclose()
 
     async def aclose(self) -> None:  # noqa: B027 - nothing to close is a good default
-        """Release threads, files and connections. No read is in flight any more."""
+        """Release threads, files and connections. The caller has awaited all reads."""
 
     @contextmanager
     def reporting_to(self, listener: Listener) -> Iterator[None]:
@@ -122,15 +122,15 @@ class Store(ABC):
         return f"{self.url.rstrip('/')}/{name}"
 
     def fingerprint(self, meta: ObjectMeta) -> str | None:
-        """Return text that changes when the object of this name does, also from one process to another.
+        """Return text that changes when the object of this name does. It is the same in every process.
 
-        One that begins with `ETAG` and is an MD5 tells the same content under other names too. None where the store
-        knows nothing of the kind: then the object counts as changed.
+        Text that begins with `ETAG` and holds an MD5 is also the same for the same content under other names. None
+        where the store cannot tell: then the object counts as changed.
         """
         return None
 
     def identity(self, meta: ObjectMeta) -> str | None:
-        """Return text that names just this object and this version of it, in every process: the key of a cache.
+        """Return text that names this version of this object, and no other, in every process: the key of a cache.
 
         None where there is no such text, or where a copy on this machine's disk would gain nothing.
         """
@@ -147,7 +147,7 @@ class Store(ABC):
 
     @abstractmethod
     async def open(self, name: str, nbytes: int) -> tuple[ObjectMeta, bytes]:
-        """Pin an object and read its first `nbytes` bytes, or all where it is shorter.
+        """Pin an object and read its first `nbytes` bytes, or all of a shorter one.
 
         Raises
         ------
@@ -156,10 +156,10 @@ class Store(ABC):
 
     @abstractmethod
     async def read_into(self, meta: ObjectMeta, start: int, buffers: Sequence[memoryview]) -> None:
-        """Fill `buffers`, one after the other, with the bytes from `start` on.
+        """Fill `buffers`, one after the other, with the object's bytes from `start` on.
 
-        All of it or an error: never less, never bytes of another object. When this returns or raises, cancelled or
-        not, nothing writes into the buffers any more.
+        All buffers are filled, or it is an error; bytes of another object are never among them. When this returns or
+        raises, cancelled or not, nothing writes into the buffers any more.
 
         Raises
         ------
@@ -180,7 +180,8 @@ class Store(ABC):
     ) -> None:
         """Fill `buffers`, one after the other, with byte ranges of an object, one after the other.
 
-        All of it or an error; when this returns or raises, cancelled or not, nothing writes into the buffers any more.
+        All buffers are filled, or it is an error. When this returns or raises, cancelled or not, nothing writes into
+        the buffers any more.
 
         Parameters
         ----------
@@ -189,7 +190,7 @@ class Store(ABC):
         max_gap : int, optional
             Gaps up to this many bytes are read too, to save a request; by default `pacing.max_gap_bytes`.
         scratch : Scratch, optional
-            Memory for that; by default its own, of 16 MiB at most, for this call.
+            Memory for reads that cover several ranges; by default 16 MiB at most, for this call.
 
         Raises
         ------
@@ -219,7 +220,7 @@ class Store(ABC):
         Raises
         ------
         FormatError
-            It has more than `max_bytes`; nothing is read then.
+            The object has more than `max_bytes`; nothing is read then.
         ObjectNotFoundError, AccessDeniedError, NotRegularFileError, StoreError
         """
         meta, head = await self.open(name, _SMALL)
@@ -240,5 +241,5 @@ def require_small(nbytes: int, max_bytes: int | None, path: str) -> None:
 
 
 ETAG = "etag:"
-"""How a fingerprint begins that is an ETag and a size, as in ``etag:"9e107d9d372bb6826bd81d3542a419d6" 1024``."""
+"""Beginning of a fingerprint made of an ETag and a size, as in ``etag:"9e107d9d372bb6826bd81d3542a419d6" 1024``."""
 _SMALL = 64 << 10

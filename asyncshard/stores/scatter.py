@@ -1,4 +1,4 @@
-"""Bytes as they come, into buffers in turn."""
+"""Bytes that arrive in pieces, written into several buffers one after the other."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from itertools import accumulate, islice
 
 SMALL = 64 << 10
-"""A buffer with less room gets its bytes by way of a staging buffer: a system call for each would cost more."""
+"""A buffer with less than 64 KiB left gets its bytes by way of a staging buffer: a system call for each costs more."""
 
 
 class Scatter:
-    """Fill buffers one after the other, straight where they are large.
+    """Fill buffers one after the other; large ones without another copy.
 
     Parameters
     ----------
@@ -26,14 +26,14 @@ class Scatter:
         """Bytes of the current buffer that are filled."""
         self._staged: memoryview | None = None
         self._ends = list(accumulate(map(len, self._buffers)))
-        """Where each buffer ends, counted over all."""
+        """The end of each buffer, counted in bytes over all buffers."""
         self.nbytes = self._ends[-1] if self._ends else 0
         """Bytes of all buffers."""
         self.filled = 0
-        """Bytes filled so far: those of a failed attempt stay, and the next one goes on behind them."""
+        """Bytes filled so far. Those of a failed attempt stay, and the next attempt goes on behind them."""
 
     def window(self, staging: memoryview) -> memoryview:
-        """Return memory for the next bytes, of at most the rest; `advance` says how many came."""
+        """Return memory for the next bytes, no more than are missing; then call `advance` with how many came."""
         room = len(self._buffers[self._current]) - self._offset
         if room >= SMALL or room == self.nbytes - self.filled:
             self._staged = None
@@ -42,7 +42,7 @@ class Scatter:
         return self._staged
 
     def advance(self, count: int) -> None:
-        """Take the first `count` bytes of the last window as filled."""
+        """Note that the first `count` bytes of the last window are filled."""
         if self._staged is not None:
             self.write(self._staged[:count])
             return
@@ -53,7 +53,7 @@ class Scatter:
             self._offset = 0
 
     def write(self, data: memoryview) -> None:
-        """Copy bytes in, no more than there is room for."""
+        """Copy bytes into the next buffers. The caller has no more of them than there is room."""
         at = 0
         while at < len(data):
             buffer = self._buffers[self._current]

@@ -1,4 +1,4 @@
-"""A store around another store: the base of those that cache, delay or break what another reads."""
+"""A store around another store: the base class of stores that cache, delay or break the reads of another."""
 
 from __future__ import annotations
 

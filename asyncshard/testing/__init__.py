@@ -1,5 +1,5 @@
-"""For tests: a store in memory, wrappers that delay, hold or break the reads of any store, a conformance suite, and an
-S3 server that does wrong what it is told to.
+"""Tools for tests: a store in memory, wrappers that delay, hold or break the reads of any store, a conformance suite
+for stores, and an S3 server that makes the errors which a test scripts.
 
 Subclass `StoreTests` to test a store of your own::
 

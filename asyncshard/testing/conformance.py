@@ -1,4 +1,4 @@
-"""What every store must do, as tests."""
+"""A conformance suite: tests of the behaviour that every store must have."""
 
 from __future__ import annotations
 
@@ -15,27 +15,32 @@ from asyncshard.stores.base import Store
 
 
 class StoreTests:
-    """What every store must do. pytest with pytest-asyncio in its automatic mode runs the methods of a subclass."""
+    """Tests that every store must pass; pytest with pytest-asyncio in automatic mode runs the tests of a subclass.
+
+
+    Each test makes a store of its own with `make_store`.
+    """
 
     @abstractmethod
     async def make_store(self, files: Mapping[str, bytes]) -> Store:
-        """Return a store whose root holds these files."""
+        """Return a new store whose root holds these files."""
 
     @abstractmethod
     async def replace(self, store: Store, name: str, data: bytes) -> None:
-        """Put another object in the place of one."""
+        """Replace the object `name` of the store by another one with the bytes `data`."""
 
     @abstractmethod
     async def remove(self, store: Store, name: str) -> None:
-        """Take an object away."""
+        """Remove the object `name` from the store."""
 
     files: Mapping[str, bytes] = {
         "a.bin": bytes(range(256)) * 1024,
         "b.bin": bytes(reversed(range(256))) * 3,
         "empty.bin": b"",
     }
+    """The files that the tests put into a store."""
 
-    async def test_it_lists_the_files_of_its_root(self) -> None:
+    async def test_a_store_lists_the_files_of_its_root(self) -> None:
         async with await self.make_store(self.files) as store:
             listing = await store.list()
         assert (sorted(listing.names), listing.is_file) == (sorted(self.files), False)
@@ -106,7 +111,7 @@ class StoreTests:
         async with await self.make_store(self.files) as store:
             assert {name: await store.read(name) for name in self.files} == dict(self.files)
 
-    async def test_an_object_that_is_to_be_read_whole_may_be_too_large(self) -> None:
+    async def test_reading_an_object_of_more_than_max_bytes_is_an_error(self) -> None:
         size = len(self.files["b.bin"])
         async with await self.make_store(self.files) as store:
             assert await store.read("b.bin", max_bytes=size) == self.files["b.bin"]
@@ -173,7 +178,7 @@ class StoreTests:
                 assert memory == bytes(nbytes)
                 assert again == self.files["a.bin"]
 
-    async def test_it_can_be_closed_twice(self) -> None:
+    async def test_a_store_can_be_closed_twice(self) -> None:
         store = await self.make_store(self.files)
         await store.open("a.bin", 8)
         await store.aclose()

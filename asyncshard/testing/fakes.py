@@ -15,7 +15,7 @@ from asyncshard.tasks.threads import wait_to_end
 
 
 class MemoryStore(Store):
-    """Files in memory, by name. Reads give way to the event loop once."""
+    """A store whose files are in memory. Every call gives the event loop one turn before it reads."""
 
     def __init__(self, files: Mapping[str, bytes], url: str = "memory://checkpoint") -> None:
         self.url = url
@@ -29,12 +29,12 @@ class MemoryStore(Store):
         return f'{ETAG}"{hashlib.md5(data, usedforsecurity=False).hexdigest()}" {meta.size}'
 
     def replace(self, name: str, data: bytes) -> None:
-        """Put another object in the place of one, or a new one."""
+        """Put an object into the store, in place of the one of this name if there is one."""
         self._writes += 1
         self._files[name] = (self._writes, bytes(data))
 
     def remove(self, name: str) -> None:
-        """Take an object away."""
+        """Remove an object from the store."""
         del self._files[name]
 
     async def list(self) -> Listing:
@@ -76,7 +76,7 @@ class MemoryStore(Store):
 
 
 class LatencyStore(WrapperStore):
-    """Every call takes `delay_s` longer, as over a network. Tests that need an order use `GatedStore`."""
+    """A wrapper that delays every call by `delay_s`, like a network. To test an order of reads, use `GatedStore`."""
 
     def __init__(self, store: Store, *, delay_s: float) -> None:
         super().__init__(store)
@@ -101,12 +101,16 @@ class LatencyStore(WrapperStore):
 
 @dataclass(slots=True, eq=False)
 class Gate:
-    """One read that waits in a `GatedStore`."""
+    """The gate at which one read of a `GatedStore` waits."""
 
     name: str
+    """Name of the object that is read."""
     start: int
+    """Offset in the object of the first byte that is read."""
     nbytes: int
+    """The number of bytes that are read."""
     is_open: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when the read may go on."""
 
     def open(self) -> None:
         """Let the read go on."""
@@ -114,17 +118,17 @@ class Gate:
 
 
 class GatedStore(WrapperStore):
-    """Every `read_into` waits at a `Gate` until the test opens it.
+    """A wrapper in which every `read_into` waits at a `Gate` until the test opens it.
 
     Parameters
     ----------
     is_stubborn : bool
-        Whether a read that is cancelled still waits for its gate and then writes, like a thread in a system call.
+        Whether a cancelled read still waits for its gate and then writes, like a thread that is in a system call.
 
     Attributes
     ----------
     gates : list of Gate
-        Reads that wait now, in the order in which they began.
+        The gates at which reads wait now, in the order in which the reads began.
     """
 
     def __init__(self, store: Store, *, is_stubborn: bool = False) -> None:
@@ -135,14 +139,14 @@ class GatedStore(WrapperStore):
         self._arrived = asyncio.Event()
 
     async def waiting(self, count: int) -> list[Gate]:
-        """Wait until `count` reads wait at their gates; return these."""
+        """Wait until at least `count` reads wait at their gates; return all gates at which a read waits."""
         while len(self.gates) < count:
             self._arrived.clear()
             await self._arrived.wait()
         return list(self.gates)
 
     def open_all(self) -> None:
-        """Let every read go on, later ones too."""
+        """Open every gate, and let all later reads pass without one."""
         self._is_open = True
         for gate in self.gates:
             gate.open()
@@ -169,25 +173,25 @@ class GatedStore(WrapperStore):
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """What happens to one call; in this order."""
+    """What goes wrong in one call of a `FaultyStore`: the call first fills bytes, then waits, then raises."""
 
     hang: asyncio.Event | None = None
-    """Wait for it first."""
+    """Event for which the call waits; None for no wait."""
     after: int = 0
-    """Bytes that a `read_into` with an error fills before it fails."""
+    """The number of bytes that a `read_into` with an error fills before it waits and fails."""
     error: Exception | None = None
-    """Raise it; without one the call goes on as usual."""
+    """Exception that the call raises. Without one the call goes on as usual."""
 
 
 class FaultyStore(WrapperStore):
-    """Breaks the calls that a script names.
+    """A wrapper that breaks the calls which a script names.
 
     Parameters
     ----------
     reads : mapping of int to Fault
-        By number of the `read_into`, counted from 0 in the order in which they begin.
+        The fault of each broken `read_into`, by its number. Calls are numbered from 0 in the order in which they begin.
     opens : mapping of str to Fault
-        By name of the object.
+        The fault of each broken `open`, by the name of the object.
     """
 
     def __init__(
@@ -197,7 +201,7 @@ class FaultyStore(WrapperStore):
         self._reads = dict(reads or {})
         self._opens = dict(opens or {})
         self.reads_begun = 0
-        """How many `read_into` have begun."""
+        """The number of calls of `read_into` that have begun."""
 
     async def open(self, name: str, nbytes: int) -> tuple[ObjectMeta, bytes]:
         await _suffer(self._opens.get(name, Fault()))

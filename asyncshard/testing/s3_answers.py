@@ -1,4 +1,4 @@
-"""The answers of an `S3Server`, right and wrong. Pure: what is stored and what is asked in, an answer out.
+"""The answers of an `S3Server`, right and wrong: pure functions from stored objects and a request to an answer.
 
 Sources: the S3 API reference for GetObject, HeadObject, ListObjectsV2, GetBucketLocation, HeadBucket and the error
 responses, and RFC 9110 for ranges and conditions.
@@ -44,32 +44,37 @@ class S3Object:
 
     data: memoryview
     etag: str
-    """As it is sent, with its quotes."""
+    """The ETag as it is sent, with its quotes."""
     headers: Mapping[str, str]
+    """Further headers of answers to GET and HEAD."""
     modified_s: float
+    """When the object was stored, in seconds since 1970."""
 
 
 @dataclass(frozen=True, slots=True)
 class S3State:
-    """What answers depend on beside the request."""
+    """The state of a server on which its answers depend."""
 
     buckets: Mapping[str, Mapping[str, S3Object]]
+    """The objects of each bucket by their keys."""
     max_keys: int
+    """A page of a listing has at most this many entries."""
     region: str
+    """The region of all buckets."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """An answer, before it is cut, stalled or slowed down."""
+    """A complete answer. A fault may still cut it, stall it or slow it down while it is sent."""
 
     status: int
     headers: Mapping[str, str]
     body: memoryview
     is_last: bool = False
-    """Whether the connection is closed after it."""
+    """Whether the connection is closed after the answer."""
 
     def head(self) -> bytes:
-        """Return its first line and headers."""
+        """Return the first line and the headers, up to and with the empty line."""
         try:
             phrase = HTTPStatus(self.status).phrase
         except ValueError:
@@ -79,7 +84,7 @@ class Answer:
 
 
 class _Refusal(Exception):
-    """An error that S3 answers with."""
+    """An error that becomes an answer, as S3 sends it."""
 
     def __init__(self, status: int, code: str, message: str, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(message)
@@ -89,7 +94,10 @@ class _Refusal(Exception):
 
 
 def answer_to(request: S3Request, fault: S3Fault, state: S3State, *, number: int, now_s: float) -> Answer:
-    """Return the answer to request `number` of a server, with all of the fault that is no matter of time."""
+    """Return the answer to request `number` of a server, changed as the fault says.
+
+    Delays, cuts and other effects in time are not part of the answer: `S3Connection` makes them.
+    """
     request_id = f"{number:016X}"
     host_id = base64.b64encode(request_id.encode()).decode()
     try:
@@ -110,14 +118,14 @@ def answer_to(request: S3Request, fault: S3Fault, state: S3State, *, number: int
 
 
 def bad_request(message: str) -> bytes:
-    """Return a whole answer to what is no request."""
+    """Return the bytes of an answer to something that is not an HTTP request."""
     body = f"<Error><Code>BadRequest</Code><Message>{escape(message)}</Message></Error>".encode()
     headers = {"Content-Type": "application/xml", "Content-Length": str(len(body)), "Connection": "close"}
     return Answer(400, headers, memoryview(body)).head() + body
 
 
 def _spoiled(answer: Answer, request: S3Request, fault: S3Fault) -> Answer:
-    """Return the answer with the fault's changes, and with a length or an end."""
+    """Return the answer with the fault's changes, and with the headers that tell where its body ends."""
     body = answer.body if fault.body is None else memoryview(fault.body)
     has_no_body = answer.status in (204, 304)
     headers = dict(answer.headers)
@@ -172,7 +180,7 @@ def _object(request: S3Request, fault: S3Fault, objects: Mapping[str, S3Object])
         "Last-Modified": formatdate(stored.modified_s, usegmt=True),
         "Accept-Ranges": "bytes",
     }
-    # The size is that of now: the object may have been replaced since the request came.
+    # The range is resolved against the size that the object has now: a fault may have replaced it in the meantime.
     asked = None if fault.ignores_range else range_of(request.headers.get("range", ""), size)
     # S3 leaves the checksums of the object out of answers to ranges.
     has_checksums = request.headers.get("x-amz-checksum-mode", "").upper() == "ENABLED" and asked is None
@@ -192,7 +200,7 @@ def _object(request: S3Request, fault: S3Fault, objects: Mapping[str, S3Object])
 
 
 def _listing(request: S3Request, state: S3State, objects: Mapping[str, S3Object]) -> Answer:
-    """Answer ListObjectsV2. The continuation token holds the last key of the page, be it rolled up in a prefix."""
+    """Answer ListObjectsV2. The continuation token contains the last key of the page, listed or grouped in a prefix."""
     query = request.query
     prefix, delimiter = query.get("prefix", ""), query.get("delimiter", "")
     token = query.get("continuation-token", "")

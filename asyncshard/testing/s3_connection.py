@@ -1,4 +1,4 @@
-"""One connection to an `S3Server`: it reads requests, and does right or wrong what `s3_answers` decides."""
+"""One connection to an `S3Server`: it reads requests, and sends the answers of `s3_answers` as their faults say."""
 
 from __future__ import annotations
 
@@ -15,27 +15,30 @@ from asyncshard.testing.s3_answers import Answer, S3State, answer_to, bad_reques
 from asyncshard.testing.s3_request import S3Fault, S3Request, parse_request
 
 _HEAD_BYTES = 1 << 20
+"""The head of a request has at most 1 MiB."""
 _PIECE_BYTES = 256 << 10
+"""Bodies are read and sent in pieces of at most 256 KiB."""
 _NO_FAULT = S3Fault(times=None)
+"""The fault of a request with which nothing goes wrong."""
 
 
 @dataclass(slots=True, eq=False)
 class S3Shared:
-    """All that a server and its connections share."""
+    """The state that a server shares with its connections."""
 
     state: S3State
     latency_s: float
-    """Seconds that every answer begins later."""
+    """Every answer begins this many seconds later."""
     clock: Callable[[], float]
-    """Returns the seconds since 1970."""
+    """Function that returns the seconds since 1970."""
     faults: list[S3Fault] = field(default_factory=list)
-    """What goes wrong: the first one that takes a request is used."""
+    """The faults of the server. For each request, the first fault that takes it is used."""
     requests: list[S3Request] = field(default_factory=list)
     """All requests in the order of their arrival."""
     bytes_sent: int = 0
-    """Bytes of bodies handed to the transports."""
+    """The number of bytes of bodies that were handed to the transports."""
     changed: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set whenever something here, or a connection, has changed."""
+    """Set whenever this state or a connection has changed."""
 
     def log(self, request: S3Request) -> tuple[int, S3Fault]:
         """Log a request; return its number and its fault."""
@@ -55,12 +58,14 @@ class S3Shared:
 
 
 class _Protocol(asyncio.StreamReaderProtocol):
-    """The protocol of asyncio's streams, which also says when the client goes and when the socket is closed."""
+    """The protocol of asyncio's streams, with events for the end of the client and the end of the socket."""
 
     def __init__(self, reader: asyncio.StreamReader) -> None:
         super().__init__(reader)
         self.has_gone = asyncio.Event()
+        """Set when the client has closed its side of the connection, or the connection has ended."""
         self.is_lost = asyncio.Event()
+        """Set when the socket is closed."""
 
     def eof_received(self) -> bool | None:
         self.has_gone.set()
@@ -73,7 +78,7 @@ class _Protocol(asyncio.StreamReaderProtocol):
 
 
 class S3Connection:
-    """One TCP connection: reads requests, and carries out what was decided about each."""
+    """One TCP connection. It reads requests, and sends the answer to each."""
 
     def __init__(self, shared: S3Shared, sock: socket.socket, number: int) -> None:
         self._shared = shared
@@ -85,11 +90,12 @@ class S3Connection:
         self._writer: asyncio.StreamWriter
 
     def close_unused(self, _: object) -> None:
-        """Close the socket where the task was cancelled before it began."""
+        """Close the socket if the task of the connection was cancelled before it began."""
         if not self._has_transport:
             self._sock.close()
 
     async def run(self, tls: ssl.SSLContext | None) -> None:
+        """Answer the requests of the connection until it ends."""
         self._has_transport = True
         loop = asyncio.get_running_loop()
         try:
@@ -109,7 +115,7 @@ class S3Connection:
             await self._protocol.is_lost.wait()
 
     async def _answer_one(self) -> bool:
-        """Read a request and answer it; return whether another may follow."""
+        """Read one request and answer it; return whether another request may follow on this connection."""
         shared = self._shared
         head = await self._reader.readuntil(b"\r\n\r\n")
         try:
@@ -149,7 +155,7 @@ class S3Connection:
             left -= len(data)
 
     async def _send(self, answer: Answer, fault: S3Fault) -> bool:
-        """Send an answer, as far and as fast as the fault lets it; return whether another may follow."""
+        """Send an answer as far and as fast as the fault allows; return whether another request may follow."""
         ends = [end for end in (fault.cut_after, fault.stall_after) if end is not None]
         body = answer.body[: min(ends)] if ends else answer.body
         size, pause_s = fault.trickle or (_PIECE_BYTES, None)
@@ -177,7 +183,7 @@ class S3Connection:
         return not answer.is_last
 
     async def _unless_gone(self, awaitable: Awaitable[object]) -> None:
-        """Wait for something, and raise its error, unless the client goes first."""
+        """Wait for `awaitable`, and raise its error; raise ConnectionResetError if the client goes before."""
         wanted, gone = asyncio.ensure_future(awaitable), asyncio.ensure_future(self._protocol.has_gone.wait())
         try:
             done, _ = await asyncio.wait([wanted, gone], return_when=asyncio.FIRST_COMPLETED)
@@ -195,6 +201,6 @@ class S3Connection:
         self._reset()
 
     def _reset(self) -> None:
-        """Close the connection with a reset (RST): closing does that to a socket that lingers for no time."""
+        """Close the connection with a reset (RST): the kernel sends one if a socket with SO_LINGER of 0 s is closed."""
         self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self._writer.transport.abort()

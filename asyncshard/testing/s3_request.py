@@ -1,4 +1,4 @@
-"""What an `S3Server` is asked, and what is to go wrong with it. Pure: bytes and values in, values out."""
+"""The requests to an `S3Server`, and the faults that a test scripts for them. This module does no I/O."""
 
 from __future__ import annotations
 
@@ -9,33 +9,36 @@ from dataclasses import dataclass, field
 from urllib.parse import parse_qsl, unquote
 
 SizeOf = Callable[[str, str], int | None]
-"""The size of the object of a bucket and a key, None where there is none."""
+"""Function of a bucket and a key that returns the size of that object; None if there is no such object."""
 
 
 @dataclass(frozen=True, slots=True)
 class S3Request:
-    """A request that has arrived."""
+    """A request that has arrived at the server."""
 
     method: str
+    """The HTTP method, such as ``GET``."""
     path: str
-    """As sent, percent-decoded, without the query."""
+    """The path of the URL, percent-decoded, without the query."""
     query: Mapping[str, str]
-    """Decoded. A name without a value, like ``location``, has the empty one."""
+    """The decoded query. A name without a value, such as ``location``, has an empty value."""
     headers: Mapping[str, str]
-    """By name in lower case."""
+    """The headers by their names in lower case."""
     bucket: str
+    """Name of the bucket, from the path or from the host."""
     key: str
-    """Empty where the request is about the bucket."""
+    """Key of the object; empty if the request is about the bucket."""
     byte_range: tuple[int, int | None] | None
-    """The `Range` as a half-open (start, stop). Stop is None for an open end; of a suffix it is the object's size.
-    None without a `Range`, and for one to be ignored: of several ranges, of another unit, or malformed."""
+    """The `Range` as a half-open (start, stop). Stop is None for an open end; for a suffix it is the size of the
+    object. None without a `Range`, and for a `Range` that servers ignore: several ranges, another unit, or a malformed
+    one."""
     connection: int
-    """Number of the TCP connection, from 0 in the order in which they were made."""
+    """Number of the TCP connection. Connections are numbered from 0 in the order in which they were made."""
     http_version: str = "1.1"
 
     @property
     def is_signed(self) -> bool:
-        """Whether it carries a signature, in a header or in the query. Nobody checks it."""
+        """Whether the request has a signature, in a header or in the query. The server does not check it."""
         return "authorization" in self.headers or "X-Amz-Signature" in self.query
 
     @property
@@ -46,64 +49,67 @@ class S3Request:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class S3Fault:
-    """What goes wrong with the requests that it takes, in place of the right answer or on top of it.
+    """An error that a server makes with some requests: another answer, or a change to the right answer.
 
-    A server asks its faults in their order, and the first that takes a request is used; those behind it do not count
-    that request. Of `refuse`, `hang`, `raw` and `status`, which stand in place of the answer, the first one of these
-    is used. All others may be combined.
+    For each request a server goes through its faults in their order, and uses the first one that takes the request; the
+    later ones do not count this request. The fields `refuse`, `hang`, `raw` and `status` replace the answer. If several
+    of these four are set, the first one in this order is used. All other fields may be combined.
     """
 
     times: int | None = 1
-    """How many requests it still takes, counted down; None for all."""
+    """The number of requests that the fault still takes, which is counted down; None for no limit."""
     when: Callable[[S3Request], bool] | None = None
-    """Which requests it takes; None for any."""
+    """Predicate of the requests that the fault takes; None takes any request."""
     skip: int = 0
-    """How many of these it still lets pass first, counted down."""
+    """The number of such requests that the fault lets pass before it takes one, which is counted down."""
     before: Callable[[], object] | None = None
-    """Called before the answer is made, say to replace the object. If it returns an awaitable, the answer waits for
-    that: ``event.wait`` holds the request until the test lets it go."""
+    """Called before the answer is made, for example to replace the object. If it returns an awaitable, the answer
+    waits for it: ``event.wait`` holds the request until the test sets the event."""
     delay_s: float = 0.0
-    """How much later the answer begins."""
+    """The answer begins this many seconds later."""
 
     refuse: bool = False
     """Reset the connection instead of answering."""
     hang: bool = False
-    """Never answer, keep the connection open."""
+    """Never answer, and keep the connection open."""
     raw: bytes | None = None
-    """These bytes as the whole answer; then the connection is closed."""
+    """Send these bytes as the whole answer, then close the connection."""
     status: int | None = None
-    """Answer with an error of this status instead."""
+    """Answer with an error of this HTTP status instead."""
     code: str = ""
-    """Its code, by default a usual one of the status."""
+    """The S3 error code for `status`; empty for the code that S3 uses most with this status."""
     message: str = "Injected by the test."
+    """The message of the error for `status`."""
 
     ignores_range: bool = False
-    """Answer 200 with the whole object."""
+    """Answer 200 with the whole object, whatever the `Range`."""
     ignores_if_match: bool = False
+    """Answer as if the request had no `If-Match`."""
     body: bytes | None = None
-    """Another body, of any length, with a `Content-Length` that fits."""
+    """Send this body, which may have any length, with a `Content-Length` that fits it."""
     content_length: int | None = None
-    """Another `Content-Length`. Where it is too large the client waits for more, unless the fault also `closes`."""
+    """Send this `Content-Length`. If it is too large, the client waits for more, unless the fault also `closes`."""
     chunked: bool = False
     """Send the body with `Transfer-Encoding: chunked`, one chunk for each piece written."""
     headers: Mapping[str, str | None] = field(default_factory=dict)
-    """Headers to set, or with None to remove, last of all. An answer left without a length ends with the connection."""
+    """Headers to set, or to remove if the value is None, after all other changes. The end of the connection ends an
+    answer that has no length."""
 
     trickle: tuple[int, float] | None = None
-    """Send the body in pieces of so many bytes, with a pause of so many seconds after each."""
+    """Bytes and seconds: send the body in pieces of this many bytes, and pause this many seconds after each piece."""
     cut_after: int | None = None
-    """Close the connection after so many bytes of the body."""
+    """Close the connection after this many bytes of the body."""
     resets: bool = False
-    """Where the connection is cut, reset it. What is still under way to the client may be lost."""
+    """Reset the connection that `cut_after` closes. Bytes that the client has not received may be lost."""
     stall_after: int | None = None
-    """Send no more after so many bytes of the body, keep the connection open."""
+    """Stop sending after this many bytes of the body, and keep the connection open."""
     surplus: bytes = b""
-    """Bytes sent after the complete body."""
+    """Send these bytes after the complete body."""
     closes: bool = False
     """Close the connection after the answer, without a header that says so."""
 
     def takes(self, request: S3Request) -> bool:
-        """Return whether it applies to a request, and count it."""
+        """Return whether the fault applies to a request. A request that it takes, or skips, is counted."""
         if self.times == 0 or (self.when is not None and not self.when(request)):
             return False
         if self.skip:
@@ -120,7 +126,7 @@ def parse_request(head: bytes, *, connection: int, buckets: Collection[str], siz
     Raises
     ------
     ValueError
-        It is none.
+        `head` is not the head of a request.
     """
     first, *lines = head.decode("latin-1").removesuffix("\r\n\r\n").split("\r\n")
     line = re.fullmatch(r"([A-Z]+) (/\S*) HTTP/(1\.[01])", first)
@@ -155,7 +161,7 @@ def parse_request(head: bytes, *, connection: int, buckets: Collection[str], siz
 
 
 def range_of(text: str, size: int | None) -> tuple[int, int | None] | None:
-    """Return the half-open range of a `Range` header, None for one to be ignored (RFC 9110, 14.2)."""
+    """Return the half-open range of a `Range` header; None for a header that servers ignore (RFC 9110, 14.2)."""
     found = re.fullmatch(r"bytes=(\d*)-(\d*)", text)
     if found is None:
         return None
@@ -169,7 +175,7 @@ def range_of(text: str, size: int | None) -> tuple[int, int | None] | None:
 
 
 def _bucket_of_host(host: str, buckets: Collection[str]) -> str | None:
-    """Return the bucket that a virtual-hosted-style request names in its `Host`, None in path style."""
+    """Return the bucket that the `Host` of a request in virtual-hosted style names; None for path style."""
     name = re.sub(r":\d+$", "", host)
     try:
         ipaddress.ip_address(name.strip("[]"))

@@ -1,4 +1,4 @@
-"""An S3 server on a local port that does wrong what a test tells it to."""
+"""An S3 server on a local port that makes the errors which a test scripts."""
 
 from __future__ import annotations
 
@@ -16,41 +16,42 @@ from asyncshard.testing.s3_request import S3Fault, S3Request
 
 
 class S3Server:
-    """Serves objects in memory over HTTP/1.1 like S3, and logs what it is asked. It runs on the caller's event loop.
+    """A server that serves objects from memory over HTTP/1.1 like S3, and logs its requests.
 
-    It knows GetObject and HeadObject with `Range` and `If-Match`, ListObjectsV2, GetBucketLocation and HeadBucket, in
-    path style and in virtual-hosted style (``Host: bucket.localhost``, or any host that begins with the name of a
-    bucket and a dot). Signatures are not checked. `aclose` closes every connection, and leaves no task and no socket.
-    Where the server itself fails, say in a fault's `when`, it closes the connection, and `until` and `aclose` raise the
-    error.
+    It runs on the caller's event loop. It supports GetObject and HeadObject with `Range` and `If-Match`, ListObjectsV2,
+    GetBucketLocation and HeadBucket, in path style and in virtual-hosted style (``Host: bucket.localhost``, or any host
+    that begins with the name of a bucket and a dot). Signatures are not checked.
+
+    `aclose` closes every connection, and leaves no task and no socket. If the server itself fails, for example in the
+    function `when` of a fault, it closes the connection, and `until` and `aclose` raise the error.
 
     Parameters
     ----------
     tls : ssl.SSLContext, optional
-        The server's side of TLS.
+        TLS context of the server; without one the server speaks plain HTTP.
     latency_s : float
-        How much later every answer begins.
+        Every answer begins this many seconds later.
     host : str
         The address to listen at.
     buckets : iterable of str
         Names of the buckets at the beginning; `put` makes others.
     max_keys : int
-        Most entries in a page of a listing.
+        A page of a listing has at most this many entries.
     region : str
-        What buckets say of their region.
+        The region of all buckets.
     clock : callable
-        The time for `Date` and `Last-Modified`, in seconds since 1970.
+        Function that returns the time for `Date` and `Last-Modified`, in seconds since 1970.
 
     Attributes
     ----------
     faults : list of S3Fault
-        What goes wrong. The first one that takes a request is used; it stays in the list.
+        The scripted errors. For each request, the first fault that takes it is used; it stays in the list.
     requests : list of S3Request
-        In the order of arrival.
+        All requests in the order of their arrival.
     connections_made, connections_open : int
-        TCP connections.
+        The number of TCP connections that were made, and of those that are open.
     bytes_sent : int
-        Bytes of bodies handed to the transport.
+        The number of bytes of bodies that were handed to the transport.
     """
 
     def __init__(
@@ -92,7 +93,7 @@ class S3Server:
         asyncio.get_running_loop().add_reader(self._listener.fileno(), self._accept, self._listener)
 
     async def aclose(self) -> None:
-        """Close every connection, whatever it does, and stop. It may be called twice."""
+        """Stop listening, and close every connection, even one that waits or hangs. It may be called twice."""
         if self._listener is not None:
             asyncio.get_running_loop().remove_reader(self._listener.fileno())
             self._listener.close()
@@ -139,10 +140,19 @@ class S3Server:
         etag: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> str:
-        """Store an object, in place of another or new, and return its ETag, by default the quoted MD5 of its bytes.
+        """Store an object, or replace the object of this key, and return its ETag.
 
-        `bytes` are not copied, a `bytearray` or a `memoryview` is. The headers are sent with every answer; those that
-        begin with ``x-amz-checksum-`` as S3 sends them, with whole objects and on demand.
+        Parameters
+        ----------
+        bucket, key : str
+            Where the object is stored. A bucket that does not exist is made.
+        data : bytes, bytearray or memoryview
+            The bytes of the object. `bytes` are not copied; a `bytearray` or a `memoryview` is.
+        etag : str, optional
+            The ETag; by default the MD5 of the bytes. Quotes are added if it has none.
+        headers : mapping of str to str, optional
+            Further headers of answers to GET and HEAD. Headers that begin with ``x-amz-checksum-`` are sent as S3 sends
+            them: with whole objects, if the request asks for them.
         """
         view = memoryview(data if isinstance(data, bytes) else bytes(data))
         if etag is None:
@@ -153,13 +163,14 @@ class S3Server:
         return etag
 
     def remove(self, bucket: str, key: str) -> None:
-        """Take an object away."""
+        """Remove an object from a bucket."""
         del self._buckets[bucket][key]
 
     async def until(self, condition: Callable[[], bool]) -> None:
         """Wait until the condition holds.
 
-        It is looked at whenever a connection is made or has ended, a request has arrived, or bytes of a body were sent.
+        The condition is evaluated whenever a connection was made or has ended, a request has arrived, or bytes of a
+        body were sent.
         """
         while not condition():
             if self._error is not None:
@@ -168,7 +179,7 @@ class S3Server:
             await self._shared.changed.wait()
 
     def _accept(self, listener: socket.socket) -> None:
-        # Not `sock_accept`: cancelling that may lose a connection which has just been made.
+        # `loop.sock_accept` is no alternative: a cancel may lose a connection which has just been made.
         try:
             sock, _ = listener.accept()
         except (BlockingIOError, ConnectionAbortedError):

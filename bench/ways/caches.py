@@ -1,4 +1,4 @@
-"""What is in memory or on the node's disk already."""
+"""Ways that use the shard cache in memory."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from asyncshard import IncrementalShardLoader, ShardedStateLoader
+from asyncshard.arrays.frameworks import load_library
 from bench.checkpoint import RANK, WORLD_SIZE
 from bench.ways.base import Case, Run, Way
 
@@ -14,7 +15,7 @@ _HITS = 20_000
 
 
 def _hit(case: Case) -> Run:
-    """Ask for a shard that is in memory, and do a look-up in a dict and an `await` for comparison."""
+    """Get a shard that is cached in memory; for comparison, do a look-up in a dict and an `await`."""
     path = str(case.data.layers_only.absolute())
 
     async def run() -> Mapping[str, float]:
@@ -38,10 +39,10 @@ async def _microseconds(call: Callable[[str], Awaitable[Any]], path: str) -> flo
 
 
 def _incremental(case: Case) -> Run:
-    """Call back for every tensor of a checkpoint that is larger than the budget."""
+    """Call `load_weights_incremental` for a checkpoint that is larger than the budget."""
     case.nbytes = case.data.rank_bytes
     base = ShardedStateLoader(rank=RANK, world_size=WORLD_SIZE, framework="pt", memory_budget_mb=case.budget_mb)
-    base.options.library()
+    load_library(base.options.framework)
 
     async def run() -> Mapping[str, float]:
         names = []

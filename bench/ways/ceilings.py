@@ -1,4 +1,4 @@
-"""What the machine itself can do."""
+"""The speed of the machine itself: copies in memory, and plain reads of files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _BUFFER_BYTES = 8 << 20
 
 
 def _memcpy(case: Case) -> Run:
-    """Copy as many bytes as the rank has, in one thread, between memory that has been touched."""
+    """Copy the rank's number of bytes in one thread, between memory whose pages have been touched."""
     case.nbytes = case.data.rank_bytes
     source, destination = (np.full(case.nbytes, number, np.uint8) for number in (1, 2))
 
@@ -23,7 +23,7 @@ def _memcpy(case: Case) -> Run:
 
 
 def _sequential_read(case: Case) -> Run:
-    """Read the files front to back into one buffer, which is what copying them to nowhere costs."""
+    """Read the files sequentially into one buffer."""
     case.nbytes = case.data.rank_bytes
     buffer = bytearray(b"\1") * _BUFFER_BYTES
 

@@ -1,4 +1,4 @@
-"""Loads from S3 through the cache on the node's disk."""
+"""Ways that load from S3 through the disk cache."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
 
 from asyncshard import ShardedStateLoader
+from asyncshard.arrays.frameworks import load_library
 from bench.checkpoint import RANK, WORLD_SIZE
 from bench.endpoint import BUCKET
 from bench.ways.base import Case, Run, Way, touch_memory
@@ -25,7 +26,7 @@ _PROCESS_BUDGET_MB = 256
 
 
 def _loader(case: Case) -> ShardedStateLoader:
-    """Return a loader with a cache, whose framework has been imported."""
+    """Return a loader with a disk cache, whose framework has been imported."""
     assert case.endpoint is not None
     loader = ShardedStateLoader(
         rank=RANK,
@@ -34,7 +35,7 @@ def _loader(case: Case) -> ShardedStateLoader:
         cache_dir=_directory(case),
         storage_options=case.endpoint.options(),
     )
-    loader.options.library()
+    load_library(loader.options.framework)
     return loader
 
 
@@ -52,26 +53,26 @@ def _removed(directory: Path) -> Iterator[None]:
 
 
 def _first(case: Case) -> Run:
-    """Load into a state dict, and write the cache."""
+    """Load into a state dict while the disk cache is written."""
     return _after(case, _loader(case))
 
 
 def _second(case: Case) -> Run:
-    """Load what is in the cache into a state dict, as a process that comes later, which verifies it."""
+    """Load cached objects into a state dict, in a new process: it verifies the blocks that it reads."""
     writer = _loader(case)
     return _after(case, writer, writer, _loader(case))
 
 
 def _verified(case: Case) -> Run:
-    """Load what is in the cache, and has been verified, into a state dict."""
+    """Load cached objects into a state dict after this process has verified them."""
     loader = _loader(case)
     return _after(case, loader, loader, loader, loader)
 
 
 def _after(case: Case, *loaders: ShardedStateLoader) -> Run:
-    """Load with the last loader after having loaded with those before it, from a store that is open.
+    """Load with each loader in turn, from a store that is open, and time the last one.
 
-    A disk that is slower than the load may have taken a part only, of which the next load takes the rest.
+    If the disk is slower than a load, the cache has only a part of the objects, and the next load writes the rest.
     """
     state = case.destinations()
     store = open_store(case)
@@ -83,7 +84,7 @@ def _after(case: Case, *loaders: ShardedStateLoader) -> Run:
         await open_it(stack)
         for loader in loaders[:-1]:
             await loader.load_weights(store, state)
-        os.sync()  # what they have written is not to be waited for
+        os.sync()  # so that this way does not wait for what the loads before it have written
         for destination in state.values():
             destination.fill_(0)
         touch_memory(case.data.folder, case.nbytes)
@@ -97,10 +98,10 @@ def _after(case: Case, *loaders: ShardedStateLoader) -> Run:
 
 
 def _local(case: Case) -> Run:
-    """Load the same files from where they are on the disk, opened as those of the cache are: for the first time."""
+    """Load the same files from the local disk, with a store that opens them for the first time, as the cache does."""
     state = case.destinations()
     loader = ShardedStateLoader(rank=RANK, world_size=WORLD_SIZE, framework="pt")
-    loader.options.library()
+    load_library(loader.options.framework)
 
     async def run() -> None:
         await loader.load_weights(case.data.rank, state)
@@ -109,7 +110,7 @@ def _local(case: Case) -> Run:
 
 
 def _disk(case: Case) -> Run:
-    """Write as many bytes to the same disk, in pieces of 1 MiB, as fast as it takes them."""
+    """Write the same number of bytes to the same disk, in pieces of 1 MiB."""
     case.nbytes = case.data.rank_bytes
     piece = os.urandom(_MIB)
 
@@ -146,7 +147,7 @@ asyncio.run(main())
 
 
 def _eight(case: Case) -> Run:
-    """Stream the same objects in several processes that share a cache and start together."""
+    """Stream the same objects in eight processes that start together and share a disk cache."""
     assert case.endpoint is not None
     tensors = sum(placed.tensor.nbytes for placed in case.data.tensors())
     case.nbytes = _PROCESSES * tensors

@@ -1,4 +1,4 @@
-"""The compiled core and what stands directly on it."""
+"""Ways that time the compiled core and the functions directly above it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _parse(case: Case, which: int) -> Run:
 
 
 def _look_up(case: Case) -> Run:
-    """Look names of the larger header up, in random order."""
+    """Look up names in the largest header, in random order."""
     header = parse_header(case.data.header(case.data.scale.headers[1]).read_bytes())
     indices = np.random.default_rng(0).integers(0, len(header), _LOOK_UPS)
     names = [header.at(int(index)).name for index in indices]
@@ -43,7 +43,7 @@ def _look_up(case: Case) -> Run:
 
 
 def _views(storage: Any, count: int) -> dict[str, Any]:
-    """Return views of one storage: pairs, of which the one covers the other."""
+    """Return views of one storage, in pairs: one view of a pair covers the other."""
     return {f"{index}": storage[index // 2 * 8 : index // 2 * 8 + 8 - index % 2] for index in range(count)}
 
 
@@ -70,7 +70,7 @@ def _filter_torch(case: Case) -> Run:
 
 
 def _assign(case: Case) -> Run:
-    """Share parameters of random sizes out over ranks."""
+    """Assign parameters of random sizes to ranks."""
     count, ranks = case.data.scale.parameters, case.data.scale.ranks
     sizes = np.random.default_rng(0).integers(1, 1 << 24, count)
     given = sizes.tolist()

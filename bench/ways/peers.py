@@ -1,4 +1,4 @@
-"""What people use today, each followed by `copy_` into the same state dict."""
+"""Other libraries that load checkpoints. Each way ends with `copy_` into the same state dict."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _safe_open(case: Case, backend: str) -> Run:
 
 
 def _safe_open_one_thread(case: Case) -> Run:
-    """The same with a `copy_` of one thread: two of them waste time on each other where a core is taken."""
+    """Read with `safe_open`, and `copy_` in one thread: on a busy core, two threads wait for each other."""
     import torch
 
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""Refreshes of weights that have changed a little."""
+"""Ways that refresh live weights."""
 
 from __future__ import annotations
 
@@ -13,28 +13,29 @@ from typing import Any
 import numpy as np
 
 from asyncshard import CheckpointVersion, ShardedStateLoader, save_sharded_state
+from asyncshard.arrays.frameworks import load_library
 from bench.ways.base import Case, Run, Way, octets
 
 _BUDGET_MB = 2048
 _SHARE = 0.01
 _TIMES = 6
-"""Even, so that the weights are in the end what they were at first."""
+"""Weights are refreshed 6 times: an even number, so that at the end they are what they were at first."""
 
 
 def _refresh(case: Case) -> Run:
-    """Prepare and apply, several times, what one hundredth of the bytes differ in."""
+    """Prepare and apply, several times, an update in which one hundredth of the bytes has changed."""
     return _refreshing(case, _SHARE)
 
 
 def _refresh_all(case: Case) -> Run:
-    """The same where every tensor has changed."""
+    """Prepare and apply, several times, an update in which every tensor has changed."""
     return _refreshing(case, 1.0)
 
 
 def _refreshing(case: Case, share: float) -> Run:
     state = case.destinations()
     loader = ShardedStateLoader(framework="pt", memory_budget_mb=_BUDGET_MB)
-    loader.options.library()
+    load_library(loader.options.framework)
     before, after, total = asyncio.run(_two_versions(case, state, share))
     # What a copy is compared with: memory that is as little in the processor's caches as what an update holds.
     # By NumPy, which calls memcpy: torch copies in several threads.
@@ -72,7 +73,7 @@ def _refreshing(case: Case, share: float) -> Run:
 
 
 async def _two_versions(case: Case, state: Mapping[str, Any], share: float) -> tuple[Path, Path, int]:
-    """Write the rank twice, with digests; the second time a share of the bytes is different, nearly."""
+    """Write the rank twice, with digests. In the second checkpoint about `share` of the bytes is different."""
     await ShardedStateLoader(framework="pt", rank=0, world_size=2).load_weights(case.data.rank, state)
     folder = case.data.folder / "refresh"
     shutil.rmtree(folder, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""The library's own ways from S3."""
+"""The library's own ways of loading from S3."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from asyncshard import AsyncShardLoader, MemoryBudget, ShardedStateLoader
+from asyncshard.arrays.frameworks import load_library
 from asyncshard.stores import Store, from_url
 from bench.checkpoint import RANK, WORLD_SIZE
 from bench.endpoint import BUCKET
@@ -22,7 +23,7 @@ from bench.ways.base import Case, Run, Way
 _RANK_URL = f"s3://{BUCKET}/rank"
 _MIB = 1 << 20
 _TIMES_SLOWER = 5
-"""A load that makes its own client, for which there are as many times fewer."""
+"""Loads that each make a client of their own are slower, so 5 times fewer of them are cancelled."""
 
 
 def _options(case: Case) -> dict[str, Any]:
@@ -35,12 +36,12 @@ def _base(case: Case, framework: str = "pt", **tuning: Any) -> ShardedStateLoade
     loader = ShardedStateLoader(
         rank=RANK, world_size=WORLD_SIZE, framework=framework, memory_budget_mb=case.budget_mb, **tuning
     )
-    loader.options.library()
+    load_library(loader.options.framework)
     return loader
 
 
 def open_store(case: Case, url: str = _RANK_URL) -> Store:
-    """Return a store that has made its client and one request when the clock starts."""
+    """Return a store that makes its client, and one request, before the clock starts."""
     store = from_url(url, **_options(case))
 
     async def begin(stack: AsyncExitStack) -> None:
@@ -64,7 +65,7 @@ def _load_weights(case: Case) -> Run:
 
 
 def _load_weights_from_url(case: Case) -> Run:
-    """The same with all that comes before it: importing botocore, making the client, listing."""
+    """Load into a state dict from a URL: the clock includes importing botocore, making the client, and listing."""
     state = case.destinations()
     loader = _base(case, storage_options=_options(case))
 
@@ -75,7 +76,7 @@ def _load_weights_from_url(case: Case) -> Run:
 
 
 def _stream_count(case: Case) -> Run:
-    """Stream and let each tensor go."""
+    """Stream, and drop each tensor at once."""
     case.nbytes = case.data.rank_bytes
     _base(case)
     store = open_store(case)
@@ -91,7 +92,7 @@ def _stream_count(case: Case) -> Run:
 
 
 def _load_pages(case: Case) -> Run:
-    """Load very many tensors of 4 KiB into arrays, from the URL on."""
+    """Load very many tensors of 4 KiB into arrays, from a URL."""
     path = case.data.pages
     state = case.destinations("numpy", path)
     loader = _base(case, "np", storage_options=_options(case))
@@ -103,7 +104,7 @@ def _load_pages(case: Case) -> Run:
 
 
 def _stream_pages(case: Case) -> Run:
-    """Stream very many tensors of 4 KiB, from the URL on."""
+    """Stream very many tensors of 4 KiB, from a URL."""
     path = case.data.pages
     case.nbytes = path.stat().st_size
     base = _base(case, "np", storage_options=_options(case))
@@ -119,7 +120,7 @@ def _stream_pages(case: Case) -> Run:
 
 
 def _load_late(case: Case) -> Run:
-    """Load in ranges of 1 MiB what is sent late."""
+    """Load tensors of 1 MiB, one request each, from the slow server."""
     path = case.data.late
     state = case.destinations(path=path)
     loader = _base(case, chunk_size=_MIB)
@@ -132,7 +133,7 @@ def _load_late(case: Case) -> Run:
 
 
 def _cancel(case: Case) -> Run:
-    """Cancel loads of one store at random points."""
+    """Cancel loads from one open store at random points."""
     loader, url, state = _for_cancel(case)
     store = open_store(case, url)
     begin, checked = case.open, _Left()
@@ -148,7 +149,7 @@ def _cancel(case: Case) -> Run:
 
 
 def _cancel_from_url(case: Case) -> Run:
-    """Cancel loads that make and close a store each at random points: nothing at all may be left of any."""
+    """Cancel loads from a URL, which make and close a store each, at random points. Nothing may be left of them."""
     loader, url, state = _for_cancel(case, storage_options=_options(case))
     return _cancelling(case, loader, lambda: loader.load_weights(url, state), _Left())
 
@@ -161,14 +162,14 @@ def _for_cancel(case: Case, **tuning: Any) -> tuple[ShardedStateLoader, str, dic
 
 
 class _Left:
-    """What a load must not leave in its process."""
+    """Finds what a load must not leave behind in its process: tasks, threads and sockets."""
 
     def note(self) -> None:
-        """Take what there is now for what was there before."""
+        """Note how many tasks, threads and sockets exist now."""
         self._before = self._now()
 
     async def none_is_left(self) -> None:
-        """Raise AssertionError if there is more than there was."""
+        """Raise AssertionError if there is more than `note` has seen."""
         now = self._now()
         more = {name: count for name, count in now.items() if count > self._before[name]}
         if more:
@@ -185,7 +186,7 @@ class _Left:
 
 def _open_files() -> Iterator[str]:
     for entry in os.listdir("/proc/self/fd"):
-        with suppress(OSError):  # the folder itself, which was open
+        with suppress(OSError):  # the descriptor that listed the folder is closed by now
             yield os.readlink(f"/proc/self/fd/{entry}")
 
 
@@ -193,7 +194,7 @@ def _cancelling(
     case: Case, loader: ShardedStateLoader, load: Callable[[], Awaitable[object]], left: _Left | None = None
 ) -> Run:
     async def run() -> Mapping[str, float]:
-        await load()  # imports, and what threads the loop keeps
+        await load()  # imports modules, and starts the threads that the loop keeps
         began = time.perf_counter()
         await load()
         whole_s = time.perf_counter() - began
@@ -221,7 +222,7 @@ def _cancelling(
             assert budget is not None
             if budget.bytes_used or len(asyncio.all_tasks()) > tasks:
                 raise AssertionError(f"a cancelled load left {budget.bytes_used} bytes, or a task")
-        await load()  # the destinations are whole in the end
+        await load()  # so that the destinations are complete at the end
         p50, p99 = np.percentile(late, (50, 99)) * 1e3
         return {
             "cancels": len(late),

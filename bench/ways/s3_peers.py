@@ -1,6 +1,6 @@
-"""What people read S3 with today, into the same state dict.
+"""Other libraries that read from S3, into the same state dict.
 
-The clients of ranges know beforehand which bytes belong where: no header is read while the clock runs.
+Clients that read ranges are told before the clock starts which bytes go where: they read no header.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from bench.ways.base import Case, Run, Way, octets
 
 
 class _Range(NamedTuple):
-    """A part of an object, and where its bytes go."""
+    """A byte range of an object, and the memory for its bytes."""
 
     key: str
     start: int
     stop: int
     places: list[tuple[int, memoryview]]
-    """Offsets within the range, and the memory for the bytes from there on."""
+    """Pairs of an offset within the range and the memory for the bytes from that offset on."""
 
     def scatter(self, body: memoryview) -> None:
         for at, memory in self.places:
@@ -32,7 +32,7 @@ class _Range(NamedTuple):
 
 
 def _ranges(case: Case) -> Iterator[_Range]:
-    """Yield 8 MiB after 8 MiB of the tensors' bytes of each file."""
+    """Yield the tensors' bytes of each file as ranges of 8 MiB."""
     state = case.destinations()
     for key, path in case.data.objects():
         tensors = [
@@ -74,7 +74,7 @@ def _endpoint(case: Case) -> Endpoint:
 
 
 def _obstore(case: Case) -> Run:
-    """`get_range_async`, and a copy."""
+    """Read with obstore's `get_range_async`, and copy."""
     import obstore
     from obstore.store import S3Store
 
@@ -108,7 +108,7 @@ def _obstore(case: Case) -> Run:
 
 
 def _aiobotocore(case: Case) -> Run:
-    """`get_object`, `read`, and a copy."""
+    """Read with aiobotocore's `get_object` and `read`, and copy."""
     ranges = list(_ranges(case))
     clients: list[Any] = []
 
@@ -133,7 +133,7 @@ def _aiobotocore(case: Case) -> Run:
 
 
 def _runai_model_streamer(case: Case) -> Run:
-    """Its streamer, in its own number of requests in flight, and `copy_`."""
+    """Read with the streamer of runai-model-streamer, with its own number of requests in flight, and `copy_`."""
     url = _endpoint(case).url
     os.environ |= {
         "AWS_ENDPOINT_URL": url,

@@ -1,4 +1,4 @@
-"""One rank's slices of a checkpoint that was not cut for ranks, and such checkpoints cut anew."""
+"""Ways that load one rank's slices of a checkpoint that was not cut for ranks, and ways that reshard it."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import numpy as np
 
 from asyncshard import ShardedStateLoader, parse_header, reshard
 from asyncshard._core import copy_runs
+from asyncshard.arrays.frameworks import load_library
 from asyncshard.format.header import format_header
 from asyncshard.plan.file_slices.planner import make_file_slice
 from asyncshard.plan.tp.plan import TpPlan
@@ -49,7 +50,7 @@ def _tensors(case: Case) -> list[Tensor]:
 
 
 def _destinations(case: Case, plan: Mapping[str, str]) -> dict[str, Any]:
-    """Return torch tensors for the rank's slices, every page touched."""
+    """Return torch tensors for the rank's slices, with all pages touched."""
     import torch
 
     state = {}
@@ -64,7 +65,7 @@ def _destinations(case: Case, plan: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _compare(case: Case, state: Mapping[str, Any], plan: Mapping[str, str]) -> None:
-    """Compare every slice with what the real safetensors says."""
+    """Compare every slice with the one that safetensors reads."""
     import torch
     from safetensors import safe_open
 
@@ -80,7 +81,7 @@ def _compare(case: Case, state: Mapping[str, Any], plan: Mapping[str, str]) -> N
 def _load(case: Case, plan: Mapping[str, str]) -> Run:
     state = _destinations(case, plan)
     loader = ShardedStateLoader(rank=_RANK, world_size=_RANKS, framework="pt", tp_plan=plan, tensor_filter=_is_wanted)
-    loader.options.library()
+    load_library(loader.options.framework)
 
     planned = asyncio.run(loader.plan_weights(case.data.whole))
 
@@ -92,12 +93,12 @@ def _load(case: Case, plan: Mapping[str, str]) -> Run:
 
 
 def _columns(case: Case) -> Run:
-    """Load a rank's rows into its parameters."""
+    """Load a rank's slices into its parameters; all matrices are cut along their rows."""
     return _load(case, COLUMNS)
 
 
 def _model(case: Case) -> Run:
-    """The same with two of the matrices cut along the last dimension."""
+    """Load a rank's slices into its parameters; two of the matrices are cut along the last dimension."""
     return _load(case, MODEL)
 
 
@@ -134,7 +135,7 @@ def _full(case: Case, plan: Mapping[str, str]) -> Run:
 
 
 def _gather(case: Case) -> Run:
-    """Copy the columns of one rank of eight out of a matrix, and as many bytes in one piece, in turn."""
+    """Gather the columns of one rank of eight from a matrix, and in turn copy the same number of bytes in one piece."""
     rows, columns = 4096, 14336 * 2
     length = columns // _RANKS
     source = np.ones(rows * columns, np.uint8)
@@ -164,7 +165,7 @@ def _gather(case: Case) -> Run:
 
 
 def _plan(case: Case) -> Run:
-    """Plan one rank of many of a checkpoint of very many tensors, whose header is in memory."""
+    """Plan the slices of one rank of 64, for a checkpoint of very many tensors whose header is in memory."""
     count = case.data.scale.pages
     shapes = {"q_proj": (4096, 4096), "o_proj": (4096, 4096), "gate_proj": (14336, 4096), "down_proj": (4096, 14336)}
     entries = [
@@ -186,7 +187,7 @@ def _plan(case: Case) -> Run:
 
 
 def _reshard(case: Case) -> Run:
-    """Cut the checkpoint for eight ranks, on the same disk."""
+    """Reshard the checkpoint to eight ranks, on the same disk."""
     target = case.data.folder / "resharded"
 
     async def run() -> None:

@@ -422,7 +422,7 @@ def test_a_loader_inherits_what_it_is_not_given_and_nothing_else(name):
     assert other.selection.rank == 1
     assert getattr(base.options, name) == GIVEN[name]
     if name in ("max_header_bytes", "max_tensors"):
-        assert getattr(other.selection, name) == OTHER[name]
+        assert getattr(other.selection.limits, name) == OTHER[name]
     if name == "memory_budget_mb":
         assert other.budget is not base.budget
         assert other.budget.nbytes == 9 * MIB

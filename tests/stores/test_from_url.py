@@ -1,3 +1,5 @@
+"""Which store a path or URL gets (stores/__init__.py)."""
+
 from pathlib import Path
 
 import pytest

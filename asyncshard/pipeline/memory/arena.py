@@ -1,9 +1,11 @@
-"""Buffers for the pipeline: extents carved from reserved address space, lowest address first.
+"""The memory of the pipeline's buffers: extents carved from reserved address space, lowest address first.
 
-Fresh memory is slow (a page fault for every page), so what comes back is used again while it is warm. Twice the budget
-of address space is reserved, because one of exactly the budget would refuse extents that fit in sum but not in one
-piece; address space costs nothing, and `trim` keeps what is resident within the budget. Not thread-safe: the budget's
-lock guards it.
+Fresh memory is slow (a page fault for every page), so an extent that was freed is used again while its pages are warm.
+A region has twice as much address space as the budget has bytes. A region of exactly the budget would fragment: its
+gaps could be large enough in sum, and each gap too small for the next extent. Address space costs nothing, and the
+budget discards pages (`Arena.take_idle`) so that resident memory stays within its bytes.
+
+An arena is not thread-safe: the budget's lock guards it.
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ from typing import NamedTuple
 from asyncshard._core import Region
 
 PAGE = 4096
+"""Extents are whole pages of 4,096 bytes."""
 _GRAIN = 2 << 20
+"""The size of a region is a multiple of 2 MiB, the size of a huge page."""
 
 
 def round_up(nbytes: int, grain: int = PAGE) -> int:
@@ -24,11 +28,13 @@ def round_up(nbytes: int, grain: int = PAGE) -> int:
 
 
 class Extent(NamedTuple):
-    """Part of a region, in whole pages."""
+    """A part of a region, in whole pages."""
 
     region: Region
     start: int
+    """Offset in the region of the extent's first byte."""
     stop: int
+    """Offset in the region after the extent's last byte."""
 
 
 @dataclass(slots=True)
@@ -36,28 +42,30 @@ class _Gap:
     """A free part of a region."""
 
     start: int
+    """Offset in the region of the gap's first byte."""
     stop: int
+    """Offset in the region after the gap's last byte."""
     is_touched: bool
-    """Whether its pages may be resident."""
+    """Whether the gap's pages may be resident."""
 
 
 class Arena:
-    """Hand out extents of page-rounded size and take them back.
+    """Hands out extents, whose sizes are rounded up to pages, and takes them back.
 
     Parameters
     ----------
     nbytes : int
-        The budget; each region is twice as large.
+        The size of the budget in bytes. A region is twice as large.
     """
 
     def __init__(self, nbytes: int) -> None:
         self._region_size = round_up(2 * max(nbytes, 1), _GRAIN)
         self._gaps: dict[Region, list[_Gap]] = {}
         self.resident = 0
-        """Bytes that may be resident: extents handed out, and free ones not yet discarded."""
+        """Bytes that may be resident: all extents that are handed out, and free extents that were not discarded."""
 
     def allocate(self, nbytes: int) -> Extent:
-        """Carve out `nbytes`, rounded up to pages.
+        """Return an extent of `nbytes`, rounded up to pages.
 
         Raises
         ------
@@ -77,7 +85,7 @@ class Arena:
         return extent
 
     def _carve(self, region: Region, gaps: list[_Gap], size: int) -> Extent | None:
-        """Take `size` bytes from the first run of adjacent gaps that is long enough."""
+        """Return an extent of `size` bytes from the first adjacent gaps that are large enough; None if none are."""
         first = 0
         for last, gap in enumerate(gaps):
             if last and gaps[last - 1].stop != gap.start:
@@ -95,7 +103,7 @@ class Arena:
         return None
 
     def free(self, extent: Extent, *, is_touched: bool = True) -> None:
-        """Take an extent back; `is_touched=False` says that its pages have been discarded already."""
+        """Take an extent back. `is_touched=False` says that the caller has discarded its pages."""
         if not is_touched:
             self.resident -= extent.stop - extent.start
         gaps = self._gaps[extent.region]
@@ -110,7 +118,7 @@ class Arena:
         self._drop_spare_regions()
 
     def _drop_spare_regions(self) -> None:
-        # A consumer that held many tensors made us reserve more than one region; one that is whole again may go.
+        # A consumer that held many tensors made us reserve more than one region: drop those that are all free again.
         if len(self._gaps) > 1:
             for region, gaps in list(self._gaps.items())[1:]:
                 if gaps and gaps[0].start == 0 and gaps[-1].stop == region.nbytes and _is_seamless(gaps):
@@ -118,9 +126,10 @@ class Arena:
                     del self._gaps[region]
 
     def take_idle(self, limit: int) -> list[Extent]:
-        """Withdraw free extents that may be resident, highest first, until what remains is within `limit` bytes.
+        """Return free extents that may be resident, highest address first, so that at most `limit` bytes stay resident.
 
-        The caller discards their pages, which needs no lock, and gives them back with ``free(is_touched=False)``.
+        These extents are taken out of the arena. The caller discards their pages, which needs no lock, and gives the
+        extents back with ``free(is_touched=False)``.
         """
         taken: list[Extent] = []
         excess = self.resident - limit

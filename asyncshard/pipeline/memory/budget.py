@@ -1,14 +1,16 @@
 """The memory budget: bytes are reserved before a read starts, and come back when the last view of them dies.
 
-Each stream has an `Account`. What it takes of the budget is the larger of its floor (what its largest read item needs,
-so that it can always go on) and what its buffers use; headers come on top. A request within the floor is granted at
-once; all others queue, first come first served, all or nothing. Floors are asked for in the same queue, so two streams
-that each need more than half of the budget run one after the other.
+Each stream has an `Account`. An account takes from the budget the larger of two numbers: its floor (the bytes that its
+largest read item needs, so that the stream can always go on) and the bytes that its buffers use. The bytes of headers
+are added to that. A request within the floor is granted at once. All other requests stand in one queue; each is granted
+as a whole, in the order of the queue. Floors are requested in the same queue, so two streams that each need more than
+half of the budget run one after the other.
 
-A buffer is used from `Account.allocate` until its lease dies, or until it is handed over: then it has left the budget
-and counts as held by the consumer. What a stream leaves alive when it ends is handed over too.
+A buffer is *used* from `Account.allocate` until its lease dies or until it is handed over. A buffer that is handed over
+leaves the budget, and counts as *held* by the consumer. When a stream ends, all its buffers that are still alive are
+handed over.
 
-What is only cached gives way: while a request waits, `Reclaimer` objects are asked to let go of something.
+While a request waits, the `Reclaimer` objects (caches, streams that have read ahead) are asked to free memory.
 
 Longer than 300 lines: the budget, its accounts and its queue change together, under one lock.
 """
@@ -35,26 +37,30 @@ MIB = 1 << 20
 
 @dataclass(slots=True, eq=False)
 class _Buffer:
-    """Memory that a lease stands for."""
+    """The memory of one lease."""
 
     account: Account
     extent: Extent
     charge: int
+    """Bytes that the buffer takes of the budget: its size, rounded up to pages."""
     is_held: bool = False
-    """Whether it was handed over to the consumer."""
+    """Whether the buffer was handed over to the consumer."""
 
 
 @dataclass(slots=True, eq=False)
 class _Waiter:
-    """A request that stands in the queue; `grant` takes effect under the budget's lock."""
+    """A request in the budget's queue. Its methods are called under the budget's lock."""
 
     account: Account
     nbytes: int
     is_floor: bool
+    """Whether the request is for the account's floor, rather than for a buffer."""
     loop: asyncio.AbstractEventLoop
+    """The event loop of the task that waits."""
     future: asyncio.Future[None]
+    """Done when the request is granted."""
     is_urgent: bool
-    """Whether it can wait for nobody: tensors in use are handed over for it."""
+    """Whether nothing else can unblock the request, so that tensors in use are handed over for it."""
     is_granted: bool = False
 
     def is_within_floor(self) -> bool:
@@ -78,7 +84,7 @@ class _Waiter:
         self.is_granted = False
 
     def tell(self) -> bool:
-        """Wake the waiting task, in whichever loop it is; False where that loop has closed."""
+        """Wake the waiting task in its own event loop; return False if that loop has closed."""
         try:
             self.loop.call_soon_threadsafe(_set_done, self.future)
         except RuntimeError:
@@ -92,28 +98,34 @@ def _set_done(future: asyncio.Future[None]) -> None:
 
 
 class Reclaimable(IntEnum):
-    """What gives way to a request that waits, in this order; all but the first only to one that can wait for nobody."""
+    """The kinds of memory that are freed for a request that waits, in the order in which they are freed.
+
+    Cached memory is freed for every request, the other kinds only for an urgent one.
+    """
 
     CACHED = 0
-    """What is kept for later."""
+    """Memory of a cache, which nobody uses now."""
     READ_AHEAD = 1
-    """What is ready for a consumer that is busy elsewhere: it is read again."""
+    """A read item that is ready while its consumer is busy elsewhere. It is read again later."""
     IN_USE = 2
-    """What somebody uses: it is handed over, and leaves the budget."""
+    """Memory that somebody uses. It cannot be freed: it is handed over, and leaves the budget."""
 
 
 class Reclaimer(Protocol):
-    """Holds bytes of a budget that it can do without."""
+    """An object that has memory of a budget, and can free it when a request waits."""
 
-    def reclaim(self, what: Reclaimable) -> bool:
-        """Let go of one thing of a kind; False where there is none. From any thread, without the budget's lock."""
+    def reclaim(self, kind: Reclaimable) -> bool:
+        """Free one piece of memory of this kind; return False if there is none.
+
+        It is called from any thread, without the budget's lock.
+        """
 
 
 class MemoryBudget:
-    """Bound the bytes that loaders hold for data they have read, are reading or have cached.
+    """A bound on the bytes that loaders hold for data that they have read, are reading or have cached.
 
-    One budget may be shared by several loaders, in several threads and event loops (``budget=``). Pickling keeps the
-    size; the copy is a budget of its own.
+    Several loaders, in several threads and event loops, may share one budget (``budget=``). A pickled budget keeps its
+    size; the copy is another budget.
 
     Parameters
     ----------
@@ -137,7 +149,7 @@ class MemoryBudget:
         self._held = 0
         self._reclaimers: weakref.WeakSet[Reclaimer] = weakref.WeakSet()
         self._abandoned: list[Account] = []
-        """Accounts whose owner was dropped without closing them."""
+        """Accounts whose owner was dropped without closing the account."""
         self._returns = ReturnList()
         self._returns.wake = self._wake
         self._returns.discards = True
@@ -150,7 +162,10 @@ class MemoryBudget:
 
     @property
     def bytes_used(self) -> int:
-        """Bytes charged now: headers, buffers being read or ready, and delivered tensors that are still alive."""
+        """Bytes that are charged to the budget now.
+
+        They belong to headers, to buffers that are being read or are ready, and to delivered tensors that are alive.
+        """
         with self._lock:
             self._settle()
             return sum(account.header_bytes + account.used for account in self._accounts)
@@ -163,7 +178,7 @@ class MemoryBudget:
             return self._held
 
     def open_account(self) -> Account:
-        """Begin to count for a stream, which must close the account."""
+        """Return a new account. Its owner must close it."""
         account = Account(self)
         with self._lock:
             self._accounts.append(account)
@@ -171,19 +186,20 @@ class MemoryBudget:
         return account
 
     def collect(self) -> None:
-        """Collect the buffers that came back and grant what can now be granted."""
+        """Take back the buffers whose leases have died, and grant the requests that now fit."""
         with self._lock:
             self._settle()
             self._grant()
 
     def add_reclaimer(self, reclaimer: Reclaimer) -> None:
-        """Ask `reclaimer` from now on, for as long as it lives, when a request waits."""
+        """Call ``reclaimer.reclaim`` when a request waits, for as long as `reclaimer` lives."""
         self._reclaimers.add(reclaimer)
 
     def reclaim_for_waiters(self, *, is_urgent: bool = False) -> None:
-        """Have what is cached give way for as long as a request waits, or headers exceed the budget.
+        """Free reclaimable memory until no request waits and the headers fit into the budget.
 
-        Whoever makes something reclaimable calls it, since requests that wait already asked in vain.
+        Call it after making memory reclaimable: requests that were waiting before have found nothing to reclaim. With
+        `is_urgent`, or if an urgent request waits, not only cached memory is reclaimed.
         """
         while self._is_short():
             is_urgent = is_urgent or any(waiter.is_urgent for waiter in self._waiters.copy())
@@ -192,7 +208,7 @@ class MemoryBudget:
 
     def _reclaim(self, kinds: Sequence[Reclaimable]) -> bool:
         reclaimers = list(self._reclaimers)
-        return any(reclaimer.reclaim(what) for what in kinds for reclaimer in reclaimers)
+        return any(reclaimer.reclaim(kind) for kind in kinds for reclaimer in reclaimers)
 
     def _is_short(self) -> bool:
         with self._lock:
@@ -201,12 +217,12 @@ class MemoryBudget:
             return bool(self._waiters) or sum(account.committed for account in self._accounts) > self.nbytes
 
     def abandon(self, account: Account) -> None:
-        """Close an account soon, from a finaliser: it may run anywhere, so it takes no lock."""
+        """Close an account soon. A finaliser calls this, in any thread and at any time, so it takes no lock."""
         self._abandoned.append(account)
-        self._wake()  # whoever waits may be granted what it had set aside
+        self._wake()  # a waiting request may get the memory of this account
 
     def trim(self) -> None:
-        """Give unused pages back to the system if no account is open. Slow: not for the event loop."""
+        """Give unused pages back to the system if no account is open. This is slow: call it off the event loop."""
         self._discard(self._take_idle())
 
     def _take_idle(self) -> list[Extent]:
@@ -215,7 +231,7 @@ class MemoryBudget:
             return [] if self._accounts else self._arena.take_idle(0)
 
     def _wake(self) -> None:
-        """Something came back while somebody waits: called from a deallocator, so it takes no lock."""
+        """Have the waiting requests looked at again. A deallocator calls this, so it takes no lock."""
         for waiter in self._waiters.copy():
             try:
                 waiter.loop.call_soon_threadsafe(self.collect)
@@ -231,7 +247,7 @@ class MemoryBudget:
                 for extent in idle:
                     self._arena.free(extent, is_touched=False)
 
-    # The lock is held in all that follows.
+    # The methods below are called with the lock held.
 
     def _settle(self) -> None:
         self._collect()
@@ -290,7 +306,7 @@ class MemoryBudget:
         is_urgent: bool,
         on_wait: Callable[[], object] | None,
     ) -> None:
-        """Wait for a grant. Cancelling passes a grant that came at the same time on to the next."""
+        """Wait for a grant. If a cancel and a grant meet, the cancel wins, and the next request gets the memory."""
         loop = asyncio.get_running_loop()
         waiter = _Waiter(account, nbytes, is_floor, loop, loop.create_future(), is_urgent)
         with self._lock:
@@ -319,26 +335,29 @@ class MemoryBudget:
 
 @dataclass(slots=True, eq=False)
 class Account:
-    """What one stream has of a budget."""
+    """The bytes that one owner, such as a stream or a cached file, has of a budget."""
 
     budget: MemoryBudget
     header_bytes: int = 0
+    """Bytes of headers, and of other memory that is charged from beginning to end."""
     floor: int = 0
-    """Bytes set aside for it whether used or not."""
+    """Bytes that are set aside for the account, whether it uses them or not."""
     is_admitted: bool = False
+    """Whether the account's request for a floor was granted."""
     used: int = 0
-    """Bytes of its buffers that are in the budget."""
+    """Bytes of the account's buffers that are in the budget."""
     held: int = 0
-    """Bytes of its buffers that were handed over and are alive."""
+    """Bytes of the account's buffers that were handed over and are alive."""
     wait_s: float = 0.0
-    """Seconds spent waiting for the budget."""
+    """Seconds that the account's requests have waited."""
     is_waiting: bool = False
-    """Whether a request stands in the queue; no more once it is granted, before its task has run."""
+    """Whether a request of the account stands in the queue. False as soon as the request is granted, even if the task
+    that made it has not run yet."""
     buffers: dict[int, _Buffer] = field(default_factory=dict)
-    """Those alive, oldest first."""
+    """The account's buffers that are alive, oldest first, by the token of their lease."""
 
     def __repr__(self) -> str:
-        # Without the lock, which whoever asks may hold: buffers that have just died may still count.
+        # It takes no lock, which the caller may hold: buffers that have just died may still count.
         facts = [f"{_megabytes(self.header_bytes + self.used)} used", f"{_megabytes(self.held)} held"]
         waiting = sum(waiter.nbytes for waiter in self.budget._waiters.copy() if waiter.account is self)
         if waiting:
@@ -349,17 +368,19 @@ class Account:
 
     @property
     def committed(self) -> int:
+        """Bytes that the account takes of the budget."""
         return self.header_bytes + max(self.floor, self.used)
 
     def charge_headers(self, nbytes: int, path: str) -> None:
-        """Count `nbytes` more of headers, and of what else is held from beginning to end; negative gives them back.
+        """Add `nbytes` to the account's headers, or to other memory that it holds from beginning to end.
 
-        They never wait: a stream that held some headers and waited for others could block another one doing the same.
+        A negative number takes bytes off. Headers never wait: two streams that each held some headers and waited for
+        more could block each other.
 
         Raises
         ------
         BudgetError
-            This stream's headers alone exceed the budget.
+            The headers of this account alone exceed the budget.
         """
         with self.budget._lock:
             self.header_bytes += nbytes
@@ -374,33 +395,35 @@ class Account:
             )
 
     async def set_floor(self, nbytes: int) -> None:
-        """Wait until `nbytes` are set aside for this stream."""
+        """Wait until `nbytes` are set aside for this account."""
         await self._timed(nbytes, is_floor=True, is_urgent=True)
 
     async def allocate(self, nbytes: int, on_wait: Callable[[], object] | None = None) -> Lease:
-        """Wait until `nbytes`, rounded up to pages, may be used; return the memory.
+        """Wait until `nbytes`, rounded up to pages, fit into the budget; return a lease of that memory.
 
-        It goes back to the budget when the last view of the lease dies. `on_wait` is called once if it has to wait.
+        The memory goes back to the budget when the last view of the lease dies. `on_wait` is called once if the request
+        has to wait.
         """
         charge = charge_of(nbytes)
         await self._timed(charge, is_floor=False, on_wait=on_wait)
         return self._take(nbytes, charge)
 
     async def allocate_alone(self, nbytes: int) -> Lease:
-        """Wait until `nbytes` may be used, as an account's only buffer; return the memory.
+        """Wait until `nbytes` fit into the budget, and return a lease of that memory: the account's only buffer.
 
-        It waits as a stream does for its floor, so that the headers of others cannot keep it out.
+        The request waits like a request for a floor, so the headers of other accounts cannot keep it out.
         """
         charge = charge_of(nbytes)
         await self.set_floor(charge)
         lease = await self.allocate(nbytes)
-        self.floor = 0  # so that the memory's end is enough to give it back
+        self.floor = 0  # the budget gets the memory back when the lease dies, before the account is closed
         return lease
 
     async def allocate_all(self, sizes: Sequence[int], on_wait: Callable[[], object]) -> list[Lease]:
-        """Wait until buffers of all these sizes may be used together; return them.
+        """Wait until buffers of all these sizes fit into the budget together; return their leases.
 
-        `on_wait` is called once if it has to wait, when all that is cached has given way; it may raise.
+        If the request has to wait although everything reclaimable has been freed, `on_wait` is called once; it may
+        raise.
         """
         charges = list(map(charge_of, sizes))
         await self._timed(sum(charges), is_floor=False, is_urgent=True, on_wait=on_wait)
@@ -410,7 +433,7 @@ class Account:
                 leases.append(self._take(nbytes, charge))
         except BudgetError:
             with self.budget._lock:
-                self.used -= sum(charges[len(leases) + 1 :])  # `_take` gave its own back
+                self.used -= sum(charges[len(leases) + 1 :])  # `_take` has taken off the charge that it failed with
             raise
         return leases
 
@@ -446,11 +469,10 @@ class Account:
         return lease
 
     def hand_over(self, *, newest_only: bool = False) -> bool:
-        """Let buffers leave the budget, oldest first and no more than needed, until the request that waits is granted.
+        """Let buffers leave the budget, oldest first, until the account's waiting request is granted; return if it is.
 
-        For a stream with nothing in flight and nothing ready, so that all its buffers are the consumer's.
-        `newest_only` lets go of the last delivered one alone, and of none while another is held. Returns whether the
-        request is granted.
+        A stream calls it when none of its items is in flight or ready, so that all its buffers are the consumer's. With
+        `newest_only` only the newest buffer is handed over, and none while another one is held.
         """
         budget = self.budget
         with budget._lock:
@@ -467,13 +489,13 @@ class Account:
             return not self.is_waiting
 
     def bytes_alive(self) -> int:
-        """Return the bytes of its buffers, handed over or not, that are alive."""
+        """Return the bytes of the account's buffers that are alive, whether they were handed over or not."""
         with self.budget._lock:
             self.budget._settle()
             return self.used + self.held
 
     def bytes_held(self) -> int:
-        """Return the bytes of its delivered tensors that left the budget and are still alive."""
+        """Return the bytes of the account's buffers that have left the budget and are alive."""
         with self.budget._lock:
             self.budget._settle()
             return self.held
@@ -485,14 +507,14 @@ class Account:
         self.budget._held += buffer.charge
 
     def close(self) -> None:
-        """End the count; what the consumer still holds leaves the budget."""
+        """Close the account. Buffers that are still alive leave the budget, and count as held."""
         with self.budget._lock:
             self.budget._settle()
             self.budget._close(self)
             self.budget._grant()
 
     async def aclose(self, threads: DaemonThreads | None = None) -> None:
-        """End the count, and give unused pages back to the system; to the end, even when cancelled."""
+        """Close the account, and give unused pages back to the system. A cancel does not interrupt it."""
         self.close()
         await trim_in_thread(self.budget, threads)
 
@@ -502,14 +524,15 @@ def _megabytes(nbytes: int) -> str:
 
 
 def charge_of(nbytes: int) -> int:
-    """What a buffer of `nbytes` is charged: whole pages."""
+    """Return the bytes that a buffer of `nbytes` takes of the budget: whole pages, at least one."""
     return round_up(max(nbytes, 1))
 
 
 async def trim_in_thread(budget: MemoryBudget, threads: DaemonThreads | None = None) -> None:
-    """Trim a budget in a thread, by default one of its own; to the end, even when cancelled.
+    """Give the unused pages of a budget back to the system in a thread, if no account is open.
 
-    No thread is started where there is nothing to give back.
+    A cancel does not interrupt it: it finishes, and then raises. Without `threads` a new thread does the work; no
+    thread is started if there is nothing to give back.
     """
     idle = budget._take_idle()
     if not idle:

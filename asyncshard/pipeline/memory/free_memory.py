@@ -1,8 +1,8 @@
-"""How much memory this process may still take: its control group's limits, and the machine's free memory.
+"""How much memory this process may still take, by the limits of its control groups and the machine's free memory.
 
-Sources: the kernel's cgroup-v2 documentation (``memory.max``, ``memory.current``, ``memory.stat``) and cgroup-v1's
-(``memory.limit_in_bytes``, ``memory.usage_in_bytes``). Inactive page cache counts as free, since the kernel drops it
-before it kills.
+Sources: the kernel's documentation of cgroup v2 (``memory.max``, ``memory.current``, ``memory.stat``) and of cgroup v1
+(``memory.limit_in_bytes``, ``memory.usage_in_bytes``). Inactive page cache counts as free: the kernel drops it before
+it kills a process.
 """
 
 from __future__ import annotations
@@ -10,11 +10,18 @@ from __future__ import annotations
 from pathlib import Path
 
 DEFAULT_BUDGET_MB = 2048
+"""A budget whose size nobody chose has 2,048 MiB at most."""
 _MIB = 1 << 20
 
 
 def default_budget_mb(root: Path = Path("/")) -> float:
-    """Return the smaller of 2048 MiB and a quarter of the memory that is free to the process, at least 1 MiB."""
+    """Return the default size of a budget in MiB: 2,048, or a quarter of the free memory if that is less; at least 1.
+
+    Parameters
+    ----------
+    root : Path
+        The directory that contains ``proc`` and ``sys``; tests pass another one.
+    """
     free = free_bytes(root)
     if free is None:
         return DEFAULT_BUDGET_MB
@@ -22,13 +29,13 @@ def default_budget_mb(root: Path = Path("/")) -> float:
 
 
 def free_bytes(root: Path = Path("/")) -> int | None:
-    """Return the bytes free to this process, or None where the system does not say."""
-    found = [*_group_free_bytes(root), *_fields(root / "proc/meminfo", {"MemAvailable:": 1024}).values()]
-    return max(min(found), 0) if found else None
+    """Return how many bytes this process may still take; None if the system does not tell."""
+    free = [*_group_free_bytes(root), *_fields(root / "proc/meminfo", {"MemAvailable:": 1024}).values()]
+    return max(min(free), 0) if free else None
 
 
 def _group_free_bytes(root: Path) -> list[int]:
-    """What each control group above this process leaves it."""
+    """Return for each control group that contains this process, and has a limit, the bytes below that limit."""
     free = []
     for line in _text(root / "proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2) if line.count(":") > 1 else ("", "?", "")
@@ -40,7 +47,7 @@ def _group_free_bytes(root: Path) -> list[int]:
         else:
             continue
         group = Path(path.lstrip("/"))
-        # In a container the mount may show the group itself as its root: what does not exist is passed over.
+        # In a container the root of the mount may be the group itself. Folders that do not exist are passed over.
         for folder in {root / mount, *(root / mount / parent for parent in (group, *group.parents))}:
             most, used = _text(folder / limit).strip(), _text(folder / usage).strip()
             if most.isdigit() and used.isdigit():
@@ -50,7 +57,7 @@ def _group_free_bytes(root: Path) -> list[int]:
 
 
 def _fields(path: Path, units: dict[str, int]) -> dict[str, int]:
-    """Read ``name value`` lines, scaled to bytes."""
+    """Read the lines ``name value`` of a file. `units` has the wanted names, and for each the bytes of one unit."""
     lines = (line.split() for line in _text(path).splitlines())
     return {line[0]: int(line[1]) * units[line[0]] for line in lines if len(line) > 1 and line[0] in units}
 

@@ -158,13 +158,13 @@ class ShardCache:
         while surplus > 0 and self._evict_oldest(with_tensors=True):
             surplus -= 1
 
-    def reclaim(self, what: Reclaimable) -> bool:
+    def reclaim(self, kind: Reclaimable) -> bool:
         with self._lock:
-            if what is Reclaimable.CACHED:
+            if kind is Reclaimable.CACHED:
                 return self._evict_oldest(with_tensors=False)
             self._sweep()
             in_use = [account for account in self._evicted if account in self._open_accounts]
-            if what is Reclaimable.IN_USE and in_use and not self._is_strict:
+            if kind is Reclaimable.IN_USE and in_use and not self._is_strict:
                 self.discard(in_use[0])
                 return True
             return False

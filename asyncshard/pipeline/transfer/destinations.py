@@ -18,6 +18,7 @@ from asyncshard.arrays.memory import Sink
 from asyncshard.format.dtypes import DTYPES
 from asyncshard.pipeline.checkpoint.checkpoint import Checkpoint
 from asyncshard.pipeline.checkpoint.opened_file import OpenedFile
+from asyncshard.plan.items import TensorKey
 from asyncshard.tasks.pace import yielding_gil
 
 _CAST_ELEMENTS = 1 << 17
@@ -26,10 +27,6 @@ _COMPARED_BYTES = 1 << 20
 """Compared at once: NumPy makes a truth value for each."""
 _SPACING = 64
 """New arrays begin at multiples of this, a cache line."""
-
-
-TensorKey = tuple[int, int]
-"""The number of a shard, and the index of a tensor in it."""
 
 
 @dataclass(slots=True, frozen=True)

@@ -19,15 +19,14 @@ from asyncshard.arrays.memory import is_sink, span
 from asyncshard.errors import DestinationError, NamesError
 from asyncshard.format.dtypes import DTYPES, Dtype
 from asyncshard.pipeline.checkpoint.checkpoint import Checkpoint
-from asyncshard.pipeline.transfer.covered import CoveredMemory
 from asyncshard.pipeline.transfer.destinations import (
     MatchedDestinations,
     SecondCopy,
     ShardDestinations,
     StridedTarget,
-    TensorKey,
 )
-from asyncshard.pipeline.transfer.second_copies import CopyDigests, difference
+from asyncshard.pipeline.transfer.shared_memory import CopyDigests, CoveredMemory, difference
+from asyncshard.plan.items import TensorKey
 from asyncshard.plan.text import enumerate_names
 from asyncshard.tasks.pace import yielding_gil
 

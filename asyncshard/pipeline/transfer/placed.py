@@ -21,14 +21,13 @@ from asyncshard.pipeline.transfer.destinations import (
     SecondCopy,
     ShardDestinations,
     StridedTarget,
-    TensorKey,
     new_destinations,
 )
 from asyncshard.pipeline.transfer.load import Delivery, Load, OpenedCheckpoint
 from asyncshard.pipeline.transfer.matching import match_destinations
-from asyncshard.pipeline.transfer.second_copies import FirstCopies, copies_differ
+from asyncshard.pipeline.transfer.shared_memory import FirstCopies, copies_differ
 from asyncshard.pipeline.transfer.transfer import Reading, Transfer
-from asyncshard.plan.items import GRAIN, ReadItem, placed_tensors
+from asyncshard.plan.items import GRAIN, ReadItem, TensorKey, placed_tensors
 
 _MAX_TENSORS = 4096
 """In one item: what reading into separate buffers handles in one call without holding the GIL for long."""

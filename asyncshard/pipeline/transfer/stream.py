@@ -149,7 +149,10 @@ class Stream:
 
     @property
     def ties(self) -> Mapping[str, str]:
-        """Other names of tensors, as the files' metadata tells: ``{"lm_head.weight": "model.embed_tokens.weight"}``."""
+        """Other names of tensors, each with the stored one: ``{"lm_head.weight": "model.embed_tokens.weight"}``.
+
+        The files' metadata tells them, or ``config.json``. The stream delivers the tensors under their stored names.
+        """
         return self._transfer().ties
 
     def statistics(self) -> Statistics:

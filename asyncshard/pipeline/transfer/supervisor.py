@@ -171,13 +171,13 @@ class Supervisor:
 
     # For the budget
 
-    def reclaim(self, what: Reclaimable) -> bool:
+    def reclaim(self, kind: Reclaimable) -> bool:
         """Give back an item that was read ahead; it is read again later.
 
         Only while the consumer is busy elsewhere: it may be the very one that waits, as when it asks a cache for a
         shard from within its loop.
         """
-        if what is not Reclaimable.READ_AHEAD:
+        if kind is not Reclaimable.READ_AHEAD:
             return False
         try:
             is_here = asyncio.get_running_loop() is self.loop

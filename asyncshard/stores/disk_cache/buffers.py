@@ -14,13 +14,13 @@ from asyncshard.stores.disk_cache.entry import BLOCK_BYTES
 class BlockBuffers:
     """Lends buffers of one block each. It belongs to one event loop.
 
-    Who finds none free may wait for the disk, but all waits together last at most `_GRACE_S` and a fifth of the time
-    since the first one: the load must not become as slow as the disk.
+    If none is free, a borrower may wait for the disk. All waits together last at most one second and a fifth of the
+    time since the first request: the load must not become as slow as the disk.
 
     Parameters
     ----------
     count : int
-        Buffers at most; each is made when it is first needed.
+        The largest number of buffers; each is made when it is first needed.
     """
 
     def __init__(self, count: int) -> None:
@@ -29,19 +29,19 @@ class BlockBuffers:
         self._free: list[memoryview] = []
         self._waiting: deque[tuple[int, asyncio.Future[list[memoryview]]]] = deque()
         self._first: float | None = None
-        """When a buffer was first asked for."""
+        """Time of the first request."""
         self._since = 0.0
-        """When the wait that goes on now began."""
+        """Time at which the present wait began."""
         self._waited_s = 0.0
-        """Seconds in which somebody waited."""
+        """Seconds in which at least one borrower waited."""
 
     @property
     def free_count(self) -> int:
-        """How many could be lent at once."""
+        """Buffers that could be lent at once."""
         return len(self._free) + self._count - self._made
 
     async def take(self, count: int) -> list[memoryview] | None:
-        """Return this many buffers, which are the caller's until `give`; None where the wait would be too long."""
+        """Return this many buffers, which are the caller's until `give`; None if the wait would be too long."""
         assert 0 < count <= self._count
         now = time.monotonic()
         if self._first is None:
@@ -54,8 +54,8 @@ class BlockBuffers:
         waiter: asyncio.Future[list[memoryview]] = asyncio.get_running_loop().create_future()
         if not self._waiting:
             self._since = now
-        place = (count, waiter)
-        self._waiting.append(place)
+        request = (count, waiter)
+        self._waiting.append(request)
         try:
             await asyncio.wait([waiter], timeout=allowed_s)
         except asyncio.CancelledError:
@@ -63,8 +63,8 @@ class BlockBuffers:
                 self.give(waiter.result())
             raise
         finally:
-            if place in self._waiting:
-                self._waiting.remove(place)
+            if request in self._waiting:
+                self._waiting.remove(request)
             self._lend_to_waiting()  # a large request may have stood before smaller ones
             if not self._waiting:
                 self._waited_s += time.monotonic() - self._since
@@ -72,7 +72,7 @@ class BlockBuffers:
         return waiter.result() if waiter.done() else None
 
     def give(self, buffers: list[memoryview]) -> None:
-        """Take buffers back."""
+        """Take back buffers that were lent."""
         self._free.extend(buffers)
         self._lend_to_waiting()
 
@@ -92,3 +92,4 @@ class BlockBuffers:
 
 
 _GRACE_S = 1.0
+"""Borrowers wait for one second in all, however short the load."""

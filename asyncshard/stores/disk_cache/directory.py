@@ -1,4 +1,4 @@
-"""The cache's directory: its entries by key, what this process knows of them, and the bytes they may take.
+"""The directory of a cache: its entries by key, this process's knowledge of them, and the bytes they may take.
 
     entries/    a file for each object: see `entry`
     locks/      the files of the locks: see `locks`
@@ -26,15 +26,15 @@ logger = logging.getLogger("asyncshard")
 
 
 class DiskCache:
-    """Objects of other stores on this machine's disk, shared by its processes. Making one does no I/O.
+    """Objects of other stores on this machine's disk, shared by its processes. Making a `DiskCache` does no I/O.
 
-    It holds no file and no thread, and may be used by several stores, loops and threads at once. All methods that
+    It holds no file and no thread open, and may be used by several stores, loops and threads at once. All methods that
     touch the disk block, and raise OSError where the disk fails.
 
     Parameters
     ----------
     directory : str or path
-        Made, for its owner alone, where it is not there.
+        Where the entries are. It is made, for its owner alone, if it does not exist.
     max_bytes : int
         Bytes that entries may take, about: those of objects that are being loaded are not evicted for it.
     lock_timeout_s : float
@@ -48,18 +48,18 @@ class DiskCache:
         self.max_bytes = max_bytes
         self.lock_timeout_s = lock_timeout_s
         self._step = max(max_bytes // 64, BLOCK_BYTES)
-        """Bytes written by one process after which it looks whether there are too many."""
+        """Bytes written by this process after which it looks whether all entries together take too many."""
         self._lock = threading.Lock()
         self._written = self._step  # so that the first write looks
-        """Bytes written since the last look."""
+        """Bytes written since this process last looked."""
         self._has_room = True
-        """What the last look found."""
+        """Whether there was room when this process last looked."""
         self._evicting = threading.Lock()
         self._in_use: Counter[bytes] = Counter()
         self._checked: dict[bytes, tuple[bytes, bytearray]] = {}
-        """By key: the serial of an entry, and a flag for each of its blocks that this process has compared."""
+        """By key: the serial of the entry, and a flag a block, whether this process has compared it with its digest."""
         self._ignored: set[bytes] = set()
-        """Entries that are wrong and cannot be removed."""
+        """Keys of entries that are wrong and cannot be removed."""
         self._has_warned = False
 
     def prepare(self) -> None:
@@ -68,7 +68,7 @@ class DiskCache:
         Raises
         ------
         OSError
-            PermissionError too where others may write there: what they put there would be loaded.
+            Also PermissionError, if others may write there: a file of theirs would be loaded.
         """
         os.makedirs(self.directory, mode=0o700, exist_ok=True)
         for path in (self.entries, self.locks):
@@ -85,31 +85,31 @@ class DiskCache:
         return os.path.join(self.entries, entry.name_of(key))
 
     def begin_use(self, key: bytes) -> None:
-        """Note that an object is being loaded: its entry is now the one used last, and this process keeps it."""
+        """Note that an object is being loaded. Its entry counts as used now, and this process does not evict it."""
         with self._lock:
             self._in_use[key] += 1
         with contextlib.suppress(FileNotFoundError, PermissionError):
             os.utime(self.path_of(key))
 
     def end_use(self, keys: Iterable[bytes]) -> None:
-        """Note that objects are loaded."""
+        """Note that objects are no longer being loaded."""
         with self._lock:
             self._in_use.subtract(keys)
             self._in_use += Counter()  # drops those at zero
 
     def can_keep(self, key: bytes) -> bool:
-        """Return whether blocks of an object can be written: not where a wrong entry cannot be removed."""
+        """Return whether blocks of an object can be kept: not if its entry is wrong and cannot be removed."""
         return key not in self._ignored
 
     def changed_ns(self, key: bytes) -> int:
-        """Return when an object's entry was last written to, by any process; 0 where there is none."""
+        """Return the time at which an object's entry was last written, by any process; 0 if there is no entry."""
         try:
             return os.stat(self.path_of(key)).st_mtime_ns
         except FileNotFoundError:
             return 0
 
     def open(self, key: bytes, size: int) -> Entry | None:
-        """Open an entry for reading; None where there is none.
+        """Open an object's entry for reading; None if there is no entry.
 
         Raises
         ------
@@ -123,7 +123,7 @@ class DiskCache:
             return None
 
     def open_or_create(self, key: bytes, size: int) -> Entry:
-        """Open an entry for writing.
+        """Open an object's entry for writing, a new one if there is none.
 
         Raises
         ------
@@ -136,18 +136,18 @@ class DiskCache:
             entry.create(path, key, size)
             return Entry.open(path, key, size, is_writable=True)
 
-    def drop(self, key: bytes, what: str, error: CorruptEntryError) -> None:
-        """Remove an entry that is wrong, with a warning that names the object.
+    def drop(self, key: bytes, name: str, error: CorruptEntryError) -> None:
+        """Remove an entry that is wrong, with a warning that has the object's name.
 
-        It does nothing where another entry stands in its place already.
+        An entry that stands in its place by now is left alone.
         """
         with self._lock:
             self._checked.pop(key, None)
-            if key not in self._ignored and not self.discard(self.path_of(key), what, error):
+            if key not in self._ignored and not self.discard(self.path_of(key), name, error):
                 self._ignored.add(key)
 
-    def discard(self, path: str, what: str, error: CorruptEntryError) -> bool:
-        """Remove the file of an entry that is wrong, with a warning; False where it cannot be removed."""
+    def discard(self, path: str, name: str, error: CorruptEntryError) -> bool:
+        """Remove the file of an entry that is wrong, with a warning. Return False if it cannot be removed."""
         try:
             if os.lstat(path).st_ino != error.inode:
                 return True
@@ -159,17 +159,17 @@ class DiskCache:
         except OSError as failure:
             logger.warning(
                 "%s: its entry in the cache, %s, is wrong and cannot be removed (%s); remove it: %s",
-                what,
+                name,
                 path,
                 failure.strerror,
                 error,
             )
             return False
-        logger.warning("%s: its entry in the cache, %s, is dropped and fetched again: %s", what, path, error)
+        logger.warning("%s: its entry in the cache, %s, is dropped and fetched again: %s", name, path, error)
         return True
 
     def checked(self, key: bytes, opened: Entry) -> bytearray:
-        """Return the flags of an entry's blocks: whether this process has compared each with its digest."""
+        """Return a flag for each block of an entry: whether this process has compared it with its digest."""
         with self._lock:
             serial, flags = self._checked.get(key, (b"", bytearray()))
             if serial != opened.serial:
@@ -178,7 +178,7 @@ class DiskCache:
             return flags
 
     def has_room_for(self, nbytes: int) -> bool:
-        """Count bytes that are about to be written, and evict from time to time; False where there is no room."""
+        """Count bytes that are about to be written, and evict from time to time. Return False if there is no room."""
         with self._evicting:
             self._written += nbytes
             if self._written >= self._step or not self._has_room:
@@ -187,8 +187,10 @@ class DiskCache:
             return self._has_room
 
     def make_room(self, nbytes: int) -> bool:
-        """Evict entries that were used longest ago until there is room for `nbytes` and for what comes before the next
-        look; False where those that this process loads take it.
+        """Evict the entries that were used longest ago, until there is room for `nbytes` more.
+
+        There is then also room for all bytes until this process looks again. Return False if the entries that this
+        process is using leave no room.
         """
         with self._lock:
             in_use = {entry.name_of(key) for key in self._in_use}
@@ -200,7 +202,7 @@ class DiskCache:
             return eviction.make_room(self.entries, most, in_use) <= most
 
     def warn_once(self, reason: object) -> None:
-        """Say, the first time, that loads go on without the cache."""
+        """Warn that loads go on without the cache; only the first call does."""
         with self._lock:
             if self._has_warned:
                 return
@@ -209,13 +211,13 @@ class DiskCache:
 
 
 def key_of(identity: str) -> bytes:
-    """Return the key of an object."""
+    """Return the key of an object from its `Store.identity`."""
     return hashlib.sha256(identity.encode()).digest()
 
 
 @contextlib.contextmanager
 def _held(lock: filelock.BaseFileLock) -> Iterator[bool]:
-    """Hold a file lock if nobody else does."""
+    """Hold a file lock if nobody else does; yield whether it is held."""
     try:
         lock.acquire(blocking=False)
     except filelock.Timeout:

@@ -5,9 +5,9 @@
     padding     to a multiple of 4,096
     blocks      where they stand in the object, sparse
 
-A block's data is written before its digest. A writer that dies between the two, or a machine whose disk has the digest
-and not the data, leaves a block that is absent or does not match: nothing needs to be synced. A digest is the
-XXH3 of 128 bits, seeded with the number of the block; one that is all zero is stored as 1. All of it little-endian.
+A block's data is written before its digest. If the writer dies between the two, or the machine fails when its disk has
+the digest and not the data, the block is absent or does not match: nothing needs to be synced. A digest is the
+XXH3 of 128 bits, seeded with the number of the block; a digest of zero is stored as 1. All of it little-endian.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ _PAGE = 4096
 
 
 class CorruptEntryError(Exception):
-    """The file is not what an entry must be; the message says where.
+    """A file is not a valid entry; the message says why.
 
-    `inode` is the file's: another one may stand in its place by now.
+    `inode` is that of the file: another file may stand in its place by now.
     """
 
     def __init__(self, message: str, inode: int) -> None:
@@ -48,7 +48,7 @@ class CorruptEntryError(Exception):
 
 
 class Layout(NamedTuple):
-    """Where an object's blocks stand in the object and in its entry."""
+    """The position of each block in its object and in the entry."""
 
     size: int
     """Bytes of the object."""
@@ -60,7 +60,7 @@ class Layout(NamedTuple):
 
     @property
     def blocks_start(self) -> int:
-        """First byte of the blocks in the file."""
+        """Offset of the first block in the entry's file."""
         return -(-(_MAP_START + DIGEST_BYTES * self.block_count) // _PAGE) * _PAGE
 
     def blocks_of(self, start: int, stop: int) -> range:
@@ -73,7 +73,7 @@ class Layout(NamedTuple):
 
 
 def digest_of(block: int, views: Iterable[memoryview]) -> bytes:
-    """Return the digest of a block whose bytes are in several pieces of memory."""
+    """Return the digest of a block, whose bytes may lie in several pieces of memory."""
     digest = xxhash.xxh3_128(seed=block)
     for view in views:
         digest.update(view)
@@ -81,13 +81,13 @@ def digest_of(block: int, views: Iterable[memoryview]) -> bytes:
 
 
 class Entry:
-    """An open entry: a context manager. Its calls block, and may be made in several threads at once."""
+    """An open entry: a context manager. Its methods block, and may be called in several threads at once."""
 
     def __init__(self, path: str, fd: int, layout: Layout, serial: bytes) -> None:
         self.path = path
         self.layout = layout
         self.serial = serial
-        """Tells this file from another that stood, or will stand, in its place."""
+        """Random bytes that differ for every file that ever stands at this path."""
         self._fd = fd
 
     @classmethod
@@ -97,9 +97,9 @@ class Entry:
         Raises
         ------
         CorruptEntryError
-            It is no entry, or one of another object.
+            The file is no entry, or the entry of another object.
         OSError
-            FileNotFoundError where there is none.
+            FileNotFoundError if there is no entry.
         """
         fd = _open(path, os.O_RDWR if is_writable else os.O_RDONLY)
         try:
@@ -113,7 +113,7 @@ class Entry:
 
     @classmethod
     def open_any(cls, path: str) -> Self:
-        """Open an entry whatever its object, whose key is the file's name. Raises what `open` does."""
+        """Open the entry of whichever object; the file's name must be that of its key. It raises what `open` does."""
         fd = _open(path, os.O_RDONLY)
         try:
             key, size, serial = _read_header(fd)
@@ -131,11 +131,11 @@ class Entry:
         os.close(self._fd)
 
     def corrupt(self, message: str) -> CorruptEntryError:
-        """Return the error that says what is wrong with this entry."""
+        """Return the error for this entry, with a message that says what is wrong."""
         return _corrupt(self._fd, message)
 
     def digests(self, blocks: range) -> list[bytes]:
-        """Return the stored digest of each block, `ABSENT` for those that are not there."""
+        """Return the stored digest of each block, `ABSENT` for a block that is not there."""
         wanted = DIGEST_BYTES * len(blocks)
         table = os.pread(self._fd, wanted, _MAP_START + DIGEST_BYTES * blocks.start)
         if len(table) != wanted:
@@ -143,7 +143,7 @@ class Entry:
         return [table[at : at + DIGEST_BYTES] for at in range(0, wanted, DIGEST_BYTES)]
 
     def read(self, start: int, views: Sequence[memoryview], stop: StopFlag) -> None:
-        """Fill memory with the object's bytes from `start` on, unless told to stop; they are not compared."""
+        """Fill memory with the object's bytes from `start` on, unless told to stop. Digests are not compared."""
         wanted = sum(view.nbytes for view in views)
         count, number = read_vectors(self._fd, self.layout.blocks_start + start, views, stop)
         if number:
@@ -152,7 +152,7 @@ class Entry:
             raise self.corrupt(f"it ends at byte {start + count:,} of the object")
 
     def write(self, block: int, data: memoryview) -> None:
-        """Store a block, then its digest."""
+        """Write a block, then its digest."""
         start, stop = self.layout.span(block)
         assert data.nbytes == stop - start
         _write_all(self._fd, data, self.layout.blocks_start + start)
@@ -160,12 +160,12 @@ class Entry:
 
 
 def name_of(key: bytes) -> str:
-    """Return the name of an object's file: nothing of the object's own name is in it."""
+    """Return the name of an entry's file. Nothing of the object's own name is in it."""
     return f"{key.hex()}.blocks"
 
 
 def create(path: str, key: bytes, size: int) -> None:
-    """Make an entry without blocks; one that another process has put there meanwhile is left as it is.
+    """Make an entry without blocks. If another process has made it meanwhile, that one stays.
 
     Raises
     ------
@@ -189,11 +189,11 @@ def create(path: str, key: bytes, size: int) -> None:
 
 
 TEMPORARY = "new-"
-"""How the names of entries begin that are not whole yet."""
+"""Beginning of the name of a file that is to become an entry."""
 
 
 def _open(path: str, mode: int) -> int:
-    """Open a regular file; anything else is a wrong entry at once, and never a wait for who opens its other end."""
+    """Open a regular file. Anything else is a wrong entry at once: opening a FIFO must not wait for its other end."""
     try:
         fd = os.open(path, mode | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Keep the cache's directory within its bytes: the entries that were used longest ago go first."""
+"""Eviction of the entries that were used longest ago, to keep a cache within its bytes."""
 
 from __future__ import annotations
 
@@ -12,23 +12,24 @@ from typing import NamedTuple
 from asyncshard.stores.disk_cache.entry import TEMPORARY
 
 _STALE_S = 3600.0
-"""Age of a temporary file whose maker has died."""
+"""A temporary file is removed after one hour: whoever made it has died."""
 
 
-class Stored(NamedTuple):
-    """One entry as it lies on the disk."""
+class EntryFile(NamedTuple):
+    """The file of one entry."""
 
     used_ns: int
-    """When it was last opened or written; the order of eviction."""
+    """Time at which the entry was last used; eviction goes in this order."""
     name: str
     nbytes: int
-    """Of the disk: an entry is sparse."""
+    """Bytes that it takes on the disk; entries are sparse."""
 
 
 def make_room(directory: str, max_bytes: int, in_use: Container[str]) -> int:
-    """Unlink entries until those left take at most `max_bytes`; return what they take.
+    """Remove entries until the others take at most `max_bytes`. Return the bytes that they take.
 
-    Names in use stay, even if they alone take more. Others' files that are open elsewhere stay readable there.
+    Entries whose names are in use stay, even if they alone take more. A removed file stays readable for processes that
+    have it open.
 
     Raises
     ------
@@ -46,8 +47,8 @@ def make_room(directory: str, max_bytes: int, in_use: Container[str]) -> int:
     return left
 
 
-def _scan(directory: str) -> list[Stored]:
-    """Return all entries, without folders, which are none; temporary files that have been left behind are removed."""
+def _scan(directory: str) -> list[EntryFile]:
+    """Return all entries, and remove temporary files that were left behind."""
     found = []
     with os.scandir(directory) as files:
         for file in files:
@@ -56,7 +57,7 @@ def _scan(directory: str) -> list[Stored]:
                 if stat.S_ISDIR(status.st_mode):
                     continue
                 if not file.name.startswith(TEMPORARY):
-                    found.append(Stored(status.st_mtime_ns, file.name, status.st_blocks * 512))
+                    found.append(EntryFile(status.st_mtime_ns, file.name, status.st_blocks * 512))
                 elif time.time() - status.st_mtime > _STALE_S:
                     os.unlink(file.path)
     return found

@@ -1,8 +1,8 @@
-"""Who fetches which blocks: told within a store by futures, and to other stores and processes by file locks.
+"""Claims on blocks that are being fetched: by futures within a store, by file locks towards other stores and processes.
 
-One file lock stands for a segment of 8 blocks, and is held while this store fetches or writes any of them. The locks'
-files are a fixed set, onto which the segments are spread: two segments that share one merely wait for each other.
-Nobody waits while holding what another waits for, so the order in which locks are taken does not matter.
+One file lock stands for a segment of 8 blocks, and is held while this store fetches or writes any of them. There are
+256 files of locks, onto which the segments are spread; two segments that share a file merely wait for each other.
+Nobody waits while holding a lock that another waits for, so the order in which locks are taken does not matter.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ _PAUSES_S = (0.002, 0.05)
 
 
 class _Slot:
-    """A file lock that this store holds, or asks for."""
+    """A file lock that this store holds, or is asking for."""
 
     def __init__(self, path: str) -> None:
         # Released in another thread than it is acquired in.
         self.lock = filelock.FileLock(path, mode=0o600, thread_local=False)
         self.blocks = 0
-        """Blocks of this store's that it stands for."""
+        """How many claimed blocks of this store the lock stands for."""
 
     def acquire(self) -> None:
-        """Take the file lock unless another has it: `lock.is_locked` tells."""
+        """Take the file lock unless another has it; `lock.is_locked` then tells which."""
         try:
             self.lock.acquire(blocking=False)
         except filelock.Timeout:
@@ -39,12 +39,12 @@ class _Slot:
 
 
 class BlockLocks:
-    """The blocks that one store fetches. It belongs to one event loop; files are touched in `threads` alone.
+    """The blocks that one store is fetching. It belongs to one event loop; files are touched in `threads` alone.
 
     Parameters
     ----------
     directory : str
-        Where the locks' files are.
+        The folder of the locks' files.
     """
 
     def __init__(self, directory: str, threads: DaemonThreads) -> None:
@@ -53,10 +53,10 @@ class BlockLocks:
         self._slots: dict[int, _Slot] = {}
         self._claimed: dict[tuple[bytes, int], asyncio.Future[None]] = {}
         self._progress = time.monotonic()
-        """When blocks were last released."""
+        """Time at which blocks were last released."""
 
     async def claim(self, key: bytes, blocks: Iterable[int]) -> list[int]:
-        """Claim those blocks that nobody else fetches; return them. Each must be released.
+        """Claim the blocks that nobody else is fetching, and return them. Each must be released.
 
         Raises
         ------
@@ -80,12 +80,12 @@ class BlockLocks:
         except BaseException:
             self._give_up(key, claimed)
             raise
-        lost = [block for block in claimed if not self._slots[_slot_of(key, block)].lock.is_locked]
-        self._give_up(key, lost)
-        return sorted(set(claimed) - set(lost))
+        refused = [block for block in claimed if not self._slots[_slot_of(key, block)].lock.is_locked]
+        self._give_up(key, refused)
+        return sorted(set(claimed) - set(refused))
 
     def release(self, key: bytes, blocks: Iterable[int]) -> None:
-        """Give back blocks, written or not, and with the last of a segment its file lock."""
+        """End the claims on blocks, written or not. With the last block of a segment, its file lock is released."""
         self._give_up(key, blocks)
         self._progress = time.monotonic()
 
@@ -102,12 +102,12 @@ class BlockLocks:
             self._threads.submit(_release_all, done)
 
     async def wait(self, key: bytes, blocks: Sequence[int], turn: int) -> None:
-        """Wait until one of the blocks may have been released; `turn` counts the waits of one read, from 0."""
+        """Wait until one of the blocks may have been released, longer with each `turn` of a read, counted from 0."""
         pause_s = min(_PAUSES_S[0] * 2 ** min(turn, 16), _PAUSES_S[1])
         # Not those that another read of this store merely asks for: two that ask in turn would wake each other.
-        own = [self._claimed[key, block] for block in blocks if self._holds(key, block)]
-        if own:
-            await asyncio.wait(own, timeout=pause_s, return_when=asyncio.FIRST_COMPLETED)
+        releases = [self._claimed[key, block] for block in blocks if self._holds(key, block)]
+        if releases:
+            await asyncio.wait(releases, timeout=pause_s, return_when=asyncio.FIRST_COMPLETED)
         else:
             await asyncio.sleep(pause_s)
 
@@ -115,7 +115,7 @@ class BlockLocks:
         return (key, block) in self._claimed and self._slots[_slot_of(key, block)].lock.is_locked
 
     def stalled_s(self, since: float) -> float:
-        """Return for how many seconds nothing has gone on: neither here nor, from `since` on, elsewhere."""
+        """Return the seconds since `since`, or since this store last released a block, if that was later."""
         return time.monotonic() - max(since, self._progress)
 
     def _path(self, number: int) -> str:

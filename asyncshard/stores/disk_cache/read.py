@@ -1,4 +1,4 @@
-"""One read through the cache: blocks that are there, blocks that are fetched here, blocks that others fetch."""
+"""One read through the cache: of blocks that it has, that are to be fetched, or that others are fetching."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from asyncshard.stores.scatter import Scatter
 
 
 class _Run(NamedTuple):
-    """Blocks side by side that are fetched at once."""
+    """Neighbouring blocks that are fetched in one read."""
 
     blocks: range
     images: dict[int, memoryview]
-    """Buffers of the blocks at its ends that are wanted in part, and are fetched whole to be kept."""
+    """Buffers for the first and the last block where only a part is wanted: they are fetched whole, to be kept."""
     keeps_ends: bool
-    """Whether such blocks are kept; without a buffer they are not."""
+    """Whether such blocks are kept; not if there was no buffer for them."""
 
 
 class CachedRead:
@@ -68,7 +68,9 @@ class CachedRead:
             return []
 
     async def _wait(self, missing: list[int]) -> tuple[list[int], list[int]]:
-        """Wait for blocks that others fetch; return what is missing once some have come, or may be claimed, and those.
+        """Wait for blocks that others are fetching, until some have come or can be claimed.
+
+        Return the blocks that are still missing, and those of them that are now claimed.
 
         One read of a session looks at a time. The others wait behind it: all together they would take from whoever
         fetches the cores that it needs.
@@ -99,10 +101,10 @@ class CachedRead:
         except OSError:
             return 0
 
-    # --- what is there
+    # --- blocks that the cache has
 
     async def _serve(self, blocks: list[int]) -> list[int]:
-        """Fill what the entry has of these blocks; return those that it lacks."""
+        """Copy the blocks that the entry has; return the blocks that it lacks."""
         if not blocks or not self._session.can_read:
             return blocks
         stop = StopFlag()
@@ -115,8 +117,8 @@ class CachedRead:
             if entry is None:
                 return blocks
             with entry:
-                stored = entry.digests(range(blocks[0], blocks[-1] + 1))
-                present = {block: stored[block - blocks[0]] for block in blocks if stored[block - blocks[0]] != ABSENT}
+                digests = dict(enumerate(entry.digests(range(blocks[0], blocks[-1] + 1)), start=blocks[0]))
+                present = {block: digests[block] for block in blocks if digests[block] != ABSENT}
                 try:
                     self._copy(entry, present, stop)
                 except OSError as error:
@@ -145,7 +147,7 @@ class CachedRead:
             flags[block] = 1
 
     def _copy_whole(self, entry: Entry, block: int, stop: StopFlag) -> list[memoryview]:
-        """Fill what is wanted of a block; return all of its bytes."""
+        """Copy the wanted part of a block; return the memory of all its bytes, to be compared with its digest."""
         span = self._layout.span(block)
         start, end = self._wanted(range(block, block + 1))
         views = self._views(start, end)
@@ -155,10 +157,10 @@ class CachedRead:
         entry.read(span[0], views, stop)
         return views
 
-    # --- what is fetched
+    # --- blocks that are fetched
 
     async def _keep(self, claimed: list[int]) -> None:
-        """Fetch claimed blocks and keep them; each claim is released now, or once its block is written."""
+        """Fetch claimed blocks and keep them. Each claim is released at once, or when its block is written."""
         open_claims = set(claimed)
         try:
             # Again, now that nobody else can be writing them.
@@ -198,13 +200,13 @@ class CachedRead:
                 self._session.buffers.give(list(lent.values()))
 
     def _hand_over(self, lent: dict[int, memoryview], open_claims: set[int]) -> None:
-        """Let the store write blocks; their buffers and claims are now its own to give back."""
+        """Let the session write blocks. It gives back their buffers and claims."""
         open_claims.difference_update(lent)
         self._session.begin_write(self._meta, self._key, list(lent.items()))
         lent.clear()
 
     async def _fetch(self, run: _Run) -> None:
-        """Read blocks from the other store, straight into the caller's buffers."""
+        """Read blocks from the other store, straight into the caller's buffers where possible."""
         start, end = self._wanted(run.blocks)
         views = self._views(start, end)
         first, last = self._layout.span(run.blocks[0]), self._layout.span(run.blocks[-1])
@@ -216,7 +218,7 @@ class CachedRead:
         await self._session.origin.read_into(self._meta, start, views)
 
     def _copy_out(self, images: dict[int, memoryview]) -> None:
-        """Copy what the caller wants of some blocks into their buffers: by NumPy, which lets go of the GIL."""
+        """Copy the wanted part of blocks into their images, to be written. NumPy copies without the GIL."""
         for block, image in images.items():
             target = np.frombuffer(image, np.uint8)
             start, end = self._wanted(range(block, block + 1))
@@ -231,11 +233,11 @@ class CachedRead:
         return self._wanted(range(block, block + 1)) != self._layout.span(block)
 
     def _wanted(self, blocks: range) -> tuple[int, int]:
-        """Return the part of some blocks' bytes that the caller wants."""
+        """Return the byte range of some neighbouring blocks that the caller wants."""
         return max(self._layout.span(blocks[0])[0], self._start), min(self._layout.span(blocks[-1])[1], self._stop)
 
     def _views(self, start: int, stop: int) -> list[memoryview]:
-        """Return the caller's memory for bytes of the object."""
+        """Return the caller's memory for a byte range of the object."""
         return self._scatter.views(start - self._start, stop - self._start)
 
 

@@ -1,4 +1,4 @@
-"""The report of a check of the whole cache; it needs no optional package."""
+"""The report of the verification of a cache. It needs no optional package."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class CacheReport:
-    """What a cache holds, and what it held that was wrong."""
+    """Result of the verification of a cache."""
 
     entries: int
-    """Objects of which the cache has a part or all."""
+    """Objects of which the cache has some or all blocks."""
     blocks: int
-    """Their blocks, all of which match their digests."""
+    """Blocks of these objects; all match their digests."""
     nbytes: int
     """Bytes of these blocks."""
     dropped: tuple[str, ...]
-    """Paths of the entries that were wrong, and have been removed."""
+    """Paths of entries that were wrong and have been removed."""

@@ -1,4 +1,4 @@
-"""Compare every block of a cache with its digest."""
+"""Verification of a cache: every block is compared with its digest."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from asyncshard.stores.disk_cache.report import CacheReport
 
 
 def verify(cache: DiskCache, stop: StopFlag) -> CacheReport:
-    """Read all entries, and drop those that are wrong, each with a warning. It blocks; told to stop, it ends early.
+    """Read all entries, and remove wrong ones, each with a warning. It blocks, and ends early when told to stop.
 
     Raises
     ------
@@ -48,7 +48,7 @@ def _present(entry: Entry) -> list[tuple[int, bytes]]:
 
 
 def _compare(entry: Entry, block: int, digest: bytes, memory: memoryview, stop: StopFlag) -> int:
-    """Return the bytes of a block that matches."""
+    """Compare a block with its digest, and return how many bytes it has."""
     start, end = entry.layout.span(block)
     view = memory[: end - start]
     entry.read(start, [view], stop)

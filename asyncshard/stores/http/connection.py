@@ -17,7 +17,7 @@ _READABLE = select.POLLIN | select.POLLHUP | select.POLLERR
 
 
 class State(Enum):
-    """What a connection is doing."""
+    """State of a connection."""
 
     CONNECTING = "connecting"
     IDLE = "idle"
@@ -33,10 +33,10 @@ class HttpConnection(asyncio.BufferedProtocol):
     ----------
     limits : Limits
     peers : set of HttpConnection
-        It is in there as long as its socket is open.
+        All connections whose socket is open; this one adds and removes itself.
     staging : memoryview
-        Takes heads and small pieces. Connections of one loop share it, since a transport fills what it was given and
-        says so in one go.
+        Memory for heads and small pieces. Connections of one loop share it, since a transport fills it and reports
+        that without giving way to another in between.
     """
 
     def __init__(self, limits: Limits, peers: set[HttpConnection], staging: memoryview) -> None:
@@ -56,7 +56,7 @@ class HttpConnection(asyncio.BufferedProtocol):
 
     @property
     def state(self) -> State:
-        """What this connection is doing."""
+        """Whether the connection is open, and whether an exchange is in progress or may begin."""
         if self.closed.done():
             return State.CLOSED
         if self._exchange is not None:

@@ -1,4 +1,4 @@
-"""What can go wrong with a request, as values: decided where it is seen, acted on in one place."""
+"""Failures of requests as values: made where a failure is seen, acted on in one place."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from asyncshard.errors import ObjectChangedError, StoreError
 
 
 class Action(Enum):
-    """What helps against a failure."""
+    """The remedy for a failure."""
 
     GIVE_UP = auto()
     RETRY = auto()
     """After a pause."""
     RETRY_AT_ONCE = auto()
-    """The server had closed an idle connection: nothing is wrong."""
+    """Without a pause: the server had closed an idle connection, and nothing is wrong."""
     REFRESH_CREDENTIALS = auto()
     CORRECT_CLOCK = auto()
     CHANGE_REGION = auto()
 
 
 REMEDIES = frozenset({Action.REFRESH_CREDENTIALS, Action.CORRECT_CLOCK, Action.CHANGE_REGION})
-"""They change how requests are signed, and are not tried twice for one request."""
+"""Actions that change how requests are signed. Each is tried once for one request."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,19 +30,20 @@ class Failure:
     """One failed attempt. It holds no URL and no header of the request, so no secret."""
 
     reason: str
-    """What happened, in words, and what to check."""
+    """The cause in words, and what to check."""
     action: Action = Action.GIVE_UP
     kind: type[StoreError] = StoreError
-    """The error that the user gets if nothing helps."""
+    """Class of the error that the user gets if nothing helps."""
     status: int | None = None
-    """Of the HTTP answer."""
+    """HTTP status of the response; None where there was no response."""
     request_id: str | None = None
+    """How the server calls the request in its logs."""
     retry_after_s: float = 0.0
-    """The pause that the server asks for."""
+    """Seconds of pause that the server asks for."""
     region: str | None = None
-    """Where the bucket is, with `CHANGE_REGION`."""
+    """With `CHANGE_REGION`: the region that the bucket is in."""
     server_time: float | None = None
-    """Seconds since 1970 by the server's clock, with `CORRECT_CLOCK`."""
+    """With `CORRECT_CLOCK`: seconds since 1970 by the server's clock."""
 
     @property
     def is_retryable(self) -> bool:
@@ -51,7 +52,7 @@ class Failure:
 
 
 class Failed(Exception):
-    """Carries a `Failure` to where it is acted on; it never leaves the store."""
+    """Carries a `Failure` to where it is acted on. It never leaves the store."""
 
     def __init__(self, failure: Failure) -> None:
         super().__init__(failure.reason)

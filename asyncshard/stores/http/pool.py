@@ -1,4 +1,4 @@
-"""HTTP connections kept alive, for one exchange each at a time."""
+"""HTTP connections that stay open between exchanges."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _STAGING_BYTES = 256 << 10
 
 
 class Origin(NamedTuple):
-    """Where a connection leads."""
+    """The server that a connection leads to."""
 
     scheme: str
     host: str
@@ -28,15 +28,15 @@ class Origin(NamedTuple):
 
 
 class HttpPool:
-    """Connections kept alive, for one exchange each at a time. Whoever uses it bounds how many those are.
+    """Connections that stay open, each for one exchange at a time. Its user bounds how many there are at once.
 
     Parameters
     ----------
     limits : Limits
     make_tls : callable
-        Returns the context for https; called once, when it is first needed.
+        Returns the TLS context for https; called once, when it is first needed.
     idle_s : float
-        A connection that was idle for longer is not used again: servers and what stands before them drop these.
+        Seconds after which an idle connection is not used again: servers and proxies drop such connections.
     """
 
     def __init__(self, limits: Limits, make_tls: Callable[[], ssl.SSLContext], *, idle_s: float = 15.0) -> None:
@@ -59,7 +59,7 @@ class HttpPool:
         return response
 
     async def aclose(self) -> None:
-        """Close all connections; no exchange is in progress any more."""
+        """Close all connections. The caller has awaited all exchanges."""
         closing = [connection.closed for connection in self._open]
         for connection in self._open.copy():
             connection.abort()

@@ -32,12 +32,12 @@ class ResponseHead(NamedTuple):
 
     @property
     def request_id(self) -> str | None:
-        """What the server calls the request in its logs."""
+        """Name of the request in the server's logs; None where the server does not say."""
         return self.headers.get("x-amz-request-id")
 
 
 class Response(NamedTuple):
-    """What came of an exchange."""
+    """Head of a response, and its body if that is an error."""
 
     head: ResponseHead
     error_body: bytes
@@ -45,7 +45,7 @@ class Response(NamedTuple):
 
 
 class Pin(NamedTuple):
-    """What every response about an object must say, from the first one on."""
+    """Version of an object, as its first response says. Every later response must say the same."""
 
     etag: str
     """The strong ETag, in its quotes."""

@@ -1,4 +1,4 @@
-"""When a failed request is made again: full jitter, attempts that progress resets, some remedies once.
+"""When a failed request is made again: with full jitter, up to a number of attempts that progress resets.
 
 Full jitter: a pause between 0 and a bound that doubles, so that clients that failed together do not come back together
 (Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog, 2015).
@@ -15,19 +15,20 @@ from asyncshard.stores.http.failures import REMEDIES, Action, Failure
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """How hard to try."""
+    """Limits for the attempts of one request."""
 
     max_attempts: int
-    """Attempts in a row that bring no byte."""
+    """The request fails after this many attempts in a row that bring no byte."""
     deadline_s: float
-    """Seconds for one request with all its attempts, from when it gets its turn."""
+    """Seconds for all attempts of one request; they begin when the request gets its turn."""
     first_pause_s: float = 0.1
-    """Bound of the first pause."""
+    """Seconds that the first pause takes at most; the bound doubles with each attempt."""
     longest_pause_s: float = 20.0
+    """Seconds that any pause takes at most."""
 
 
 class Retries:
-    """The attempts of one request."""
+    """Counts the attempts of one request, and decides whether another follows."""
 
     def __init__(self, policy: RetryPolicy, *, jitter: Callable[[], float] = random.random) -> None:
         self._policy = policy

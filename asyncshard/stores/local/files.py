@@ -1,4 +1,4 @@
-"""Files opened, identified and confined: what the local store does in its threads."""
+"""Files that are opened, identified and kept within a directory: the local store's work in its threads."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from asyncshard.errors import (
 
 
 class FileVersion(NamedTuple):
-    """What tells a file from its replacement, and from itself after a change."""
+    """Identity of a file, which differs for its replacement and after a change."""
 
     device: int
     inode: int
     size: int
     modified_ns: int
     changed_ns: int
-    """Of the inode: a rename over the file or its removal changes it, as it drops a link."""
+    """Time of the inode's last change; a rename over the file or its removal changes it, as both drop a link."""
 
 
 def version_of(status: os.stat_result) -> FileVersion:
-    """Return the identity in a ``stat`` result."""
+    """Return the identity of a file from its ``stat`` result."""
     return FileVersion(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
@@ -54,7 +54,7 @@ def require_regular(status: os.stat_result, path: str) -> None:
 
 
 def open_regular(path: str) -> int:
-    """Open a regular file for reading; a FIFO or device is an error at once, never a wait."""
+    """Open a regular file for reading. A FIFO or device is an error at once: opening it must not wait."""
     with translated(path):
         require_regular(os.stat(path), path)
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -68,7 +68,7 @@ def open_regular(path: str) -> int:
 
 @contextmanager
 def translated(path: str) -> Iterator[None]:
-    """Turn an OSError into the StoreError that says what to do."""
+    """Turn an OSError into a StoreError that says what to do."""
     try:
         yield
     except StoreError:
@@ -101,7 +101,7 @@ def translate(error: OSError, path: str, *, start: int | None = None, stop: int 
 
 
 def confine(root: str, name: str, *, allow_symlinks: bool) -> str:
-    """Return the path of `name`, which came out of a listing or an index, below `root`.
+    """Return the path below `root` of a name that came out of a listing or an index.
 
     A symbolic link is followed only where it stays inside the root, or, in the Hugging Face cache, leads from
     ``snapshots/<revision>`` to ``blobs`` beside it.
@@ -109,7 +109,7 @@ def confine(root: str, name: str, *, allow_symlinks: bool) -> str:
     Raises
     ------
     AccessDeniedError
-        It leads elsewhere.
+        The name leads elsewhere.
     """
     path = os.path.join(root, name)
     if allow_symlinks:
@@ -129,7 +129,7 @@ def confine(root: str, name: str, *, allow_symlinks: bool) -> str:
 
 
 class OpenFiles:
-    """A few file descriptors kept open between reads, least recently used first. Thread-safe."""
+    """A few file descriptors that stay open between reads; the least recently used are closed first. Thread-safe."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -139,7 +139,7 @@ class OpenFiles:
 
     @contextmanager
     def borrow(self, path: str, version: FileVersion) -> Iterator[int]:
-        """Lend a descriptor of the file at `path`, which must be the one that was opened first.
+        """Lend a descriptor of the file at `path`, which must still be the file of this version.
 
         Raises
         ------
@@ -162,7 +162,7 @@ class OpenFiles:
         self.keep(fd, path, version)
 
     def keep(self, fd: int, path: str, version: FileVersion) -> None:
-        """Take a descriptor, to lend it later or to close it when there are too many."""
+        """Take a descriptor over: it is lent later, or closed once there are too many."""
         surplus = []
         with self._lock:
             self._idle.setdefault((path, version), []).append(fd)
@@ -178,7 +178,7 @@ class OpenFiles:
             os.close(other)
 
     def close(self) -> None:
-        """Close all; a descriptor that is lent is closed when it comes back."""
+        """Close all descriptors; one that is lent is closed when it comes back."""
         with self._lock:
             self._is_closed = True
             spare = [fd for fds in self._idle.values() for fd in fds]
@@ -188,7 +188,7 @@ class OpenFiles:
 
 
 def require_unchanged(fd: int, path: str, version: FileVersion) -> None:
-    """Raise ObjectChangedError unless the open file is still what `version` says."""
+    """Raise ObjectChangedError unless the open file still has the version."""
     with translated(path):
         now = version_of(os.fstat(fd))
     if now != version:

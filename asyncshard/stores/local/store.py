@@ -1,7 +1,8 @@
 """Files on a local or mounted disk.
 
-Reads are positional, in threads of our own, in steps of 1 MiB without the GIL; no memory map, since a file that
-shrinks would turn into SIGBUS. Every read checks before and after it that the file is still the one that was opened.
+Reads are positional, in threads of the store's own, in steps of 1 MiB without the GIL. There is no memory map: a file
+that shrinks would end the process with SIGBUS. Every read checks, before and after, that the file is still the one that
+was opened.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ class LocalStore(Store):
     path : str
         The directory or file; it may be a symbolic link, since the user named it.
     max_workers : int, optional
-        Reads in flight, each in a thread; 2 saturate memory bandwidth on most machines.
+        Reads in flight at most, each in a thread; 2 saturate memory bandwidth on most machines.
     page_cache : {"keep", "drop"}
-        Whether the kernel keeps what was read in its page cache. "drop" suits weights larger than memory.
+        Whether the kernel keeps files in its page cache after they were read. "drop" suits weights larger than memory.
     allow_symlinks : bool
         Whether links among the files may lead outside the directory.
     max_gap_bytes : int

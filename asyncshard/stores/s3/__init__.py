@@ -1,4 +1,4 @@
-"""Objects of S3 and of what speaks its protocol: `S3Store`."""
+"""Objects of S3, and of servers that speak its protocol: `S3Store`."""
 
 from asyncshard.stores.s3.store import S3Store
 

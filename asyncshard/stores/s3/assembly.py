@@ -1,4 +1,4 @@
-"""Puts the parts of a store together; importing it imports botocore."""
+"""The parts of an `S3Store`, put together. Importing this module imports botocore."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SLOW_WINDOW_S = 10.0
 
 
 def make_reader(options: S3Options, bucket: str, max_workers: int, report: Listener) -> S3Reader:
-    """Return what a store reads through; on the store's own loop."""
+    """Return the reader of a store. It is made, and used, on the store's own loop."""
     client = S3Client(options, bucket, max_workers)
     limits = Limits(
         options.connect_timeout_s, options.read_timeout_s, int(_SLOW_BYTES_PER_S * _SLOW_WINDOW_S), _SLOW_WINDOW_S

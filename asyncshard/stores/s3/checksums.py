@@ -1,8 +1,9 @@
-"""The checksums that S3 keeps of objects, compared with what was read.
+"""Checksums that S3 keeps of objects, to be compared with the bytes that were read.
 
-A value is of the whole object (``FULL_OBJECT``), or of its parts' checksums (``COMPOSITE``, ``value-N``), which says
-nothing without the parts' sizes. Objects are read in ranges, so the CRCs of ranges are combined; SHA-256 cannot be, and
-is compared only where one answer held the whole object. (S3 user guide, "Checking object integrity".)
+A checksum is that of the whole object (``FULL_OBJECT``), or that of its parts' checksums (``COMPOSITE``, ``value-N``),
+which says nothing without the parts' sizes. Objects are read in ranges, so the CRCs of ranges are combined. SHA-256
+cannot be combined: it is compared only where one response held the whole object. (S3 user guide, "Checking object
+integrity".)
 """
 
 from __future__ import annotations
@@ -15,17 +16,20 @@ from typing import NamedTuple
 from awscrt import checksums
 
 _STEP = 1 << 20
-"""awscrt holds the GIL while it works."""
+"""1 MiB is given to awscrt at a time, since it holds the GIL while it works."""
 
 
 class Algorithm(NamedTuple):
-    """A CRC whose values of neighbouring ranges combine."""
+    """A CRC. The values of two neighbouring ranges give that of both together."""
 
     name: str
+    """As S3 writes it."""
     nbytes: int
+    """Bytes of a value."""
     update: Callable[[memoryview, int], int]
+    """Returns the value of bytes that follow others, from the bytes and the value of the others."""
     combine: Callable[[int, int, int], int]
-    """Of the first, of the second, and how long the second is."""
+    """Returns the value of two ranges from that of the first, that of the second, and the second's length."""
 
 
 _CRCS = (
@@ -36,30 +40,30 @@ _CRCS = (
 _SHA256 = "x-amz-checksum-sha256"
 
 
-class Stored(NamedTuple):
-    """What the server says about a whole object."""
+class StoredChecksum(NamedTuple):
+    """The checksum that the server has of a whole object."""
 
     crc: Algorithm | None
+    """How the value was computed; None for SHA-256."""
     value: bytes
-    """Of `crc`, or of SHA-256 where that is None."""
 
 
-def stored(headers: Mapping[str, str]) -> Stored | None:
-    """Return the checksum of the whole object that an answer's headers hold, if any."""
+def stored_checksum(headers: Mapping[str, str]) -> StoredChecksum | None:
+    """Return the checksum of the whole object from the headers of a response; None where they have none."""
     if headers.get("x-amz-checksum-type", "FULL_OBJECT").upper() != "FULL_OBJECT":
         return None
     for crc in _CRCS:
         value = _decoded(headers.get(f"x-amz-checksum-{crc.name.lower()}"), crc.nbytes)
         if value is not None:
-            return Stored(crc, value)
+            return StoredChecksum(crc, value)
     value = _decoded(headers.get(_SHA256), 32)
-    return None if value is None else Stored(None, value)
+    return None if value is None else StoredChecksum(None, value)
 
 
 def _decoded(text: str | None, nbytes: int) -> bytes | None:
     try:
         value = base64.b64decode(text or "", validate=True)
-    except ValueError:  # of a composite one, "value-N"
+    except ValueError:  # a composite checksum, "value-N"
         return None
     return value if len(value) == nbytes else None
 
@@ -73,18 +77,18 @@ def crc_of(algorithm: Algorithm, views: Sequence[memoryview]) -> int:
     return value
 
 
-def matches(stored: Stored, views: Sequence[memoryview]) -> bool:
-    """Whether memory is the whole object that a checksum is of. Slow: not for an event loop."""
-    if stored.crc is not None:
-        return crc_of(stored.crc, views).to_bytes(stored.crc.nbytes, "big") == stored.value
+def matches(checksum: StoredChecksum, views: Sequence[memoryview]) -> bool:
+    """Return whether memory that holds a whole object has its checksum. Slow: not for an event loop."""
+    if checksum.crc is not None:
+        return crc_of(checksum.crc, views).to_bytes(checksum.crc.nbytes, "big") == checksum.value
     digest = hashlib.sha256()
     for view in views:
         digest.update(view)
-    return digest.digest() == stored.value
+    return digest.digest() == checksum.value
 
 
 class Coverage:
-    """What has been read of one object, as the CRCs of its ranges.
+    """The ranges of one object that have been read, with the CRC of each.
 
     Parameters
     ----------
@@ -100,21 +104,21 @@ class Coverage:
         self._size = size
         self._first = memoryview(first)
         self._ranges: dict[int, tuple[int, int]] = {}
-        """Stop and CRC of each range, by its start."""
+        """End and CRC of each range, by its start."""
         self._covered = len(first)
 
     def add(self, start: int, stop: int, crc: int) -> None:
-        """Note a range that was read."""
+        """Add a range that was read."""
         known = self._ranges.get(start)
         self._covered += stop - start - (known[0] - start if known else 0)
         self._ranges[start] = (stop, crc)
 
     def ranges(self) -> list[tuple[int, int, int]]:
-        """Return start, stop and CRC of each."""
+        """Return start, stop and CRC of each range, in ascending order."""
         return [(start, stop, crc) for start, (stop, crc) in sorted(self._ranges.items())]
 
     def whole(self) -> int | None:
-        """Return the CRC of the whole object; None as long as it is not covered without overlaps."""
+        """Return the CRC of the whole object; None unless the ranges cover it without overlaps."""
         if self._covered < self._size:
             return None
         at = min(self._ranges, default=self._size)

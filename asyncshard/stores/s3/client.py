@@ -56,11 +56,11 @@ class S3Client:
         """All clients that were made: requests in flight may still use one that has been replaced."""
         self._region: str | None = options.region_name
         self._clock_offset_s = 0.0
-        """How far the server's clock is ahead of ours, once it has complained."""
+        """Seconds by which the server's clock is ahead of ours; set once the server has complained."""
         self.urls = SignedUrls(self._sign, _HEADERS_OF_CHECKSUMS if options.verify_checksums else {})
         self._lock = asyncio.Lock()
         self.generation = 0
-        """How often the way in which requests are signed was changed."""
+        """Number of times that the way in which requests are signed was changed."""
         self._ca_bundle: bool | str = True
 
     @property
@@ -79,7 +79,7 @@ class S3Client:
         await self._clients.aclose()
 
     async def remedy(self, failure: Failure, generation: int) -> None:
-        """Do what helps against the failure of a request that was signed in `generation`.
+        """Apply the remedy for the failure of a request that was signed in `generation`.
 
         The first of several such requests does it for all.
         """

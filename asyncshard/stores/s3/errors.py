@@ -1,4 +1,4 @@
-"""What the errors of S3 mean: from the responses of a server to `Failure`s.
+"""The errors of S3: responses of a server, turned into `Failure`s.
 
 Codes and status are those of the API reference, "Error responses".
 """
@@ -28,7 +28,7 @@ from asyncshard.stores.http.response import MAX_ERROR_BYTES, NO_RANGES, Response
 
 
 class ErrorBody(NamedTuple):
-    """What the XML of an S3 error says."""
+    """Contents of the XML of an S3 error."""
 
     code: str = ""
     """One of the API's error codes, as in ``NoSuchKey``."""
@@ -53,12 +53,12 @@ def parse_error(body: bytes) -> ErrorBody:
 
 
 class _Meaning(NamedTuple):
-    """What an error means for whoever made the request."""
+    """Meaning of an error: the remedy, and the user's error."""
 
     action: Action
     kind: type[StoreError]
     advice: str
-    """What happened, in words, and what to check."""
+    """The cause in words, and what to check."""
 
 
 _MAX_TEXT = 300
@@ -144,20 +144,20 @@ def is_error(head: ResponseHead) -> bool:
 
 
 def failure_of_response(head: ResponseHead, body: bytes) -> Failure:
-    """Return what a response that is an error means, and what helps."""
+    """Return the failure that a response with an error means."""
     return failure_of_error(head, parse_error(body))
 
 
 def failure_of_error(head: ResponseHead, error: ErrorBody) -> Failure:
-    """Return what a response means whose error has been read, and what helps."""
+    """Return the failure that a response means, whose error has been parsed."""
     meaning = _BY_CODE.get(error.code) or _BY_STATUS.get(head.status)
     if error.code == "AccessDenied" and "expired" in error.message.lower():
-        meaning = _EXPIRED  # of a presigned URL
+        meaning = _EXPIRED  # the presigned URL has expired
     if head.status == 200 and meaning is None:
         return unusable(head, NO_RANGES)
     server_time = _server_time(head.headers, error)
     if head.status == 403 and server_time is not None and abs(server_time - time()) > _MAX_SKEW_S:
-        meaning = _SKEWED  # of a presigned URL, or a HEAD, S3 does not say it with a code
+        meaning = _SKEWED  # to a presigned URL, or a HEAD, S3 does not answer with the code of it
     if meaning is None:
         meaning = _Meaning(Action.GIVE_UP, StoreError, "the server refuses the request")
     action = meaning.action

@@ -1,4 +1,4 @@
-"""What an `S3Store` can be told, under boto3's names."""
+"""The options of an `S3Store`, under boto3's names."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ _ALIASES = {
     "token": "aws_session_token",
     "anon": "unsigned",
 }
-"""s3fs's names."""
+"""The names that s3fs has for some options."""
 _STYLES = ("auto", "path", "virtual")
 _TRANSPORTS = ("auto", "sockets", "aiobotocore")
 
 
 @dataclass(frozen=True, slots=True)
 class S3Options:
-    """Credentials, where the server is, and how patient to be. Its repr shows no secret.
+    """Credentials, the address of the server, and time limits. The repr shows no secret.
 
-    What is None is looked for where botocore looks: AWS's environment variables, profiles, and, if neither has
-    credentials, the services of the container or instance.
+    Options that are None are looked for where botocore looks: AWS's environment variables, profiles, and, if neither
+    has credentials, the services of the container or instance.
     """
 
     aws_access_key_id: str | None = field(default=None, repr=False)
@@ -34,32 +34,34 @@ class S3Options:
     profile_name: str | None = None
     """A profile of AWS's configuration files."""
     region_name: str | None = None
+    """The region that requests are signed for."""
     endpoint_url: str | None = None
-    """Another server than AWS's: ``https://minio.internal:9000``."""
+    """Address of a server other than AWS's: ``https://minio.internal:9000``."""
     verify: bool | str | None = None
-    """False: any certificate is taken. A path: that of the certificate authorities to trust."""
+    """False takes any certificate. A path is that of a file or folder of certificate authorities to trust."""
     addressing_style: str = "auto"
     """Where the bucket stands in a URL: "path", "virtual" (in the host), or "auto"."""
     unsigned: bool = False
-    """Requests without credentials, for public buckets."""
+    """Whether to send requests without credentials, for public buckets."""
     max_attempts: int = 5
-    """Attempts in a row that bring nothing, after which a request fails."""
+    """A request fails after this many attempts in a row that bring nothing."""
     connect_timeout_s: float = 10.0
+    """Seconds until a connection is made."""
     read_timeout_s: float = 30.0
-    """Seconds without a byte after which an answer counts as lost."""
+    """Seconds without a byte after which a response counts as lost."""
     deadline_s: float = 300.0
-    """Seconds for one request with all its attempts."""
+    """Seconds for all attempts of one request."""
     transport: str = "auto"
-    """What receives data: our own "sockets", or "aiobotocore"; "auto" takes sockets where they can."""
+    """How data is received: over "sockets" of our own, or by "aiobotocore"; "auto" takes sockets where possible."""
     verify_checksums: bool = False
-    """Compare what was read with the objects' own checksums."""
+    """Whether to compare objects with the checksums that the server has of them."""
     max_gap_bytes: int | None = None
-    """Unwanted bytes between two wanted tensors that are read with them rather than ask twice; by default 1 MiB, and 0
-    with `verify_checksums`, which must know every byte."""
+    """Gaps up to this many bytes between wanted byte ranges are read too, to save a request. None stands for 1 MiB, and
+    for 0 with `verify_checksums`, which must know every byte."""
 
     @classmethod
     def from_keywords(cls, keywords: Mapping[str, Any]) -> Self:
-        """Check options as a user gives them; None is as good as not given.
+        """Return the options that a user passed by keyword; None stands for the default.
 
         Raises
         ------
@@ -75,15 +77,15 @@ class S3Options:
                 f"unknown storage option{'s' * (len(unknown) > 1)} {', '.join(unknown)}; "
                 f"this store knows {', '.join(known)}"
             )
-        given: dict[str, Any] = {}
+        values: dict[str, Any] = {}
         for name, value in keywords.items():
             option = _ALIASES.get(name, name)
             if value is None:
                 continue
-            if option in given:
+            if option in values:
                 raise TypeError(f"storage option {option} is given twice, once as {name}")
-            given[option] = os.fspath(value) if isinstance(value, os.PathLike) else value
-        return cls(**given)
+            values[option] = os.fspath(value) if isinstance(value, os.PathLike) else value
+        return cls(**values)
 
     def __post_init__(self) -> None:
         for name in ("aws_access_key_id", "aws_secret_access_key", "aws_session_token", "profile_name", "region_name"):
@@ -112,7 +114,7 @@ class S3Options:
             _require_endpoint(self.endpoint_url)
 
     def style_for(self, endpoint_url: str | None) -> str:
-        """Return the addressing style: by path where a bucket cannot be part of the host's name."""
+        """Return the addressing style for an endpoint: "path" where a bucket cannot be part of the host's name."""
         if self.addressing_style != "auto" or endpoint_url is None:
             return self.addressing_style
         host = urlsplit(endpoint_url).hostname or ""

@@ -1,4 +1,4 @@
-"""Reads of one bucket: pinned, retried, resumed where a body was cut, checked."""
+"""Reads of one bucket: pinned to an ETag, retried, resumed where a body was cut, compared with checksums."""
 
 from __future__ import annotations
 
@@ -36,19 +36,22 @@ _MISMATCH = Failure(
 
 
 class Target(NamedTuple):
-    """What a request is about, for its error."""
+    """The object, or byte range, that a request is about, for its error."""
 
     bucket: str
     key: str
+    """Key of the object, or prefix of a listing."""
     start: int | None = None
+    """First byte of the range; None where the request has none."""
     stop: int | None = None
+    """The byte behind the last one of the range."""
 
     @property
     def path(self) -> str:
         return f"s3://{self.bucket}/{self.key}"
 
     def error(self, failure: Failure, attempts: int) -> StoreError:
-        """Return what the user gets."""
+        """Return the error that the user gets."""
         facts = [] if self.start is None or self.stop is None else [f"bytes {self.start:,}-{self.stop:,}"]
         facts += [f"{attempts} attempts"] if attempts > 1 else []
         facts += [f"request id {failure.request_id}"] if failure.request_id else []
@@ -65,21 +68,21 @@ class Target(NamedTuple):
 
 
 class S3Reader:
-    """Everything that a store asks of its server. It runs on the store's own loop.
+    """All requests of a store to its server. It runs on the store's own loop.
 
     Parameters
     ----------
     client : S3Client
     make_transport : callable
-        Called once, when the client is there.
+        Called once, after the client has been started.
     bucket : str
     policy : RetryPolicy
     report : Listener
         Called with each request that is made again.
     max_workers : int
-        Range requests in flight. A request's deadline begins when it gets its turn.
+        Range requests in flight at most. The deadline of a request begins when it gets its turn.
     integrity : Integrity or None
-        Compares checksums, where that was asked for.
+        Compares checksums; None where that was not asked for.
     """
 
     def __init__(
@@ -128,7 +131,7 @@ class S3Reader:
         return pin
 
     async def open(self, key: str, nbytes: int) -> tuple[Pin, bytes]:
-        """Pin an object and read its first bytes, fewer where it has fewer."""
+        """Pin an object and read its first `nbytes` bytes, or all of a shorter one."""
         request = RangeRequest(0, max(nbytes, 1), None)
         target = Target(self._bucket, key, 0, request.stop)
         memory = memoryview(bytearray(request.stop))
@@ -161,7 +164,7 @@ class S3Reader:
         return pin, length
 
     async def read(self, key: str, pin: Pin, start: int, scatter: Scatter) -> None:
-        """Fill `scatter` from `start` on."""
+        """Fill `scatter` with the bytes of an object from `start` on."""
         if not scatter.nbytes:
             return
         target = Target(self._bucket, key, start, start + scatter.nbytes)
@@ -182,7 +185,14 @@ class S3Reader:
         await self._get(key, request, receive)
 
     async def _read_again(self, integrity: Integrity, target: Target, pin: Pin, scatter: Scatter) -> None:
-        """Of a mismatch, find out what is wrong by reading once more, and mend it where nobody has the bytes yet."""
+        """Read bytes that do not match once more, to find out what is wrong.
+
+        An object that was read in one go is mended so. Of one that was read in ranges, others have the bytes already.
+
+        Raises
+        ------
+        ChecksumError
+        """
         self._report(Retried(target.path, _UNMATCHED, 0.0, 1, None, None))
         if scatter.nbytes == pin.size:
             scatter.rewind()

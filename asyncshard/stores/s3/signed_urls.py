@@ -14,7 +14,7 @@ _SIGN_AGAIN_S = 300
 
 
 class SignedUrl(NamedTuple):
-    """How to ask for an object. Its repr would show the signature: it must not get into a message."""
+    """A URL that gets an object. Its repr shows the signature, so it must not get into a message."""
 
     url: SplitResult
     """The URL, with the signature in its query."""

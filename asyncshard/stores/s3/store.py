@@ -29,15 +29,15 @@ _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,253}[A-Za-z0-9]")
 class S3Store(Store):
     """A prefix or an object of a bucket, on AWS or any server that speaks its protocol.
 
-    Requests, signatures and the bodies that come in are the work of an event loop in a thread of its own; the
-    application's loop hears only when a read is done. Objects are pinned by ETag from their first answer on.
+    Requests, signatures and the bodies of responses are the work of an event loop in a thread of its own. The
+    application's loop hears only when a read is done. Objects are pinned by ETag from their first response on.
 
     Parameters
     ----------
     url : str
         ``s3://bucket/prefix`` or ``s3://bucket/key``. The key is taken as it stands: nothing in it is decoded.
     max_workers : int, optional
-        Range requests in flight.
+        Range requests in flight at most.
     **options
         See `S3Options`.
 
@@ -48,7 +48,7 @@ class S3Store(Store):
     TypeError
         An option that does not exist.
     ImportError
-        The packages that this needs are not installed.
+        The packages that S3 needs are not installed.
     """
 
     def __init__(self, url: str, *, max_workers: int | None = None, **options: Any) -> None:
@@ -148,7 +148,7 @@ class S3Store(Store):
             self._reads_in_flight -= 1
 
     async def _run(self, call: Callable[[S3Reader], Coroutine[Any, Any, T]]) -> T:
-        """Call the reader on its own loop; it is made there first."""
+        """Call a method of the reader on the store's own loop, where the reader is made first."""
 
         async def run() -> T:
             if self._reader is None:
@@ -170,7 +170,7 @@ def split_url(url: str) -> tuple[str, str]:
     Raises
     ------
     ValueError
-        It names no bucket, or holds credentials.
+        The URL names no bucket, or holds credentials.
     """
     scheme, _, rest = url.partition("://")
     bucket, _, key = rest.partition("/")

@@ -1,4 +1,4 @@
-"""Two ways to get a byte range of an object: over sockets of our own, or through aiobotocore."""
+"""Two ways to get objects: over sockets of our own, or through aiobotocore."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from asyncshard.stores.s3.client import S3Client
 
 _MAX_REDIRECTS = 3
 _PRINTABLE = re.compile("[!-~]+")
-"""What a URL is made of (RFC 3986)."""
+"""The characters that a URL may have (RFC 3986)."""
 _PIECE = 256 << 10
 
 
 class Transport(ABC):
-    """Gets objects of one bucket."""
+    """Gets the objects of one bucket."""
 
     @abstractmethod
     async def get(self, key: str, headers: Mapping[str, str], receive: Receive) -> Response:
@@ -40,7 +40,7 @@ class Transport(ABC):
 
 
 class SocketTransport(Transport):
-    """Bodies go straight from the socket into their memory; requests are signed through botocore."""
+    """Receives bodies straight from the socket into their memory. Requests are signed by botocore."""
 
     def __init__(self, client: S3Client, pool: HttpPool) -> None:
         self._client = client
@@ -64,36 +64,36 @@ class SocketTransport(Transport):
 
 
 def origin_of(url: SplitResult) -> Origin:
-    """Return where a URL's server is."""
+    """Return the server of a URL."""
     assert url.hostname is not None
     return Origin(url.scheme, url.hostname, url.port or (443 if url.scheme == "https" else 80))
 
 
 def host_of(origin: Origin) -> str:
-    """Return the ``Host`` header as botocore signs it: in lower case, without a port that goes without saying."""
+    """Return the ``Host`` header as botocore signs it: in lower case, with a port only if it is not the usual one."""
     host = f"[{origin.host}]" if ":" in origin.host else origin.host
     is_usual = origin.port == (443 if origin.scheme == "https" else 80)
     return host if is_usual else f"{host}:{origin.port}"
 
 
 def target_of(url: SplitResult) -> str:
-    """Return what a request line asks for."""
+    """Return the target of the request line for a URL: its path and query."""
     return (url.path or "/") + (f"?{url.query}" if url.query else "")
 
 
 def redirected(signed: SplitResult, current: SplitResult, head: ResponseHead) -> SplitResult:
-    """Return where a redirect leads, without our signature where that is another server.
+    """Return the URL that a redirect leads to, without our signature if it is on another server.
 
     Raises
     ------
     Failed
-        It leads nowhere, or out of TLS.
+        The redirect leads nowhere, or out of TLS.
     """
     location = head.headers.get("location", "")
     try:
         url = urlsplit(urljoin(current.geturl(), location))
         is_url = bool(location) and url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
-    except ValueError:  # of a port or an address that is none
+    except ValueError:  # the port or the address is none
         is_url = False
     if not is_url or not _PRINTABLE.fullmatch(location):
         raise Failed(Failure("the server redirects without saying where", status=head.status))
@@ -102,18 +102,18 @@ def redirected(signed: SplitResult, current: SplitResult, head: ResponseHead) ->
     if url.username is not None:
         url = url._replace(netloc=url.netloc.rpartition("@")[2])
     if origin_of(url) != origin_of(signed):
-        ours = set(parse_qsl(signed.query, keep_blank_values=True))
-        kept = [
+        signature = set(parse_qsl(signed.query, keep_blank_values=True))
+        parameters = [
             pair
             for pair in parse_qsl(url.query, keep_blank_values=True)
-            if pair not in ours or not pair[0].lower().startswith("x-amz-")
+            if pair not in signature or not pair[0].lower().startswith("x-amz-")
         ]
-        url = url._replace(query=urlencode(kept))
+        url = url._replace(query=urlencode(parameters))
     return url
 
 
 class BotoTransport(Transport):
-    """Through aiobotocore: slower, with all that it can do (proxies, client certificates, S3 Express)."""
+    """Receives bodies through aiobotocore: slower, but it can do more (proxies, client certificates, S3 Express)."""
 
     def __init__(self, client: S3Client, limits: Limits) -> None:
         self._client = client

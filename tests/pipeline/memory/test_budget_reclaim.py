@@ -22,12 +22,12 @@ class Cache:
         self.can_hand_over = False
         budget.add_reclaimer(self)
 
-    def reclaim(self, what):
-        self.calls.append(what)
-        if what is Reclaimable.CACHED and self.leases:
+    def reclaim(self, kind):
+        self.calls.append(kind)
+        if kind is Reclaimable.CACHED and self.leases:
             self.leases.pop(0)
             return True
-        if what is Reclaimable.IN_USE and self.can_hand_over:
+        if kind is Reclaimable.IN_USE and self.can_hand_over:
             self.can_hand_over = False
             self.account.close()
             return True
@@ -41,8 +41,8 @@ class Ahead:
         self.leases = []
         budget.add_reclaimer(self)
 
-    def reclaim(self, what):
-        if what is not Reclaimable.READ_AHEAD or not self.leases:
+    def reclaim(self, kind):
+        if kind is not Reclaimable.READ_AHEAD or not self.leases:
             return False
         self.leases.pop()
         return True

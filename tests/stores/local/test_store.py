@@ -18,7 +18,8 @@ from asyncshard.errors import (
     StoreError,
     TruncatedError,
 )
-from asyncshard.stores import LocalStore, local
+from asyncshard.stores import LocalStore
+from asyncshard.stores.local import store as local
 from asyncshard.testing import StoreTests
 
 DATA = np.random.default_rng(0).bytes(300_000)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncshard.stores.s3.checksums import _CRCS, Coverage, crc_of, matches, stored
+from asyncshard.stores.s3.checksums import _CRCS, Coverage, crc_of, matches, stored_checksum
 
 
 def encoded(value, nbytes):
@@ -53,8 +53,8 @@ def test_a_hole_or_an_overlap_has_no_value():
 
 def test_only_values_of_whole_objects_count():
     value = encoded(zlib.crc32(b"abc"), 4)
-    assert stored({"x-amz-checksum-crc32": value}).value == zlib.crc32(b"abc").to_bytes(4, "big")
-    assert stored({"x-amz-checksum-crc32": value, "x-amz-checksum-type": "FULL_OBJECT"}) is not None
+    assert stored_checksum({"x-amz-checksum-crc32": value}).value == zlib.crc32(b"abc").to_bytes(4, "big")
+    assert stored_checksum({"x-amz-checksum-crc32": value, "x-amz-checksum-type": "FULL_OBJECT"}) is not None
     for headers in (
         {},
         {"x-amz-checksum-crc32": value, "x-amz-checksum-type": "COMPOSITE"},
@@ -63,11 +63,11 @@ def test_only_values_of_whole_objects_count():
         {"x-amz-checksum-crc32": "\xff"},
         {"x-amz-checksum-sha1": value},
     ):
-        assert stored(headers) is None
+        assert stored_checksum(headers) is None
 
 
 def test_sha256_is_compared_in_one_piece():
     digest = "ungWv48Bz+pBQUDeXa4iI7ADYaOWF3qctBD/YfIAFa0="  # FIPS 180-2, appendix B.1
-    known = stored({"x-amz-checksum-sha256": digest})
-    assert matches(known, [memoryview(b"a"), memoryview(b"bc")])
-    assert not matches(known, [memoryview(b"abd")])
+    checksum = stored_checksum({"x-amz-checksum-sha256": digest})
+    assert matches(checksum, [memoryview(b"a"), memoryview(b"bc")])
+    assert not matches(checksum, [memoryview(b"abd")])

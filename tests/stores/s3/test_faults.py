@@ -1,4 +1,9 @@
-"""Whatever a server does: the right bytes, or a clear error."""
+"""Whatever a server does: the right bytes, or a clear error.
+
+Through `S3Store`, these are the tests of its store.py, reader.py, client.py, transports.py and assembly.py, and of
+http/exchange.py, http/pool.py and http/failures.py: what is retried and what is not, connections, time limits,
+credentials, clocks, regions, certificates and cancelling.
+"""
 
 import asyncio
 import contextlib
