@@ -17,7 +17,7 @@ from asyncshard.pipeline.checkpoint.opening import Opening
 from asyncshard.pipeline.memory.budget import MemoryBudget
 from asyncshard.pipeline.memory.free_memory import default_budget_mb
 from asyncshard.plan.check.file_facts import FileFacts, facts_of
-from asyncshard.plan.check.judgement import CheckInput, Finding, Problem, report_on
+from asyncshard.plan.check.judgement import CheckedFile, CheckInput, Problem, report_on
 from asyncshard.plan.check.report import CheckpointReport
 from asyncshard.plan.files.layout import INDEX_NAME
 from asyncshard.plan.files.survey import Survey, survey_index, survey_names
@@ -114,8 +114,8 @@ class _Check:
         if CONFIG_NAME in listing.names and not listing.is_file:
             config = await self._read_config()
         files = await self._read_headers(survey, weight_map)
-        evidence = CheckInput(self._store.url, survey, files, config, self._pattern, tuple(self._problems))
-        return await self._threads.run(report_on, evidence)
+        check_input = CheckInput(self._store.url, survey, files, config, self._pattern, tuple(self._problems))
+        return await self._threads.run(report_on, check_input)
 
     def _survey(self, listing: Listing, weight_map: WeightMap | None = None) -> Survey:
         if weight_map is not None:
@@ -158,7 +158,7 @@ class _Check:
             raise error
         self._problems.append(Problem(f"{str(error).rstrip('.')}.", is_fatal))
 
-    async def _read_headers(self, survey: Survey, weight_map: WeightMap | None) -> dict[str, Finding]:
+    async def _read_headers(self, survey: Survey, weight_map: WeightMap | None) -> dict[str, CheckedFile]:
         options = self._options
         numbers = {} if weight_map is None else {name: place for place, name in enumerate(weight_map.files)}
 

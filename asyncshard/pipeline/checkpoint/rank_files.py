@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from asyncshard.errors import ObjectChangedError, ObjectNotFoundError
 from asyncshard.format.save_id import save_id_of
 from asyncshard.pipeline.checkpoint.opened_file import OpenedFile
-from asyncshard.plan.files.saves import save_fault
+from asyncshard.plan.files.saves import save_problem
 from asyncshard.stores.base import Store
 
 
 def require_one_save(files: Sequence[OpenedFile], path: str) -> None:
     """Raise ObjectChangedError where a rank's files come from two saves, or are not all of one."""
-    fault = save_fault([(file.meta.name, save_id_of(file.header.metadata)) for file in files], path)
-    if fault is not None:
-        raise fault
+    problem = save_problem([(file.meta.name, save_id_of(file.header.metadata)) for file in files], path)
+    if problem is not None:
+        raise problem
 
 
 async def error_of_replaced(store: Store, name: str) -> Exception | None:

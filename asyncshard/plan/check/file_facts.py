@@ -1,7 +1,7 @@
-"""What is kept of a file's header after it was checked: a few bytes for each tensor, so that thousands fit in memory.
+"""Compact facts about the files of a checkpoint: a few bytes for each tensor, so that thousands of files fit in memory.
 
-Names are compared by Python's own hash of 64 bits, whose key differs from process to process: nobody can make two names
-meet. The names themselves, for messages, are kept compressed, to about a twentieth.
+Names are compared by Python's hash of 64 bits. Its key differs from process to process, so nobody can construct names
+with equal hashes. The names themselves are stored compressed, to about a twentieth, and are only used in messages.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from asyncshard.plan.text import LISTED
 from asyncshard.plan.ties import EMBEDDING, OUTPUT, told_ties
 
 MOST = 4096
-"""How many names are kept of those that disagree with the index, or are tied, in one file."""
-_BLOCK = 256  # names at once: the GIL is held for some tens of microseconds
+"""For one file, at most 4,096 names are stored that disagree with the index, and at most 4,096 ties."""
+_BLOCK = 256
+"""256 names are packed at a time: the GIL is held for some tens of microseconds."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -33,11 +34,14 @@ class PackedNames:
     """The names of one file's tensors, in file order."""
 
     hashes: Int64Array
+    """The hash of each name."""
     _lengths: NDArray[np.uint32]
+    """The number of characters of each name."""
     _text: bytes
+    """All names, one after the other, compressed."""
 
     def at(self, rows: Iterable[int]) -> list[str]:
-        """Return the names at some rows. Slow: it unpacks all."""
+        """Return the names at the given rows. This is slow, because it unpacks all names."""
         text = zlib.decompress(self._text).decode("utf-8", "surrogatepass")
         stops = np.cumsum(self._lengths, dtype=np.int64)
         return [text[int(stops[row]) - int(self._lengths[row]) : int(stops[row])] for row in rows]
@@ -45,28 +49,30 @@ class PackedNames:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FileFacts:
-    """One file whose header is valid."""
+    """Facts about one file whose header is valid."""
 
     name: str
+    """The name of the file."""
     names: PackedNames
+    """The names of the tensors."""
     dtype_codes: NDArray[np.uint8]
-    """Of each tensor: its place in `DTYPES`."""
+    """The index in `DTYPES` of each tensor's element type."""
     dtype_bytes: Int64Array
-    """Bytes of the tensors of each of the `DTYPES`."""
+    """For each of the `DTYPES`, the number of bytes of its tensors."""
     nbytes: int
-    """Bytes of all tensors."""
+    """The number of bytes of all tensors."""
     ties: tuple[tuple[str, str], ...] = ()
-    """Ties that the metadata tells, at most `MOST`: each the missing name, and that of a tensor of the file."""
+    """At most `MOST` ties that the metadata tells: the missing name, and the stored name in the file."""
     embeddings: tuple[str, ...] = ()
-    """Names that end like `EMBEDDING` or `OUTPUT`."""
+    """The names that end with `EMBEDDING` or `OUTPUT`."""
     absent: tuple[str, ...] = ()
-    """Names that the index places in the file and that it lacks, at most `MOST`."""
+    """At most `MOST` names that the index maps to the file, although the file lacks them."""
     unexpected: tuple[str, ...] = ()
-    """Those that it has and the index does not place there, at most `MOST`."""
+    """At most `MOST` names in the file that the index does not map to it."""
     save: SaveId | None = None
-    """The save that wrote the file, where its metadata tells."""
+    """The save that wrote the file; None if the metadata names none."""
     step: str | None = None
-    """What its metadata says under `STEP_KEY`."""
+    """The value of `STEP_KEY` in the metadata, or None."""
 
     def __len__(self) -> int:
         return len(self.dtype_codes)
@@ -75,18 +81,18 @@ class FileFacts:
 def facts_of(
     name: str, header: Header, names: Iterable[str], weight_map: WeightMap | None = None, number: int | None = None
 ) -> FileFacts:
-    """Return what is kept of a header.
+    """Return the facts about a file, given its header.
 
     Parameters
     ----------
     name : str
-        The file's.
+        The name of the file.
     names : iterable of str
-        The header's names, in order; a wrapper of the header may let go of the GIL between them.
+        The names in the header, in order; an iterator may release the GIL between them.
     weight_map : WeightMap, optional
-        Of the index.
+        The map of the index, with which the header is compared.
     number : int, optional
-        The place of the file in its ``files``. A file that it does not name is not compared.
+        The index of the file in ``weight_map.files``; None for a file that is not compared.
     """
     packed, embeddings = _pack(iter(names), len(header))
     absent: Sequence[str] = ()
@@ -131,25 +137,28 @@ def _pack(names: Iterator[str], count: int) -> tuple[PackedNames, tuple[str, ...
 
 
 class Duplicate(NamedTuple):
-    """A tensor that two files hold."""
+    """A tensor name that two files hold."""
 
     name: str
     first: str
-    """The file that comes first."""
+    """The name of the file that comes first in the order of the files."""
     second: str
+    """The name of the other file."""
 
 
 class Difference(NamedTuple):
-    """How the tensors of some files differ from those of others: the first names of each kind, and how many."""
+    """How the tensors of one rank differ from those of another: the first names of each kind, and their number."""
 
     lacks: tuple[list[str], int]
+    """Names that only the first rank has."""
     adds: tuple[list[str], int]
+    """Names that only the second rank has."""
     retyped: tuple[list[str], int]
-    """In both, of another dtype."""
+    """Names that both ranks have, with different dtypes."""
 
 
 class Tensors:
-    """The tensors of several files taken together, in order."""
+    """The tensors of several files as one sequence, in the order of the files."""
 
     def __init__(self, files: Sequence[FileFacts]) -> None:
         self._files = tuple(files)
@@ -158,11 +167,11 @@ class Tensors:
         self._codes = np.concatenate([np.empty(0, np.uint8), *(file.dtype_codes for file in files)])
 
     def duplicates(self) -> tuple[list[Duplicate], int]:
-        """Return the first tensors that two files hold, in the order of the files, and how many there are."""
+        """Return the first tensors that two files hold, in the order of the files, and the number of all of them."""
         order = np.argsort(self._hashes, kind="stable")
         same = np.flatnonzero(self._hashes[order[1:]] == self._hashes[order[:-1]])
         pairs = sorted(
-            (int(order[place + 1]), int(order[place])) for place in same[np.argsort(order[same + 1])][:LISTED]
+            (int(order[index + 1]), int(order[index])) for index in same[np.argsort(order[same + 1])][:LISTED]
         )
         names = self._names([second for second, _ in pairs])
         return [
@@ -171,7 +180,7 @@ class Tensors:
         ], len(same)
 
     def difference(self, other: Tensors) -> Difference:
-        """Return how `other` differs from this."""
+        """Return how the tensors of `other` differ from these."""
         order, others = np.argsort(self._hashes, kind="stable"), np.argsort(other._hashes, kind="stable")
         mine, theirs = self._hashes[order], other._hashes[others]
         if np.array_equal(mine, theirs):
@@ -179,8 +188,8 @@ class Tensors:
             retyped = order[self._codes[order] != other._codes[others]]
         else:
             lacking, added = order[~_is_in(mine, theirs)], others[~_is_in(theirs, mine)]
-            _, own, their = np.intersect1d(self._hashes, other._hashes, return_indices=True)
-            retyped = own[self._codes[own] != other._codes[their]]
+            _, our_rows, their_rows = np.intersect1d(self._hashes, other._hashes, return_indices=True)
+            retyped = our_rows[self._codes[our_rows] != other._codes[their_rows]]
         return Difference(self._first(lacking), other._first(added), self._first(retyped))
 
     def _first(self, rows: Int64Array) -> tuple[list[str], int]:
@@ -190,18 +199,18 @@ class Tensors:
         return self._files[int(np.searchsorted(self._offsets, row, "right")) - 1]
 
     def _names(self, rows: Sequence[int]) -> list[str]:
-        """Return the names at rows that are in order."""
+        """Return the names at the given rows, which ascend."""
         by_file: dict[int, list[int]] = {}
         for row in rows:
             number = int(np.searchsorted(self._offsets, row, "right")) - 1
             by_file.setdefault(number, []).append(row - int(self._offsets[number]))
-        return [name for number, own in by_file.items() for name in self._files[number].names.at(own)]
+        return [name for number, in_file in by_file.items() for name in self._files[number].names.at(in_file)]
 
 
 def _is_in(values: Int64Array, others: Int64Array) -> NDArray[np.bool_]:
-    """Return which of the values are among the others; both are sorted."""
+    """Return for each value whether it is among the others; both arrays are sorted."""
     if not len(others):
         return np.zeros(len(values), np.bool_)
-    places = np.minimum(np.searchsorted(others, values), len(others) - 1)
-    found: NDArray[np.bool_] = others[places] == values
+    nearest = np.minimum(np.searchsorted(others, values), len(others) - 1)
+    found: NDArray[np.bool_] = others[nearest] == values
     return found

@@ -1,4 +1,4 @@
-"""What a check of a checkpoint has found."""
+"""The report of a check of a checkpoint."""
 
 from __future__ import annotations
 
@@ -11,27 +11,32 @@ from asyncshard.plan.text import count_of, enumerate_names, ranks_of
 
 
 class DtypeUse(NamedTuple):
-    """The tensors of one element type."""
+    """The number and the size of the tensors of one element type."""
 
     dtype: str
-    """As the format spells it, such as ``"BF16"``."""
+    """The format's name of the element type, such as ``"BF16"``."""
     num_tensors: int
+    """The number of tensors."""
     nbytes: int
+    """The number of bytes of these tensors."""
 
 
 class RankFiles(NamedTuple):
-    """The files of one rank."""
+    """The number of files of one rank."""
 
     pp_rank: int
+    """The pipeline stage of the rank."""
     rank: int
+    """The rank within its pipeline stage."""
     parts: int
-    """How many there are."""
+    """The number of files."""
 
 
 class DamagedFile(NamedTuple):
-    """A file that could not be read, or is no valid safetensors file."""
+    """A file that could not be read, or is not a valid safetensors file."""
 
     name: str
+    """The name of the file."""
     error: str
     """What is wrong, where, and what to do."""
 
@@ -40,9 +45,9 @@ class Tie(NamedTuple):
     """Two names for one tensor."""
 
     name: str
-    """The one that is in no file."""
+    """The name that no file holds."""
     stored_name: str
-    """The one that is."""
+    """The name under which a file holds the tensor."""
 
 
 _KINDS = {
@@ -56,54 +61,55 @@ _KINDS = {
 
 @dataclass(frozen=True, slots=True)
 class CheckpointReport:
-    """What a checkpoint is, and what is wrong with it. Print it to read it."""
+    """The contents of a checkpoint, and its problems. ``print(report)`` shows it as text."""
 
     path: str
-    """Path or URL that was checked."""
+    """The path or URL of the checkpoint."""
     layout: Kind | None
-    """``ranks``, ``index``, ``single``, ``shards`` (numbered ones without the index that they need), or None."""
+    """``ranks``, ``index``, ``single``, ``shards`` (numbered shards whose index is missing), or None."""
     is_complete: bool
-    """Whether nothing is missing, damaged or contradictory: this library's loaders would load it, for every rank."""
+    """Whether nothing is missing, damaged or contradictory, so that the loaders would load it for every rank."""
     problems: tuple[str, ...] = ()
-    """All that is wrong or doubtful, a sentence each: what, where, what to do."""
+    """A sentence for each thing that is wrong or doubtful: what it is, where it is, and what to do."""
     world_size: int | None = None
-    """Ranks in each pipeline stage; None where the layout knows no ranks."""
+    """The number of ranks in each pipeline stage; None for a layout without ranks."""
     parts: tuple[RankFiles, ...] = ()
     """The ranks that have files, in order."""
     num_files: int = 0
-    """Files of the checkpoint that are there, damaged ones too."""
+    """The number of existing files of the checkpoint, damaged ones included."""
     num_tensors: int = 0
-    """In all its valid files; a tensor that several ranks hold counts for each."""
+    """The number of tensors in all valid files; a tensor that several ranks hold counts for each of them."""
     nbytes: int = 0
-    """Of these tensors."""
+    """The number of bytes of these tensors."""
     dtypes: tuple[DtypeUse, ...] = ()
-    """By bytes, the most first."""
+    """The element types of these tensors; the one with the most bytes is first."""
     missing_files: tuple[str, ...] = ()
-    """The first of the files that should be there; ``*`` stands for parts of an unknown number."""
+    """The first of the missing files; ``*`` stands for the parts of a rank whose number of parts is unknown."""
     num_missing_files: int = 0
+    """The number of all missing files."""
     extra_files: tuple[str, ...] = ()
-    """Files of tensors that are not part of the checkpoint."""
+    """Safetensors files in the directory that do not belong to the checkpoint."""
     copies: tuple[str, ...] = ()
-    """Those of the extra files that look like the same weights once more."""
+    """The extra files that seem to hold the same weights again."""
     damaged: tuple[DamagedFile, ...] = ()
-    """Files that are there and cannot be read, extra ones too."""
+    """Files that exist and cannot be read, extra files included."""
     ties: tuple[Tie, ...] = ()
-    """Tied tensors, by the files' metadata or by ``tie_word_embeddings`` in ``config.json``."""
+    """Tied tensors, by the metadata of the files or by ``tie_word_embeddings`` in ``config.json``."""
 
     @property
     def is_ok(self) -> bool:
-        """Whether there is no problem at all."""
+        """Whether the check found no problem."""
         return not self.problems
 
     @property
     def ranks(self) -> tuple[int, ...]:
         """The ranks that have files."""
-        return tuple(sorted({own.rank for own in self.parts}))
+        return tuple(sorted({files.rank for files in self.parts}))
 
     @property
     def pp_ranks(self) -> tuple[int, ...]:
         """The pipeline stages that have files."""
-        return tuple(sorted({own.pp_rank for own in self.parts}))
+        return tuple(sorted({files.pp_rank for files in self.parts}))
 
     def __str__(self) -> str:
         return "\n".join(self._lines())
@@ -111,7 +117,7 @@ class CheckpointReport:
     def _lines(self) -> Iterator[str]:
         yield f"{self.path}: {_KINDS[self.layout]}, {self._verdict()}"
         if self.parts:
-            counts = sorted({own.parts for own in self.parts})
+            counts = sorted({files.parts for files in self.parts})
             parts = count_of(counts[0], "part") if len(counts) == 1 else f"{counts[0]} to {counts[-1]} parts"
             stages = f", {count_of(len(self.pp_ranks), 'pipeline stage')}" if len(self.pp_ranks) > 1 else ""
             yield f"  {ranks_of(self.ranks)} of a world of {self.world_size}{stages}; {parts} each"

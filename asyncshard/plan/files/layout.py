@@ -1,14 +1,14 @@
-"""What a checkpoint's path is, and which of its files are read in which order: decided from file names alone.
+"""The layout of a checkpoint, and which of its files are read in which order: decided from file names alone.
 
-A directory is one of these, looked for in this order:
+A directory has the first of these layouts that fits its files:
 
 ``ranks``
-    rank shards, ``model-rank-{rank}-part-{part}.safetensors`` (:mod:`asyncshard.format.pattern`): this rank's files,
-    by number of part. An explicit pattern allows nothing else.
+    Rank shards, ``model-rank-{rank}-part-{part}.safetensors`` (:mod:`asyncshard.format.pattern`). One rank's files are
+    read, in the order of their parts. If the caller gives a pattern, this is the only layout that is allowed.
 ``index``
-    a Hugging Face checkpoint, whose ``model.safetensors.index.json`` names the shards.
+    A Hugging Face checkpoint, whose ``model.safetensors.index.json`` names the shards.
 ``single``
-    one ``model.safetensors``, or the file that the path itself names.
+    One ``model.safetensors``, or the file that the path names.
 """
 
 from __future__ import annotations
@@ -22,35 +22,39 @@ from asyncshard.errors import CheckpointError, ObjectNotFoundError
 from asyncshard.format.pattern import ShardName, ShardPattern
 from asyncshard.plan.division.chunks import whole_number
 from asyncshard.plan.files.incomplete import INCOMPLETE_NAME, incomplete, incomplete_rank, marked_ranks
-from asyncshard.plan.files.rank_shards import KNOWN_PATTERNS, faults_of_rank, find_rank_shards, two_patterns
+from asyncshard.plan.files.rank_shards import KNOWN_PATTERNS, find_rank_shards, problems_of_rank, two_patterns
 from asyncshard.plan.text import count_of, enumerate_names
 
 INDEX_NAME = "model.safetensors.index.json"
+"""The name of the index of a Hugging Face checkpoint."""
 SINGLE_NAME = "model.safetensors"
+"""The name of the file of a Hugging Face checkpoint that has a single file."""
 
 NUMBERED = re.compile(r"(?P<prefix>.*)-(?P<number>[0-9]{1,18})-of-(?P<count>[0-9]{1,18})\.safetensors", re.DOTALL)
-"""The names of one file of several."""
+"""The pattern of names such as ``model-00001-of-00002.safetensors``: the names of one file of several."""
 
-_SHOWN = 10  # how many files it shows of those that are there
+_SHOWN = 10
+"""An error lists at most 10 files of the directory."""
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """What a path turned out to be."""
+    """The layout of a checkpoint, and the files to open."""
 
     kind: Literal["ranks", "index", "single"]
-    """Which of the layouts."""
+    """The name of the layout."""
     files: tuple[str, ...]
-    """Names of the files to open, in delivery order; of an index the index alone, see :func:`index_files`."""
+    """The names of the files to open, in delivery order; for the layout ``index`` only the index itself (see
+    :func:`index_files`)."""
 
 
 def validate_rank(rank: int, world_size: int, pp_rank: int = 0) -> None:
-    """Check that ``0 <= rank < world_size`` and ``0 <= pp_rank``, all whole numbers.
+    """Check that ``0 <= rank < world_size`` and ``0 <= pp_rank``, and that all are whole numbers.
 
     Raises
     ------
     ValueError
-        They are not.
+        One of the numbers is out of range, or not a whole number.
     """
     whole_number(world_size, "world_size", minimum=1)
     whole_number(rank, "rank", minimum=0)
@@ -60,16 +64,15 @@ def validate_rank(rank: int, world_size: int, pp_rank: int = 0) -> None:
 
 
 def natural_key(name: str) -> tuple[list[tuple[int, str]], str]:
-    """Return a sort key that puts numbers within names in numeric order: ``part-2`` before ``part-10``.
+    """Return a sort key that orders names by the numbers in them: ``part-2`` comes before ``part-10``.
 
-    Different names have different keys: equal numbers with more zeros are told apart by plain order.
+    Different names have different keys: names that differ only in leading zeros are ordered as texts.
     """
-    # Texts and numbers alternate, so that like meets like; a longer number without leading zeros is the greater.
-    pieces = re.split("([0-9]+)", name)
+    # Texts and numbers alternate: like is compared with like. Of numbers without leading zeros, the longer is greater.
     key = []
-    for place, piece in enumerate(pieces):
-        digits = piece.lstrip("0")
-        key.append((len(digits), digits) if place % 2 else (0, piece))
+    for index, text in enumerate(re.split("([0-9]+)", name)):
+        digits = text.lstrip("0")
+        key.append((len(digits), digits) if index % 2 else (0, text))
     return key, name
 
 
@@ -83,31 +86,32 @@ def choose_layout(
     world_size: int = 1,
     pp_rank: int = 0,
 ) -> Layout:
-    """Decide what a path is and which files to open.
+    """Return the layout of the checkpoint at a path, and the files to open.
 
     Parameters
     ----------
     names : sequence of str
-        The files directly in the directory, or the one file that ``path`` names.
+        The names of the files directly in the directory, or of the one file that ``path`` names.
     path : str
         The path that the user gave, for messages.
     is_file : bool
         Whether ``path`` names a file.
     pattern : ShardPattern, optional
-        Look for these rank shards and nothing else. Without one, both of vLLM's patterns are tried.
+        The pattern of the rank shards, which makes ``ranks`` the only allowed layout. Without a pattern, both patterns
+        of vLLM are tried.
     rank, world_size, pp_rank : int
-        Whose rank shards; they do not matter to the other layouts.
+        The rank whose shards are opened. The other layouts ignore these numbers.
 
     Raises
     ------
     ObjectNotFoundError
-        There is no checkpoint, or none of this rank.
+        There is no checkpoint, or no file of this rank.
     CheckpointError
-        `reshard` has left it incomplete, or a save has left this rank so, parts are missing, two names mean the same
-        part, the set is of a larger world than ``world_size``, both patterns occur, or a pattern was given for a single
-        file.
+        `reshard` has not finished the directory, or a save has not finished this rank; parts are missing; two names
+        mean the same part; files belong to ranks outside of ``world_size``; both patterns occur; or a pattern was given
+        for a single file.
     ValueError
-        The ranks are out of range, or ``names`` is not one name where ``path`` is a file.
+        A rank is out of range, or ``path`` is a file and ``names`` is not one name.
     """
     validate_rank(rank, world_size, pp_rank)
     if is_file:
@@ -122,18 +126,18 @@ def choose_layout(
         return Layout("single", tuple(names))
     if INCOMPLETE_NAME in names:
         raise incomplete(path)
-    for mark, own in marked_ranks(names, KNOWN_PATTERNS if pattern is None else (pattern,)):
-        if own[:2] == (pp_rank, rank):
-            raise incomplete_rank(path, mark, own)
+    for mark, owner in marked_ranks(names, KNOWN_PATTERNS if pattern is None else (pattern,)):
+        if owner[:2] == (pp_rank, rank):
+            raise incomplete_rank(path, mark, owner)
     matches = find_rank_shards(names, path, pattern)
     if len(matches) > 1:
         raise two_patterns(path)
     if matches:
         (shards,) = matches
-        own = ShardName(pp_rank, rank, 0)
-        for fault in faults_of_rank(shards, own, world_size):
-            raise fault
-        return Layout("ranks", tuple(shards.parts_of(own).values()))
+        owner = ShardName(pp_rank, rank, 0)
+        for problem in problems_of_rank(shards, owner, world_size):
+            raise problem
+        return Layout("ranks", tuple(shards.parts_of(owner).values()))
     if pattern is None and INDEX_NAME in names:
         return Layout("index", (INDEX_NAME,))
     if pattern is None and SINGLE_NAME in names:
@@ -142,17 +146,17 @@ def choose_layout(
 
 
 def is_rank_shard(name: str, pattern: ShardPattern | None = None) -> bool:
-    """Return whether a file is by its name a shard of one rank: of this pattern, or of one of vLLM's."""
+    """Return whether a file name is that of a rank shard: by `pattern`, or by a pattern of vLLM if that is None."""
     return any(known.parse(name) is not None for known in (KNOWN_PATTERNS if pattern is None else (pattern,)))
 
 
 def is_one_of_several(name: str, pattern: ShardPattern | None = None) -> bool:
-    """Return whether a file is by its name one of those that make up a checkpoint."""
+    """Return whether a file name is that of one file of a checkpoint of several files."""
     return NUMBERED.fullmatch(name) is not None or is_rank_shard(name, pattern)
 
 
 def is_whole_model(layout: Layout, *, is_file: bool, pattern: ShardPattern | None = None) -> bool:
-    """Return whether files hold all that a model has on a rank: neither one file of several nor a pipeline stage."""
+    """Return whether a rank's files hold the whole model, and are neither one file of several nor a pipeline stage."""
     name = layout.files[0]
     if is_file:
         return not is_one_of_several(name, pattern)
@@ -161,21 +165,21 @@ def is_whole_model(layout: Layout, *, is_file: bool, pattern: ShardPattern | Non
 
 
 def index_files(weight_map_files: Iterable[str], names: Iterable[str], path: str) -> tuple[str, ...]:
-    """Order the shards that an index names: ``model-00002-of-00010`` before ``model-00010-of-00010``.
+    """Return the shards that an index names, in order: ``model-00002-of-00010`` before ``model-00010-of-00010``.
 
     Parameters
     ----------
     weight_map_files : iterable of str
-        The files of its ``weight_map``, in any order, as often as they occur there.
+        The files in the ``weight_map`` of the index, in any order; a file may occur several times.
     names : iterable of str
-        The files directly in the directory. A shard in a folder below it cannot be looked for here and is let pass.
+        The names of the files directly in the directory. A shard in a subdirectory is accepted without a check.
     path : str
         The path that the user gave, for messages.
 
     Raises
     ------
     ObjectNotFoundError
-        The index names files that are not there.
+        The index names files that are not in the directory.
     """
     files = sorted(set(weight_map_files), key=natural_key)
     absent = absent_files(files, names)
@@ -185,13 +189,13 @@ def index_files(weight_map_files: Iterable[str], names: Iterable[str], path: str
 
 
 def absent_files(files: Iterable[str], names: Iterable[str]) -> list[str]:
-    """Return the files that an index names and the directory's `names` lack, in the order of `files`."""
+    """Return the `files` of an index that are not among the `names` of the directory, in their order."""
     present = set(names)
     return [name for name in files if name not in present and "/" not in name]
 
 
 def files_not_found(absent: Sequence[str], path: str) -> ObjectNotFoundError:
-    """Return the error for files that only the index knows."""
+    """Return the error for files that an index names and the directory lacks."""
     return ObjectNotFoundError(
         f"{path}: {INDEX_NAME} names {count_of(len(absent), 'file')} that the directory lacks: "
         f"{enumerate_names(absent)}. Download them, or mend the index.",
@@ -200,7 +204,7 @@ def files_not_found(absent: Sequence[str], path: str) -> ObjectNotFoundError:
 
 
 def nothing_found(names: Sequence[str], path: str, pattern: ShardPattern | None) -> ObjectNotFoundError:
-    """Return the error for a directory that holds none of the layouts."""
+    """Return the error for a directory without a checkpoint."""
     if pattern is None:
         templates = " or ".join(known.template for known in KNOWN_PATTERNS)
         wanted = f"{templates}, {INDEX_NAME} or {SINGLE_NAME}"

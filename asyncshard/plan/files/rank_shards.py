@@ -1,6 +1,6 @@
-"""The rank shards among the names of a directory, and what their names alone tell to be wrong.
+"""The rank shards among the files of a directory, and the problems that their names alone show.
 
-Each fault is an error, made and not raised: who loads raises the first, who checks lists them all.
+Each problem is an error that is returned, not raised: a load raises the first one, a check lists them all.
 """
 
 from __future__ import annotations
@@ -14,46 +14,48 @@ from asyncshard.format.pattern import DEFAULT_TEMPLATE, PP_TEMPLATE, ShardName, 
 from asyncshard.plan.text import LISTED, count_of, enumerate_names, ranks_of
 
 KNOWN_PATTERNS = (ShardPattern(DEFAULT_TEMPLATE), ShardPattern(PP_TEMPLATE))
+"""The patterns of vLLM, which are tried if the caller gives none."""
 
-Fault = CheckpointError | ObjectNotFoundError
+LayoutError = CheckpointError | ObjectNotFoundError
+"""A problem with the files of a checkpoint."""
 
 
 @dataclass(frozen=True, slots=True)
 class RankShards:
-    """The files that follow one pattern."""
+    """The rank shards of a directory whose names match one pattern."""
 
     pattern: ShardPattern
     names: dict[str, ShardName]
-    """What the name of each file says; never empty."""
+    """The numbers in each file name; never empty."""
     path: str
     """The path that the user gave, for messages."""
 
     @property
     def owners(self) -> list[ShardName]:
-        """Every rank of every pipeline stage that has a file, in order, as the name of its part 0."""
-        return [ShardName(*own, 0) for own in sorted({shard[:2] for shard in self.names.values()})]
+        """The ranks that have files, of all pipeline stages, in order. Each is given as the name of its part 0."""
+        return [ShardName(*owner, 0) for owner in sorted({shard[:2] for shard in self.names.values()})]
 
-    def parts_of(self, own: ShardName) -> dict[int, str]:
-        """Return the files of one rank by number of part, in order."""
-        parts = {shard.part: name for name, shard in self.names.items() if shard[:2] == own[:2]}
+    def parts_of(self, owner: ShardName) -> dict[int, str]:
+        """Return the files of one rank by the number of their part, in order."""
+        parts = {shard.part: name for name, shard in self.names.items() if shard[:2] == owner[:2]}
         return dict(sorted(parts.items()))
 
     def by_owner(self) -> dict[ShardName, dict[int, str]]:
-        """Return `parts_of` of all owners, in order."""
-        found: dict[ShardName, dict[int, str]] = {own: {} for own in self.owners}
+        """Return for each of the `owners`, in order, its files by the number of their part, in order."""
+        found: dict[ShardName, dict[int, str]] = {owner: {} for owner in self.owners}
         for name, shard in sorted(self.names.items(), key=lambda item: item[1]):
             found[ShardName(*shard[:2], 0)][shard.part] = name
         return found
 
-    def called(self, own: ShardName) -> str:
-        """Return what messages call a rank."""
-        if self.pattern.has_pp_rank or own.pp_rank:
-            return f"pp_rank {own.pp_rank} rank {own.rank}"
-        return f"rank {own.rank}"
+    def called(self, owner: ShardName) -> str:
+        """Return the text by which messages call a rank."""
+        if self.pattern.has_pp_rank or owner.pp_rank:
+            return f"pp_rank {owner.pp_rank} rank {owner.rank}"
+        return f"rank {owner.rank}"
 
 
 def find_rank_shards(names: Sequence[str], path: str, pattern: ShardPattern | None) -> list[RankShards]:
-    """Find the pattern that the names follow: the given one, or the known ones that any name follows."""
+    """Return the rank shards by `pattern`, or by each of the known patterns; patterns without files are left out."""
     matches = []
     for candidate in KNOWN_PATTERNS if pattern is None else (pattern,):
         shards = {name: shard for name in names if (shard := candidate.parse(name)) is not None}
@@ -63,7 +65,7 @@ def find_rank_shards(names: Sequence[str], path: str, pattern: ShardPattern | No
 
 
 def two_patterns(path: str) -> CheckpointError:
-    """Return the error for a directory in which names follow both patterns."""
+    """Return the error for a directory with rank shards of both known patterns."""
     return CheckpointError(
         f"{path} holds rank shards of two checkpoints, {KNOWN_PATTERNS[0].template} and "
         f"{KNOWN_PATTERNS[1].template}: pass the pattern of the one to load.",
@@ -71,18 +73,18 @@ def two_patterns(path: str) -> CheckpointError:
     )
 
 
-def faults_of_rank(shards: RankShards, own: ShardName, world_size: int) -> Iterator[Fault]:
-    """Yield what keeps one rank from being loaded, the most basic first."""
-    yield from faults_of_world(shards, world_size)
-    parts = shards.parts_of(own)
+def problems_of_rank(shards: RankShards, owner: ShardName, world_size: int) -> Iterator[LayoutError]:
+    """Yield the problems that keep one rank from being loaded, the most basic first."""
+    yield from problems_of_world(shards, world_size)
+    parts = shards.parts_of(owner)
     if parts:
-        yield from faults_of_parts(shards, own, parts)
+        yield from problems_of_parts(shards, owner, parts)
     else:
-        yield _rank_not_found(shards, own)
+        yield _rank_not_found(shards, owner)
 
 
-def faults_of_world(shards: RankShards, world_size: int) -> Iterator[Fault]:
-    """Yield what is wrong with the set, whichever rank is to be loaded."""
+def problems_of_world(shards: RankShards, world_size: int) -> Iterator[LayoutError]:
+    """Yield the problems that keep every rank from being loaded: ranks outside of the world, and duplicate files."""
     ranks = sorted({shard.rank for shard in shards.names.values()})
     outside = [rank for rank in ranks if rank >= world_size]
     if outside:
@@ -104,28 +106,28 @@ def faults_of_world(shards: RankShards, world_size: int) -> Iterator[Fault]:
         )
 
 
-def faults_of_parts(shards: RankShards, own: ShardName, parts: Iterable[int]) -> Iterator[Fault]:
-    """Yield the gap in the parts of a rank, of which `parts` are there."""
+def problems_of_parts(shards: RankShards, owner: ShardName, parts: Iterable[int]) -> Iterator[LayoutError]:
+    """Yield the problem that a rank lacks parts below its last one; `parts` are the numbers of those that exist."""
     present = sorted(parts)
     first, total = gaps(present, present[-1] + 1)
     if total:
         yield CheckpointError(
-            f"{shards.path}: {shards.called(own)} lacks {count_of(total, 'part')} of 0 to {present[-1]}: "
+            f"{shards.path}: {shards.called(owner)} lacks {count_of(total, 'part')} of 0 to {present[-1]}: "
             f"{enumerate_names([str(part) for part in first], total=total)}. The checkpoint is incomplete.",
             path=shards.path,
         )
 
 
 def absent_ranks(shards: RankShards, world_size: int) -> Iterator[tuple[int, list[int], int]]:
-    """Yield the pipeline stages in which ranks of the world have no file, the first of these, and how many they are."""
+    """Yield each pipeline stage in which ranks have no file, with the first of these ranks, and their number."""
     for stage, ranks in _stages(shards).items():
         first, total = gaps([rank for rank in ranks if rank < world_size], world_size)
         if total:
             yield stage, first, total
 
 
-def missing_ranks(shards: RankShards, world_size: int) -> Iterator[Fault]:
-    """Yield what `absent_ranks` finds, and the pipeline stages that have no file at all."""
+def missing_ranks(shards: RankShards, world_size: int) -> Iterator[LayoutError]:
+    """Yield a problem for each pipeline stage in which ranks have no file, and one for stages without any file."""
     for stage, first, total in absent_ranks(shards, world_size):
         where = f"pp_rank {stage} has" if shards.pattern.has_pp_rank else "there is"
         yield CheckpointError(
@@ -145,32 +147,32 @@ def missing_ranks(shards: RankShards, world_size: int) -> Iterator[Fault]:
 
 
 def _stages(shards: RankShards) -> dict[int, list[int]]:
-    """Return the ranks of each pipeline stage that have a file, in order."""
+    """Return for each pipeline stage, in order, the ranks that have a file."""
     stages: dict[int, list[int]] = {}
-    for own in shards.owners:
-        stages.setdefault(own.pp_rank, []).append(own.rank)
+    for owner in shards.owners:
+        stages.setdefault(owner.pp_rank, []).append(owner.rank)
     return stages
 
 
 def gaps(present: Sequence[int], count: int) -> tuple[list[int], int]:
-    """Return the first of the numbers below `count` that are not in `present`, which is sorted, and how many there are.
+    """Return the first numbers below `count` that are missing in the sorted `present`, and how many are missing.
 
-    Lazily: one stray name may stand for 10**18 that are missing.
+    They are not all enumerated: a single stray file name may make 10**18 of them missing.
     """
     between = (range(before + 1, after) for before, after in zip([-1, *present], [*present, count], strict=True))
     return list(islice(chain.from_iterable(between), LISTED)), count - len(present)
 
 
-def _rank_not_found(shards: RankShards, own: ShardName) -> ObjectNotFoundError:
+def _rank_not_found(shards: RankShards, owner: ShardName) -> ObjectNotFoundError:
     if shards.pattern.has_pp_rank:
         pairs = [f"pp_rank {other.pp_rank} rank {other.rank}" for other in shards.owners]
         there = enumerate_names(pairs)
     else:
         there = ranks_of([other.rank for other in shards.owners])
     message = (
-        f"{shards.path} holds no file of {shards.called(own)} by the pattern {shards.pattern.template!r}; "
+        f"{shards.path} holds no file of {shards.called(owner)} by the pattern {shards.pattern.template!r}; "
         f"it has {there}."
     )
-    if own.pp_rank and not shards.pattern.has_pp_rank:
+    if owner.pp_rank and not shards.pattern.has_pp_rank:
         message += " The pattern has no {pp_rank}."
     return ObjectNotFoundError(message, path=shards.path)

@@ -1,4 +1,4 @@
-"""Whether the files of a rank come from one save, by what their metadata says."""
+"""Whether all files of a rank come from the same save, by their metadata."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ from asyncshard.plan.text import count_of
 _REMEDY = "Load it again; if it stays so, save the rank again, or copy all of its files."
 
 
-def save_fault(saves: Sequence[tuple[str, SaveId | None]], path: str) -> ObjectChangedError | None:
-    """Return the error for files of a rank that are not those of one save, None if they are or do not tell.
+def save_problem(saves: Sequence[tuple[str, SaveId | None]], path: str) -> ObjectChangedError | None:
+    """Return the error for a rank whose files come from several saves or are not complete, or None.
+
+    Files without the metadata of a save are accepted if all files of the rank lack it.
 
     Parameters
     ----------
     saves : sequence of (str, SaveId or None)
-        For each file of the rank its name and its save.
+        The name of each file of the rank, and the save that its metadata names.
     path : str
         The path that the user gave, for messages.
     """

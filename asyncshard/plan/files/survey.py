@@ -1,7 +1,7 @@
-"""Which files a whole checkpoint should have, which there are and which are too many: decided from names alone.
+"""Which files a whole checkpoint should have, which exist, and which do not belong to it: decided from names alone.
 
-Where `asyncshard.plan.files.layout` chooses the files of one rank and raises the first fault, this lists the files of
-all ranks and every fault.
+Where `asyncshard.plan.files.layout` chooses the files of one rank and raises the first problem, this lists the files of
+all ranks and every problem.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from asyncshard.plan.files.rank_shards import (
     KNOWN_PATTERNS,
     RankShards,
     absent_ranks,
-    faults_of_parts,
-    faults_of_world,
     find_rank_shards,
     gaps,
     missing_ranks,
+    problems_of_parts,
+    problems_of_world,
     two_patterns,
 )
 from asyncshard.plan.text import count_of, enumerate_names
@@ -41,36 +41,38 @@ _CONSOLIDATED = re.compile(r"consolidated.*\.safetensors", re.DOTALL)
 
 
 class Group(NamedTuple):
-    """Files that are loaded together, in order."""
+    """The files that one rank loads, or all files of a checkpoint that has no ranks."""
 
     label: str
-    """``rank 0``; empty where the layout knows no ranks."""
+    """The text by which messages call the rank, such as ``rank 0``; empty for a layout without ranks."""
     files: tuple[str, ...]
+    """The names of the files, in delivery order."""
     pp_rank: int = 0
     rank: int = 0
     template: str = ""
-    """Of the pattern that the names of rank shards follow."""
+    """The template of the pattern of rank shards; empty for other layouts."""
 
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """What the names say."""
+    """The files of a directory, sorted into those of the checkpoint, missing ones and others."""
 
     kind: Kind | None
-    """The layout; None where there is no checkpoint. ``shards`` are numbered ones without the index that they need."""
+    """The layout; None if there is no checkpoint. ``shards`` means numbered shards whose index is missing."""
     groups: tuple[Group, ...] = ()
     """The files that make up the checkpoint."""
     missing: tuple[str, ...] = ()
-    """The first of the files that should be there; ``*`` stands for parts of an unknown number."""
+    """The first of the missing files; ``*`` stands for the parts of a rank whose number of parts is unknown."""
     num_missing: int = 0
+    """The number of all missing files."""
     others: tuple[str, ...] = ()
-    """Files of tensors that are not part of it."""
+    """Safetensors files that do not belong to the checkpoint."""
     copies: tuple[str, ...] = ()
-    """Those of the others that look like the same weights once more."""
-    faults: tuple[str, ...] = ()
-    """Sentences; each says of something that it is missing or contradicts something else."""
+    """The files among the others that seem to hold the same weights again."""
+    problems: tuple[str, ...] = ()
+    """A sentence for each thing that is missing or contradicts another."""
     world_size: int | None = None
-    """Ranks in each pipeline stage; None where the layout knows no ranks."""
+    """The number of ranks in each pipeline stage; None for a layout without ranks."""
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -88,23 +90,23 @@ def survey_names(
 ) -> Survey:
     """Survey a directory, or the one file that ``path`` names.
 
-    Of a directory with an index the files are not known yet: see `survey_index`.
+    For a directory with an index the result has no files, because only the index names them: see `survey_index`.
 
     Parameters
     ----------
     names : sequence of str
-        The files directly in the directory, or the one file.
+        The names of the files directly in the directory, or of the one file.
     path : str
         The path that the user gave, for messages.
     pattern : ShardPattern, optional
-        Look for these rank shards and nothing else.
+        The pattern of the rank shards, which makes ``ranks`` the only allowed layout.
     world_size : int, optional
-        Of the ranks; by default as many as the names show.
+        The number of ranks; by default the highest rank in the names, plus one.
     """
     if is_file:
         return Survey("single", (Group("", tuple(names)),))
     if INCOMPLETE_NAME in names:
-        return _with_others(Survey(None, faults=(str(incomplete(path)),)), names)
+        return _with_others(Survey(None, problems=(str(incomplete(path)),)), names)
     matches = find_rank_shards(names, path, pattern)
     if matches:
         survey = _survey_ranks(matches, path, world_size)
@@ -115,26 +117,26 @@ def survey_names(
     else:
         survey = _survey_numbered(names, path, pattern)
     marks = marked_ranks(names, KNOWN_PATTERNS if pattern is None else (pattern,))
-    faults = [str(incomplete_rank(path, mark, own)) for mark, own in marks]
-    return _with_others(replace(survey, faults=(*faults, *survey.faults)), names)
+    problems = [str(incomplete_rank(path, mark, owner)) for mark, owner in marks]
+    return _with_others(replace(survey, problems=(*problems, *survey.problems)), names)
 
 
 def survey_index(files: Iterable[str], names: Sequence[str], *, path: str) -> Survey:
-    """Survey a directory by the files that its index names."""
+    """Survey a directory with an index, given the `files` that the index names."""
     ordered = sorted(set(files), key=natural_key)
     absent = absent_files(ordered, names)
     gone = set(absent)
     index_path = f"{path.rstrip('/')}/{INDEX_NAME}"
-    faults = [str(files_not_found(absent, index_path))] if absent else []
+    problems = [str(files_not_found(absent, index_path))] if absent else []
     if not ordered:
-        faults.append(f"{index_path} names no tensor. Fetch it again, or write it anew.")
+        problems.append(f"{index_path} names no tensor. Fetch it again, or write it anew.")
     return _with_others(
         Survey(
             "index",
             (Group("", tuple(name for name in ordered if name not in gone)),),
             tuple(absent),
             len(absent),
-            faults=tuple(faults),
+            problems=tuple(problems),
         ),
         names,
     )
@@ -144,51 +146,51 @@ def _survey_ranks(matches: Sequence[RankShards], path: str, world_size: int | No
     groups: list[Group] = []
     missing: list[str] = []
     num_missing = 0
-    faults = [str(two_patterns(path))] if len(matches) > 1 else []
+    problems = [str(two_patterns(path))] if len(matches) > 1 else []
     world = 0
     for shards in matches:
-        size = max(own.rank for own in shards.owners) + 1 if world_size is None else world_size
+        size = max(owner.rank for owner in shards.owners) + 1 if world_size is None else world_size
         world = max(world, size)
-        faults += map(str, faults_of_world(shards, size))
-        faults += map(str, missing_ranks(shards, size))
+        problems += map(str, problems_of_world(shards, size))
+        problems += map(str, missing_ranks(shards, size))
         for stage, absent, total in absent_ranks(shards, size):
             missing += [shards.pattern.format_for_rank(rank, "*", stage) for rank in absent]
             num_missing += total
-        for own, parts in shards.by_owner().items():
-            label = shards.called(own)
-            groups.append(Group(label, tuple(parts.values()), own.pp_rank, own.rank, shards.pattern.template))
-            faults += map(str, faults_of_parts(shards, own, parts))
+        for owner, parts in shards.by_owner().items():
+            label = shards.called(owner)
+            groups.append(Group(label, tuple(parts.values()), owner.pp_rank, owner.rank, shards.pattern.template))
+            problems += map(str, problems_of_parts(shards, owner, parts))
             first, total = gaps(list(parts), max(parts) + 1)
-            missing += [shards.pattern.format_for_rank(own.rank, part, own.pp_rank) for part in first]
+            missing += [shards.pattern.format_for_rank(owner.rank, part, owner.pp_rank) for part in first]
             num_missing += total
-    return Survey("ranks", tuple(groups), tuple(missing), num_missing, (), (), tuple(faults), world)
+    return Survey("ranks", tuple(groups), tuple(missing), num_missing, (), (), tuple(problems), world)
 
 
 def _survey_numbered(names: Sequence[str], path: str, pattern: ShardPattern | None) -> Survey:
-    """Survey what has neither ranks nor an index nor the one name: the largest set of numbered shards, if any."""
-    fault = str(nothing_found(names, path, pattern))
+    """Survey a directory without ranks, index and single file by its largest set of numbered shards, if it has any."""
+    problem = str(nothing_found(names, path, pattern))
     sets: dict[tuple[str, str], dict[int, str]] = {}
     for name in sorted(names, key=natural_key) if pattern is None else ():
         if match := NUMBERED.fullmatch(name):
             sets.setdefault((match["prefix"], match["count"]), {})[int(match["number"])] = name
     if not sets:
-        return Survey(None, faults=(fault,))
+        return Survey(None, problems=(problem,))
     (prefix, count), shards = max(sets.items(), key=lambda item: len(item[1]))
     numbers = [number - 1 for number in shards if 0 < number <= int(count)]
     first, total = gaps(sorted(numbers), int(count))
     missing = [f"{prefix}-{number + 1:0{len(count)}}-of-{count}.safetensors" for number in first]
-    faults = [f"{fault} They are shards without their {INDEX_NAME}: download it."]
+    problems = [f"{problem} They are shards without their {INDEX_NAME}: download it."]
     if total:
-        faults.append(
+        problems.append(
             f"{path}: of the {int(count)} shards, {count_of(total, 'file')} {'is' if total == 1 else 'are'} missing: "
             f"{enumerate_names(missing, total=total)}. Download them."
         )
-    return Survey("shards", (Group("", tuple(shards.values())),), tuple(missing), total, faults=tuple(faults))
+    return Survey("shards", (Group("", tuple(shards.values())),), tuple(missing), total, problems=tuple(problems))
 
 
 def _with_others(survey: Survey, names: Sequence[str]) -> Survey:
-    own = set(survey.files)
-    others = sorted({name for name in names if name.endswith(".safetensors")} - own, key=natural_key)
+    chosen = set(survey.files)
+    others = sorted({name for name in names if name.endswith(".safetensors")} - chosen, key=natural_key)
     copies = tuple(name for name in others if survey.kind is not None and _is_copy(name))
     return replace(survey, others=tuple(others), copies=copies)
 

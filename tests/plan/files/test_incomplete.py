@@ -52,5 +52,6 @@ def test_the_mark_of_another_pattern_is_of_no_matter():
 
 def test_a_survey_tells_of_every_marked_rank():
     names = [*PARTS, *(rank_mark(ShardPattern(), rank, 0) for rank in range(2))]
-    faults = survey_names(names, path="/m").faults
-    assert [str(incomplete_rank("/m", name, ShardName(0, rank, 0))) for rank, name in enumerate(names[4:])] == [*faults]
+    problems = survey_names(names, path="/m").problems
+    expected = [str(incomplete_rank("/m", name, ShardName(0, rank, 0))) for rank, name in enumerate(names[4:])]
+    assert list(problems) == expected

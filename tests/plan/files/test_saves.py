@@ -4,7 +4,7 @@ import pytest
 
 from asyncshard.errors import ObjectChangedError
 from asyncshard.format.save_id import SaveId
-from asyncshard.plan.files.saves import save_fault
+from asyncshard.plan.files.saves import save_problem
 
 ONE, TWO = SaveId("1" * 32, 2), SaveId("2" * 32, 2)
 
@@ -13,7 +13,7 @@ ONE, TWO = SaveId("1" * 32, 2), SaveId("2" * 32, 2)
     "saves", [[], [None], [None, None, None], [ONE, ONE], [SaveId("x", None)], [SaveId("x", None)] * 3]
 )
 def test_files_of_one_save_and_files_that_do_not_tell_are_right(saves):
-    assert save_fault([(f"f{number}", save) for number, save in enumerate(saves)], "path") is None
+    assert save_problem([(f"f{number}", save) for number, save in enumerate(saves)], "path") is None
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,7 @@ def test_files_of_one_save_and_files_that_do_not_tell_are_right(saves):
     ],
 )
 def test_files_of_two_saves_or_of_a_part_of_one_are_an_error_that_says_which(saves, text):
-    fault = save_fault([(f"f{number}", save) for number, save in enumerate(saves)], "path")
-    assert isinstance(fault, ObjectChangedError)
-    assert str(fault).startswith(text)
-    assert fault.retryable
+    problem = save_problem([(f"f{number}", save) for number, save in enumerate(saves)], "path")
+    assert isinstance(problem, ObjectChangedError)
+    assert str(problem).startswith(text)
+    assert problem.retryable

@@ -26,19 +26,19 @@ def test_a_survey_finds_no_fault_exactly_where_every_rank_can_be_chosen(shards, 
     names = [PATTERN.format_for_rank(rank, part) for rank, part in sorted(shards)]
     found = survey(*names, world_size=world_size)
     chosen = []
-    faults = set()
+    problems = set()
     for rank in range(world_size):
         try:
             chosen += choose_layout(names, path="/ckpt", rank=rank, world_size=world_size).files
         except CheckpointError as error:
-            faults.add(str(error))
+            problems.add(str(error))
         except ObjectNotFoundError:
-            faults.add("absent")
-    assert bool(found.faults) == bool(faults)
-    if not faults:
+            problems.add("absent")
+    assert bool(found.problems) == bool(problems)
+    if not problems:
         assert sorted(found.files) == sorted(chosen) == sorted(names)
     if all(rank < world_size for rank, _ in shards):
-        assert faults - {"absent"} <= set(found.faults)
+        assert problems - {"absent"} <= set(found.problems)
         wanted = {(rank, 0) for rank in range(world_size)} - {(rank, 0) for rank, _ in shards}
         wanted |= {(rank, part) for rank, last in shards for part in range(last)} - shards
         assert found.num_missing == len(wanted)
@@ -52,7 +52,7 @@ def test_gaps_are_the_numbers_that_are_not_there(present, count):
 
 def test_stages_that_have_no_file_are_a_fault():
     found = survey(*(PP_PATTERN.format_for_rank(0, 0, stage) for stage in (0, 3)))
-    assert found.faults == (
+    assert found.problems == (
         "/ckpt: there is no file of pp_rank 1, 2, though there are files of pp_rank 3. The checkpoint is incomplete.",
     )
 
@@ -70,14 +70,14 @@ def test_an_index_tells_its_files_apart_from_copies_and_others():
     assert found.files == tuple(numbered((1, 2), 2))
     assert set(found.others) == {*numbered((1,), 3), SINGLE_NAME, "consolidated.00.safetensors", "x.safetensors"}
     assert set(found.others) - set(found.copies) == {"x.safetensors"}
-    assert found.faults == ()
+    assert found.problems == ()
     assert survey_index([SINGLE_NAME], [SINGLE_NAME], path="/ckpt").copies == ()
 
 
 def test_a_file_that_the_index_names_and_the_directory_lacks_is_the_fault_that_a_loader_raises():
     with pytest.raises(ObjectNotFoundError) as caught:
         index_files(["a", "b"], ["a"], f"/ckpt/{INDEX_NAME}")
-    assert survey_index(["a", "b"], ["a"], path="/ckpt").faults == (str(caught.value),)
+    assert survey_index(["a", "b"], ["a"], path="/ckpt").problems == (str(caught.value),)
 
 
 @given(st.sets(st.integers(1, 30), min_size=1))
@@ -87,7 +87,7 @@ def test_shards_without_an_index_are_counted_by_their_names(numbers):
     assert found.files == tuple(numbered(sorted(numbers), 30))
     assert found.num_missing == 30 - len(numbers)
     assert found.missing == tuple(numbered(sorted(set(range(1, 31)) - numbers), 30)[:20])
-    assert len(found.faults) == 1 + (len(numbers) < 30)
+    assert len(found.problems) == 1 + (len(numbers) < 30)
 
 
 def test_numbers_out_of_range_and_absurd_ones_cost_nothing():
@@ -101,7 +101,7 @@ def test_numbers_out_of_range_and_absurd_ones_cost_nothing():
 def test_an_explicit_pattern_looks_for_nothing_else():
     found = survey(INDEX_NAME, *numbered((1,), 1), pattern=PATTERN)
     assert found.kind is None
-    assert found.faults[0].startswith("/ckpt holds no checkpoint: looked for model-rank-{rank}")
+    assert found.problems[0].startswith("/ckpt holds no checkpoint: looked for model-rank-{rank}")
 
 
 def test_a_named_file_is_that_file():

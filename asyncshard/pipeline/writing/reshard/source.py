@@ -93,7 +93,7 @@ async def open_source(
     if survey.kind != "ranks":
         return [await open_checkpoint(store, Selection(), threads, account)]
     faults = Problems(store.url)
-    for text in survey.faults:
+    for text in survey.problems:
         faults.add(text)
     if len({group.pp_rank for group in survey.groups}) > 1:
         faults.add("it has pipeline stages: reshard each of them by itself, with a pattern that names its pp_rank")
