@@ -1,7 +1,8 @@
-"""Tensors whose destination another tensor of the checkpoint fills: a file may hold both copies of a shared weight.
+"""Second copies: tensors whose destination another tensor fills, since a checkpoint may hold a shared weight twice.
 
-The first copy in plan order is read into the destination. The second one is read in blocks, through charged buffers,
-and compared with what is there; where both have digests, these are compared instead, and it is not read at all.
+The first copy in plan order is read into the destination. The second copy is read in blocks, through charged buffers,
+and compared with the destination. If both copies have digests, the digests are compared instead, and the second copy is
+not read.
 """
 
 from __future__ import annotations
@@ -20,24 +21,25 @@ from asyncshard.plan.items import ReadItem, TensorKey
 
 
 class FirstCopies:
-    """Which of the first copies are whole in their destinations."""
+    """The first copies, and whether each is complete in its destination."""
 
     def __init__(self) -> None:
         self._unread: Counter[TensorKey] = Counter()
-        """Items that are still to be read of each."""
+        """For each first copy, the number of its items that have not been read."""
         self._keys: dict[ReadItem, list[TensorKey]] = {}
+        """For each unread item that has first copies, these tensors."""
         self._advanced = asyncio.Condition()
 
     def expect(self, keys: set[TensorKey], items: Iterable[ReadItem]) -> None:
-        """Look for the tensors in the items that are to be read. Slow for many: not for the event loop."""
+        """Set the tensors that are first copies, and the items of the plan. Slow: call it off the event loop."""
         for item in items if keys else ():
-            found = [key for index in range(item.first, item.last) if (key := (item.shard, index)) in keys]
-            if found:
-                self._keys[item] = found
-                self._unread.update(found)
+            firsts = [key for index in range(item.first, item.last) if (key := (item.shard, index)) in keys]
+            if firsts:
+                self._keys[item] = firsts
+                self._unread.update(firsts)
 
     async def note(self, item: ReadItem) -> None:
-        """Count an item that was read; once more changes nothing."""
+        """Note that an item was read. An item counts once, even if it is read again."""
         keys = self._keys.pop(item, None)
         if keys is not None:
             async with self._advanced:
@@ -45,20 +47,20 @@ class FirstCopies:
                 self._advanced.notify_all()
 
     async def wait_for(self, key: TensorKey) -> None:
-        """Wait until a tensor is whole. Its items come before those of the second copy, so that they have begun."""
+        """Wait until a first copy is complete. Its items come before those of the second, so their reads have begun."""
         async with self._advanced:
             await self._advanced.wait_for(lambda: self._unread[key] <= 0)
 
 
 class CopyDigests:
-    """Compares two tensors of a checkpoint by their digests. Slow for many tensors: not for the event loop."""
+    """Compares tensors of a checkpoint by their digests. This is slow for many tensors: use it off the event loop."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
         self._digests: dict[int, NDArray[np.uint8] | None] = {}
 
     def are_equal(self, one: TensorKey, other: TensorKey) -> bool | None:
-        """Return whether the digests are equal; None where one has none, or none that can be read."""
+        """Return whether two tensors' digests are equal; None if one has no digest, or one that cannot be read."""
         digests = self._of(one), self._of(other)
         return None if digests[0] is None or digests[1] is None else digests[0] == digests[1]
 
@@ -67,14 +69,14 @@ class CopyDigests:
         if number not in self._digests:
             try:
                 self._digests[number] = digests_of(self._checkpoint.shards[number].header)
-            except FormatError:  # as if there were none: the bytes are compared
+            except FormatError:  # as if there were no digests: the bytes are compared
                 self._digests[number] = None
         digests = self._digests[number]
         return None if digests is None else digests[index].tobytes()
 
 
 def difference(first: str, second: str) -> str:
-    """Return the sentence for two tensors that are one in the state dict and differ in the checkpoint."""
+    """Return a sentence: two tensors that share one destination differ in the checkpoint."""
     return (
         f"{first!r} and {second!r} are one destination, and their tensors in the checkpoint differ: give each memory "
         "of its own, or remove one from the checkpoint"
@@ -82,5 +84,5 @@ def difference(first: str, second: str) -> str:
 
 
 def copies_differ(path: str, first: str, second: str) -> DestinationError:
-    """Return the error for a second copy that was read and is not what its destination holds."""
+    """Return the error for a second copy that was read and differs from the first copy in its destination."""
     return DestinationError(f"{path}: {difference(first, second)}.", path=path, tensor=second)
