@@ -58,7 +58,7 @@ async def save_sharded_state(
         there, as text, and it tells a checkpoint of which some ranks are of an older step.
     digests : bool
         Write a digest of each tensor (xxh3-128) into the metadata of its part, so that `prepare_refresh` reads only the
-        tensors that differ. It needs the extra ``cache``.
+        tensors that differ; without them all parts of another save do, by its id. It needs the extra ``cache``.
 
     Returns
     -------

@@ -1,7 +1,7 @@
 """Many byte ranges of an object, read through any store that reads one.
 
-Ranges that lie near each other are read together, with what lies between them, into scratch memory; what is wanted is
-copied out of it. A range alone is read straight to where it belongs.
+Ranges that lie near each other are read together, with what lies between them. Short ones are read into scratch memory,
+and what is wanted is copied out of it; a long one, or one alone, is read straight to where it belongs.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ ReadInto = Callable[[int, Sequence[memoryview]], Awaitable[None]]
 _GROUPS_AT_ONCE = 32
 _SLAB_BYTES = 4 << 20
 _SLABS = 4
+_LONG_RANGE = 64 << 10
+"""Ranges of this many bytes on average are read into place, with the gaps into scratch memory, rather than copied."""
 _LARGE_COPY = 1 << 18
 """From as many bytes on a copy is a thread's work."""
 
@@ -44,6 +46,8 @@ class Scratch:
 
     def __init__(self, threads: DaemonThreads, slab_bytes: int = _SLAB_BYTES, slabs: int = _SLABS) -> None:
         self.slab_bytes = slab_bytes
+        self.nbytes = slab_bytes * slabs
+        """Bytes of all slabs; each is taken from the system when it is first lent."""
         self._threads = threads
         self._free: list[bytearray] = []
         self._semaphore = asyncio.Semaphore(slabs)
@@ -92,7 +96,10 @@ async def read_ranges(
     bounds = merge_ranges(offsets, lengths, max_gap=max_gap, max_bytes=scratch.slab_bytes, max_count=sys.maxsize)
     groups = _groups(bounds, lengths, buffers)
     reads = (_read_group(read_into, offsets[group.first : group.last], lengths, group, scratch) for group in groups)
-    await run_bounded(min(_GROUPS_AT_ONCE, len(bounds) - 1), reads, on_failure="cancel")
+    if len(bounds) == 2:  # no task for a single read
+        await next(reads)
+    else:
+        await run_bounded(min(_GROUPS_AT_ONCE, len(bounds) - 1), reads, on_failure="cancel")
 
 
 async def _read_group(
@@ -104,9 +111,26 @@ async def _read_group(
         return
     stop = int(offsets[-1] + lengths[group.last - 1])
     async with scratch.slab() as slab:
+        sizes = lengths[group.first : group.last]
+        if sizes.sum() >= _LONG_RANGE * len(sizes):
+            await read_into(start, _with_gaps(offsets, sizes, group.buffers, slab))
+            return
         cover = slab[: stop - start]
         await read_into(start, [cover])
-        await scratch.gather(cover, offsets - start, lengths[group.first : group.last], group.buffers)
+        await scratch.gather(cover, offsets - start, sizes, group.buffers)
+
+
+def _with_gaps(
+    offsets: Int64Array, lengths: Int64Array, buffers: Sequence[memoryview], unwanted: memoryview
+) -> list[memoryview]:
+    """Return the memory of ranges and of the gaps between them, which all share `unwanted`."""
+    cut = cutter(buffers)
+    views = next(cut)
+    for length, gap in zip(lengths.tolist(), [*(offsets[1:] - offsets[:-1] - lengths[:-1]).tolist(), 0], strict=True):
+        views += cut.send(length)
+        if gap:
+            views.append(unwanted[:gap])
+    return views
 
 
 def _groups(bounds: Int64Array, lengths: Int64Array, buffers: Sequence[memoryview]) -> Iterator[_Group]:

@@ -14,7 +14,7 @@ from asyncshard.format.header import HeaderLimits, TensorInfo
 from asyncshard.format.index import MAX_INDEX_BYTES, parse_index
 from asyncshard.format.pattern import ShardPattern
 from asyncshard.pipeline.checkpoint.opened_file import FileReader, OpenedFile, read_header_of
-from asyncshard.pipeline.checkpoint.rank_files import error_of_missing, require_one_save
+from asyncshard.pipeline.checkpoint.rank_files import error_of_replaced, require_one_save
 from asyncshard.pipeline.memory.budget import Account
 from asyncshard.plan.check.judgement import index_disagreement
 from asyncshard.plan.files.layout import choose_layout, index_files, is_rank_shard, is_whole_model
@@ -261,10 +261,9 @@ async def _open_shards(
         try:
             return await read_header_of(store, name, threads, selection.limits, account)
         except ObjectNotFoundError as error:
-            if found.are_of_rank:
-                raise await error_of_missing(store, name, error) from None
-            raise
+            other = await error_of_replaced(store, name) if found.are_of_rank else None
+            if other is None:
+                raise
+            raise other from error
 
-    return await run_bounded(
-        min(_HEADERS_AT_ONCE, len(found.files)), (open_one(name) for name in found.files), on_failure="finish"
-    )
+    return await run_bounded(min(_HEADERS_AT_ONCE, len(found.files)), map(open_one, found.files), on_failure="finish")

@@ -18,13 +18,13 @@ def require_one_save(files: Sequence[OpenedFile], path: str) -> None:
         raise fault
 
 
-async def error_of_missing(store: Store, name: str, error: Exception) -> Exception:
-    """Return the error for a file that was listed and could not be opened: `error` itself for a link to nothing."""
+async def error_of_replaced(store: Store, name: str) -> Exception | None:
+    """Return the error for a file that was listed and could not be found: None for a link to nothing."""
     try:
         if name in (await store.list()).names:
             await store.open(name, 1)  # another one has its name by now
     except ObjectNotFoundError:
-        return error
+        return None
     except Exception as other:
         return other
     path = store.path_of(name)

@@ -16,6 +16,7 @@ from asyncshard.pipeline.checkpoint.opened_file import OpenedFile
 from asyncshard.pipeline.checkpoint.slice_reader import SliceReader
 from asyncshard.pipeline.checkpoint.ties import place_ties, ties_with_rules
 from asyncshard.pipeline.memory.budget import Account
+from asyncshard.pipeline.memory.scratch import charge_scratch
 from asyncshard.plan.file_slices.planner import make_file_slice
 from asyncshard.plan.tp.models import auto_plan, require_known
 from asyncshard.plan.tp.plan import TpPlan
@@ -23,12 +24,6 @@ from asyncshard.stores.base import Store
 from asyncshard.stores.ranges import Scratch
 from asyncshard.tasks.pace import yielding_gil
 from asyncshard.tasks.threads import DaemonThreads
-
-_SHARE = 8
-"""The scratch takes an eighth of the budget at most."""
-_SLABS = 16
-_LEAST_SLABS = 4
-_LEAST_SLAB = 4 << 10
 
 
 async def open_sliced(
@@ -127,12 +122,8 @@ async def with_slice_reader(
     store = checkpoint.reader.store
     if store.has_own_scratch or not await threads.run(_is_covering, checkpoint, store.pacing.max_gap_bytes):
         return checkpoint._replace(reader=SliceReader(store, threads, Scratch(threads, chunk_size, 1)))
-    total = min(account.budget.nbytes // _SHARE, _SLABS * chunk_size)
-    slab = max(min(chunk_size, total // _LEAST_SLABS), _LEAST_SLAB)
-    slabs = max(total // slab, 1)
-    account.charge_headers(slab * slabs, store.url)
-    reader = SliceReader(store, threads, Scratch(threads, slab, slabs))
-    return checkpoint._replace(reader=reader, scratch_bytes=slab * slabs)
+    scratch = charge_scratch(account, threads, chunk_size=chunk_size, path=store.url)
+    return checkpoint._replace(reader=SliceReader(store, threads, scratch), scratch_bytes=scratch.nbytes)
 
 
 def _is_covering(checkpoint: Checkpoint, max_gap: int) -> bool:

@@ -20,7 +20,7 @@ from asyncshard.pipeline.refresh.update import Update
 from asyncshard.pipeline.transfer.destinations import MatchedDestinations, ShardDestinations, are_equal
 from asyncshard.pipeline.transfer.load import Delivery, OpenedCheckpoint
 from asyncshard.pipeline.transfer.placed import Matched, PlacedTransfer, ToDestinations
-from asyncshard.pipeline.transfer.second_copies import copies_differ
+from asyncshard.pipeline.transfer.shared_memory import copies_differ
 from asyncshard.pipeline.transfer.transfer import Reading
 from asyncshard.plan.items import ReadItem
 from asyncshard.tasks.pace import yielding_gil

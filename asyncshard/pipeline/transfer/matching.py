@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from asyncshard.arrays.base import ArrayLibrary, RawArray
-from asyncshard.arrays.covered import CoveredMemory
 from asyncshard.arrays.memory import is_sink, span
 from asyncshard.errors import DestinationError, NamesError
 from asyncshard.format.dtypes import DTYPES, Dtype
@@ -26,7 +25,7 @@ from asyncshard.pipeline.transfer.destinations import (
     ShardDestinations,
     StridedTarget,
 )
-from asyncshard.pipeline.transfer.second_copies import CopyDigests, difference
+from asyncshard.pipeline.transfer.shared_memory import CopyDigests, CoveredMemory, difference
 from asyncshard.plan.items import TensorKey
 from asyncshard.plan.text import enumerate_names
 from asyncshard.tasks.pace import yielding_gil

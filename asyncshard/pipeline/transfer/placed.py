@@ -25,7 +25,7 @@ from asyncshard.pipeline.transfer.destinations import (
 )
 from asyncshard.pipeline.transfer.load import Delivery, Load, OpenedCheckpoint
 from asyncshard.pipeline.transfer.matching import match_destinations
-from asyncshard.pipeline.transfer.second_copies import FirstCopies, copies_differ
+from asyncshard.pipeline.transfer.shared_memory import FirstCopies, copies_differ
 from asyncshard.pipeline.transfer.transfer import Reading, Transfer
 from asyncshard.plan.items import GRAIN, ReadItem, TensorKey, placed_tensors
 

@@ -1,4 +1,4 @@
-"""The report of a check of the whole cache; it needs no optional package."""
+"""The report of the verification of a cache. It needs no optional package."""
 
 from __future__ import annotations
 

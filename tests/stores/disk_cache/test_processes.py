@@ -121,13 +121,18 @@ async def test_eight_processes_that_start_together_fetch_each_block_once(childre
     assert children.run(children.start()) == 0
 
 
-@pytest.mark.parametrize("kill_at", [1, 2, 3, 4, 5, 6, 7, *random.SystemRandom().sample(range(8, 40), 5)])
-def test_a_process_that_is_killed_leaves_no_block_that_is_wrong(kill_at, children):
+EARLY = [range(number, number + 1) for number in range(1, 8)]
+LATER = [range(8, 14), range(14, 20), range(20, 26), range(26, 32), range(32, 40)]
+
+
+@pytest.mark.parametrize("moments", [*EARLY, *LATER], ids=lambda moments: f"{moments[0]}-{moments[-1]}")
+def test_a_process_that_is_killed_leaves_no_block_that_is_wrong(moments, children):
+    kill_at = random.SystemRandom().choice(moments)
     process = children.start(kill_at=kill_at)
     process.communicate("\n", timeout=60)
-    assert process.returncode == -signal.SIGKILL
-    assert children.run(children.start()) <= NBYTES
-    assert children.run(children.start()) == 0
+    assert process.returncode == -signal.SIGKILL, kill_at
+    assert children.run(children.start()) <= NBYTES, kill_at
+    assert children.run(children.start()) == 0, kill_at
 
 
 async def test_the_locks_of_a_process_that_is_killed_are_free(children, make_cache, origin, load, content, warnings_of):

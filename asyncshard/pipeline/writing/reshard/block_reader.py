@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from itertools import chain, groupby
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +16,7 @@ from asyncshard.pipeline.checkpoint.opened_file import OpenedFile
 from asyncshard.pipeline.memory.budget import Account
 from asyncshard.plan.division.blocks import Extent, RankRuns
 from asyncshard.stores.base import Store
+from asyncshard.stores.ranges import Scratch
 from asyncshard.tasks.bounded import run_bounded
 from asyncshard.tasks.threads import DaemonThreads
 
@@ -26,8 +27,6 @@ _IN_FLIGHT = 6
 _PAGE = 4096
 _READS_AT_ONCE = 8
 """Of one block."""
-_MAX_GAP = 64 << 10
-"""Bytes between two pieces that are rather read than left out: a read costs as much as so many."""
 
 
 class BlockBuffers(NamedTuple):
@@ -66,25 +65,20 @@ def _array(lease: Lease) -> Bytes:
     return np.frombuffer(memoryview(lease), np.uint8)
 
 
-@dataclass(slots=True)
-class _Read:
-    """One read, of several extents that are near each other."""
-
-    file: int
-    start: int
-    stop: int
-    views: list[memoryview]
-
-
 class BlockReader:
-    """Reads what ranks have of a block."""
+    """Reads what ranks have of a block.
 
-    def __init__(self, store: Store, shards: Sequence[OpenedFile], threads: DaemonThreads) -> None:
+    Parameters
+    ----------
+    scratch : Scratch
+        For reads that cover several extents.
+    """
+
+    def __init__(self, store: Store, shards: Sequence[OpenedFile], threads: DaemonThreads, scratch: Scratch) -> None:
         self._store = store
         self._shards = shards
         self._threads = threads
-        self._gap = memoryview(bytearray(_MAX_GAP))
-        """Where bytes go that nobody wants, of all reads."""
+        self._scratch = scratch
 
     async def read(self, ranks: Sequence[RankRuns], memory: Bytes, staging: Bytes | None) -> None:
         """Fill the memory of a block; without `staging`, each run is read into its place."""
@@ -97,24 +91,32 @@ class BlockReader:
                 own = staging[used : used + moves.nbytes]
                 used += moves.nbytes
                 scattered.append((moves, own))
-            self._add_reads(reads, moves, memory, own)
-        read_into, shards = self._store.read_into, self._shards
-        jobs = (read_into(shards[read.file].meta, read.start, read.views) for read in reads)
+            reads += _reads_of(moves, memory, own)
+        jobs = (self._read(each) for each in reads)
         await run_bounded(min(_READS_AT_ONCE, len(reads)), jobs, on_failure="finish")
         if scattered:
             await self._threads.run(_scatter, scattered, memory)
 
-    def _add_reads(self, reads: list[_Read], moves: RankRuns, memory: Bytes, gathered: Bytes | None) -> None:
-        for extent, views in views_of(moves, memory, gathered):
-            nbytes = sum(map(len, views))
-            last = reads[-1] if reads else None
-            if last is None or last.file != extent.file or not 0 <= extent.start - last.stop <= len(self._gap):
-                last = _Read(extent.file, extent.start, extent.start, [])
-                reads.append(last)
-            elif extent.start > last.stop:
-                last.views.append(self._gap[: extent.start - last.stop])
-            last.views += views
-            last.stop = extent.start + nbytes
+    async def _read(self, what: _Read) -> None:
+        meta = self._shards[what.file].meta
+        await self._store.read_ranges(meta, what.offsets, what.lengths, what.buffers, scratch=self._scratch)
+
+
+class _Read(NamedTuple):
+    """What is read of one file for a block."""
+
+    file: int
+    offsets: Int64Array
+    lengths: Int64Array
+    buffers: list[memoryview]
+
+
+def _reads_of(moves: RankRuns, memory: Bytes, gathered: Bytes | None) -> Iterator[_Read]:
+    for file, pairs in groupby(views_of(moves, memory, gathered), lambda pair: pair[0].file):
+        extents, views = zip(*pairs, strict=True)
+        offsets = np.array([extent.start for extent in extents], np.int64)
+        lengths = np.array([sum(map(len, each)) for each in views], np.int64)
+        yield _Read(file, offsets, lengths, list(chain.from_iterable(views)))
 
 
 def views_of(moves: RankRuns, memory: Bytes, gathered: Bytes | None) -> list[tuple[Extent, list[memoryview]]]:

@@ -18,6 +18,7 @@ from asyncshard.pipeline.checkpoint.opened_file import OpenedFile
 from asyncshard.pipeline.checkpoint.opening import Opening
 from asyncshard.pipeline.checkpoint.slicing import find_plan
 from asyncshard.pipeline.checkpoint.ties import place_ties, ties_with_rules
+from asyncshard.pipeline.memory.scratch import charge_scratch
 from asyncshard.pipeline.writing.reshard.block_copy import Copy
 from asyncshard.pipeline.writing.reshard.block_reader import BlockBuffers, BlockReader, take_block_buffers
 from asyncshard.pipeline.writing.reshard.companions import companion_files, copy_companions
@@ -32,6 +33,7 @@ from asyncshard.plan.files.survey import Survey, survey_names
 from asyncshard.plan.text import Problems
 from asyncshard.plan.tp.models import require_known
 from asyncshard.plan.tp.plan import TpPlan
+from asyncshard.stores.ranges import Scratch
 from asyncshard.tasks.bounded import run_bounded
 from asyncshard.tasks.pace import yielding_gil
 
@@ -82,10 +84,9 @@ class Reshard:
         names, source = await self._open()
         plan = await self._plan(source)
         self._account.charge_headers(source.side.nbytes + plan.nbytes, self._store.url)
-        rooms = await take_block_buffers(
-            self._account, self._wanted.chunk_size or min(self._store.pacing.chunk_size, _BLOCK_BYTES)
-        )
-        reader = BlockReader(self._store, source.shards, self._threads)
+        chunk_size = self._wanted.chunk_size or min(self._store.pacing.chunk_size, _BLOCK_BYTES)
+        reader = BlockReader(self._store, source.shards, self._threads, self._scratch(source, chunk_size))
+        rooms = await take_block_buffers(self._account, chunk_size)
         bytes_compared = await self._compare(source, reader, rooms)
         others = companion_files(names)
         files = [file.name for file in plan.files.files]
@@ -106,6 +107,13 @@ class Reshard:
             copy.bytes_written,
             bytes_compared,
         )
+
+    def _scratch(self, source: Source, chunk_size: int) -> Scratch:
+        # A single rank has every byte of its files.
+        is_covering = self._store.pacing.max_gap_bytes > 0 and source.side.world_size > 1
+        if self._store.has_own_scratch or not is_covering:
+            return Scratch(self._threads, chunk_size, 1)
+        return charge_scratch(self._account, self._threads, chunk_size=chunk_size, path=self._store.url)
 
     async def _open(self) -> tuple[Sequence[str], Source]:
         """Return the names beside the weights too."""

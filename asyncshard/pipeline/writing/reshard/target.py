@@ -22,6 +22,7 @@ from asyncshard.pipeline.writing.directory import DirectoryWriter, Role, is_held
 from asyncshard.pipeline.writing.save import is_save_folder
 from asyncshard.plan.files.incomplete import INCOMPLETE_NAME, marked_rank
 from asyncshard.plan.files.layout import INDEX_NAME, SINGLE_NAME
+from asyncshard.plan.text import enumerate_names
 from asyncshard.stores.local.files import translate, translated
 
 _ROLE = Role(
@@ -81,9 +82,9 @@ class Target:
             return
         others = sorted(name for name in names if name != _ROLE.folder)
         if others:
-            shown = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
+            listed = enumerate_names(others, limit=5)
             raise TargetExistsError(
-                f"{self.directory}: the target is not empty, it holds {shown}; pass overwrite=True to replace the "
+                f"{self.directory}: the target is not empty, it holds {listed}; pass overwrite=True to replace the "
                 "weights there, or name another directory",
                 path=self.directory,
                 errno=errno.EEXIST,
