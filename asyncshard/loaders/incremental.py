@@ -97,9 +97,9 @@ class IncrementalShardLoader(Loader):
         self._cache_size, base = state
         self._set_up(*base)
 
-    def __repr__(self) -> str:
-        size = self.budget.memory_budget_mb
-        return f"IncrementalShardLoader(memory_budget_mb={size!r}, cache_size={self._cache_size!r})"
+    def _facts(self) -> tuple[str, ...]:
+        cached = self.statistics()
+        return *super()._facts(), f"cache_size={self._cache_size}", f"{cached.shards_cached} shards cached"
 
     async def __aenter__(self) -> Self:
         self._sources.are_kept = True

@@ -57,6 +57,16 @@ class Loader:
         self.last_report: LoadReport | None = None
         """The report of the load that ended last; None before the first load."""
 
+    def __repr__(self) -> str:
+        facts = ", ".join(self._facts())
+        return f"<{type(self).__name__} {facts}>"
+
+    def _facts(self) -> tuple[str, ...]:
+        """Return what the repr says: which files, and the state of the budget."""
+        rank, world_size = self._selection.rank, self._selection.world_size
+        budget = self._budget
+        return f"rank={rank}", f"world_size={world_size}", f"{budget.bytes_used / 1e6:.1f} MB of {budget!r} used"
+
     def __getstate__(self) -> tuple[Selection, Options]:
         return self._selection, self._options
 

@@ -80,9 +80,6 @@ class ShardedStateLoader(Loader):
         )
         super().__init__(selection, options)
 
-    def __repr__(self) -> str:
-        return f"ShardedStateLoader(rank={self._selection.rank}, world_size={self._selection.world_size})"
-
     async def discover_shards(self, path: ModelPath) -> list[str]:
         """Return the full paths of the files to load, in delivery order: parts are ordered by number, 2 before 10.
 
