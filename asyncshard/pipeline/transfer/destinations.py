@@ -19,7 +19,7 @@ from asyncshard.format.dtypes import DTYPES
 from asyncshard.pipeline.checkpoint.checkpoint import Checkpoint
 from asyncshard.pipeline.checkpoint.opened_file import OpenedFile
 from asyncshard.plan.items import TensorKey
-from asyncshard.tasks.pace import yielding_gil
+from asyncshard.tasks.yielding import yielding_gil
 
 _CAST_ELEMENTS = 1 << 17
 """Elements converted at once: NumPy converts the types of `ml_dtypes` with the GIL held."""
