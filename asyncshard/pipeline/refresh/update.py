@@ -12,8 +12,8 @@ from asyncshard.errors import StreamClosedError
 from asyncshard.pipeline.checkpoint.version import CheckpointVersion
 from asyncshard.pipeline.memory.budget import Account
 from asyncshard.pipeline.refresh.changes import ChangedTensor, ChangedTensors, CopyJob
-from asyncshard.tasks.pace import LoopYield
 from asyncshard.tasks.threads import DaemonThreads, wait_to_end
+from asyncshard.tasks.yielding import LoopYield
 
 _COPYING_THREADS = 2
 """An update is copied by at most 2 threads, which saturate the memory bandwidth of most machines."""
