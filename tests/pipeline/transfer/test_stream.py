@@ -391,6 +391,20 @@ async def test_closing_while_it_opens_stops_the_opening(files):
         await opening
 
 
+async def test_closing_before_the_opening_has_begun_gives_all_memory_back(files):
+    store = MemoryStore(files)
+    store.held_bytes = SIZE
+    loader = make_loader()
+    stream = loader.stream(store)
+    opening = asyncio.ensure_future(stream.__aenter__())
+    await turns(1)
+    assert loader.budget.bytes_used == SIZE
+    await stream.aclose()
+    with pytest.raises(StreamClosedError):
+        await opening
+    assert loader.budget.bytes_used == 0
+
+
 @pytest.mark.parametrize("is_reversed", [False, True])
 async def test_streams_may_be_closed_in_any_order(files, is_reversed):
     budget = MemoryBudget(1)
