@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import functools
+import itertools
+import re
 from collections import Counter
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
@@ -45,6 +47,17 @@ REASON = "Longer than 300 lines"
 FRAMEWORKS = {"torch", "jax", "vllm", "starlette", "ray", "tensorflow", "transformers", "uvicorn"}
 LOADERS_OF_FRAMEWORKS = {"arrays.frameworks"}
 """What may load a module of the package by its name: whatever has a framework behind it."""
+TESTS = Path(__file__).parent
+TESTED_ROOMS = {
+    *("arrays", "errors", "extras", "format", "loaders", "plan", "tasks", "testing"),
+    *("pipeline.memory", "pipeline.refresh", "pipeline.shard_cache", "pipeline.transfer"),
+    *("pipeline.checkpoint.opening", "stores.opening"),
+}
+"""The rooms, wings and modules of which every module has a test file of its name, in the same folder below ``tests``.
+
+A module may share the test file of another module in its folder. That file's docstring then has the sentence
+"Also tests `name`.", with the name of the module.
+"""
 MODULES = sorted(PACKAGE.rglob("*.py"))
 WITH_FRAMEWORK = [path for path in MODULES if path.stem in FRAMEWORKS]
 PURE = [path for path in MODULES if path.relative_to(PACKAGE).parts[0] in ("format", "plan")]
@@ -150,6 +163,25 @@ def test_a_wing_has_few_files() -> None:
 def test_a_long_file_says_why_it_is_one(path: Path) -> None:
     is_short = len(path.read_text().splitlines()) <= MOST_LINES
     assert is_short or REASON in (ast.get_docstring(tree_of(path)) or "")
+
+
+def is_in_tested_room(path: Path) -> bool:
+    names = itertools.accumulate(module_of(path).split("."), lambda room, name: f"{room}.{name}")
+    return not TESTED_ROOMS.isdisjoint(names)
+
+
+def modules_also_tested(folder: Path) -> set[str]:
+    """Return the modules that the docstrings of a folder's test files name as tested there."""
+    docstrings = [ast.get_docstring(tree_of(path)) or "" for path in folder.glob("test_*.py")]
+    return {name for text in docstrings for name in re.findall(r"Also tests `(\w+)`\.", text)}
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in MODULES if is_in_tested_room(path) and path.stem != "__init__"], ids=name_of
+)
+def test_a_module_has_a_test_file_of_its_name_or_is_named_in_one(path: Path) -> None:
+    folder = TESTS / path.relative_to(PACKAGE).parent
+    assert (folder / f"test_{path.stem}.py").exists() or path.stem in modules_also_tested(folder)
 
 
 def test_the_package_itself_only_imports_and_names() -> None:

@@ -39,16 +39,18 @@ def span(memory: NDArray[Any]) -> tuple[int, int]:
 
 
 class Within(NamedTuple):
-    """Which bytes of another array's memory an array spans."""
+    """The bytes of another array's memory that an array spans."""
 
     start: int
+    """Offset in the other array of the first byte."""
     stop: int
+    """Offset in the other array after the last byte."""
     nbytes: int
-    """Bytes that the other array spans."""
+    """The number of bytes that the other array spans."""
 
 
 def within(memory: NDArray[Any], other: NDArray[Any]) -> Within | None:
-    """Return where an array lies in the memory of another one; None if it does not."""
+    """Return the bytes of the memory of `other` that an array spans; None if it lies partly or wholly outside."""
     low, high = span(memory)
     other_low, other_high = span(other)
     if other_low <= low and high <= other_high:

@@ -1,8 +1,8 @@
-"""The save that a rank's file comes from, in a header's own ``__metadata__``.
+"""The id of the save that wrote a rank's file, stored in the ``__metadata__`` of its header.
 
-The value of the key `SAVE_KEY` is the id of one save of one rank, 32 lower-case hexadecimal digits, a space, and the
-number of files that the save wrote: ``"0f3c... 4"``. All files of a rank have the same value. A program that writes a
-part of such files anew must drop the key from all of them.
+The value of the key `SAVE_KEY` has 32 lower-case hexadecimal digits, which identify one save of one rank, a space, and
+the number of files that the save wrote: ``"0f3c... 4"``. All files of a rank have the same value. A program that
+rewrites only some of these files must drop the key from all of them.
 """
 
 from __future__ import annotations
@@ -13,24 +13,25 @@ from typing import NamedTuple
 
 SAVE_KEY = "asyncshard.save"
 STEP_KEY = "step"
-"""Under which callers may tell the training step of what they save."""
+"""The key under which callers may store the training step of a saved checkpoint."""
 
 _VALUE = re.compile(r"([0-9a-f]{32}) ([1-9][0-9]{0,17})")
 
 
 class SaveId(NamedTuple):
-    """One save of one rank."""
+    """The identity of one save of one rank."""
 
     id: str
+    """32 hexadecimal digits, or the whole value if it has another form."""
     parts: int | None
-    """Files that it wrote; None where the text does not tell."""
+    """The number of files that the save wrote; None if the value has another form."""
 
     def __str__(self) -> str:
         return f"{self.id} {self.parts}"
 
 
 def save_id_of(metadata: Mapping[str, str]) -> SaveId | None:
-    """Return the save that a file's metadata names, None where it names none. A text of another form counts whole."""
+    """Return the save that the metadata of a file names, or None. A value of another form is taken as the id."""
     text = metadata.get(SAVE_KEY)
     if text is None:
         return None

@@ -23,7 +23,7 @@ from asyncshard.plan.files.layout import INDEX_NAME
 from asyncshard.plan.files.survey import Survey, survey_index, survey_names
 from asyncshard.stores import Listing
 from asyncshard.stores.opening import ModelPath
-from asyncshard.tasks.pace import yielding_gil
+from asyncshard.tasks.yielding import yielding_gil
 
 
 async def check_checkpoint(

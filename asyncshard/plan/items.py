@@ -1,7 +1,7 @@
-"""Read items: which byte range of which shard is read in one go, and which tensors it fills.
+"""Read items: byte ranges of shards, each read by one call, and the tensors that each of them fills.
 
-Neighbouring tensors are read together, up to a limit; a larger tensor is an item of its own, or, where it goes straight
-to its destination, several. Items come in delivery order: shards in turn, tensors by file offset.
+Neighbouring tensors are read together, up to a limit. A larger tensor has an item of its own; if it is read straight
+into its destination, it may have several items. Items come in delivery order: shard by shard, tensors by file offset.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from asyncshard._typing import Int64Array
 from asyncshard.plan.ranges import merge_ranges
 
 GRAIN = 64
-"""Parts of a split tensor are multiples of this many bytes, so that no element is cut."""
+"""A large tensor is split into items at multiples of 64 bytes, so that no element is cut."""
 
 
 TensorKey = tuple[int, int]
@@ -25,18 +25,18 @@ TensorKey = tuple[int, int]
 
 
 class ReadItem(NamedTuple):
-    """One byte range of a shard."""
+    """One byte range of a shard, and the tensors in it."""
 
     shard: int
     """Index of the shard."""
     start: int
-    """First byte, an offset in the file."""
+    """Offset in the file of the first byte."""
     stop: int
-    """Byte after the last."""
+    """Offset in the file after the last byte."""
     first: int
-    """Index in the shard, by file offset, of the first tensor that it touches."""
+    """Index of the first tensor that the range touches; tensors are counted in the order of their file offsets."""
     last: int
-    """Index after the last one's."""
+    """Index after that of the last tensor that the range touches."""
 
     @property
     def nbytes(self) -> int:
@@ -46,16 +46,16 @@ class ReadItem(NamedTuple):
 def whole_tensors(
     shard: int, starts: Int64Array, stops: Int64Array, *, limit: int, max_tensors: int
 ) -> Iterator[ReadItem]:
-    """Yield items of at most `limit` bytes that hold whole tensors; a tensor above it is alone in its item.
+    """Yield items that hold whole tensors.
 
     Parameters
     ----------
     starts, stops : arrays of int64
-        Byte ranges of the shard's tensors, ascending and without holes between them.
+        The byte ranges of the shard's tensors, ascending and without holes between them.
     limit : int
-        Bytes.
+        The most bytes of an item; a larger tensor has an item of its own.
     max_tensors : int
-        How many tensors an item holds at most.
+        The most tensors of an item.
     """
     bounds = merge_ranges(starts, stops - starts, max_gap=0, max_bytes=limit, max_count=max_tensors)
     for first, last in itertools.pairwise(bounds.tolist()):
@@ -73,28 +73,28 @@ def placed_tensors(
     max_tensors: int,
     max_gap: int,
 ) -> Iterator[ReadItem]:
-    """Yield items for the wanted tensors; one above `limit` bytes is split into parts of at most that.
+    """Yield items for the wanted tensors; a tensor larger than `limit` is split into several items.
 
     Parameters
     ----------
     starts, stops : arrays of int64
-        Byte ranges of the shard's tensors, ascending and without holes between them.
+        The byte ranges of the shard's tensors, ascending and without holes between them.
     is_wanted : array of bool
-        Tensors to be read.
+        Whether each tensor is to be read.
     is_alone : array of bool
-        Tensors that do not share an item with others.
+        Whether each tensor must not share an item with others.
     limit : int
-        Bytes; at least `GRAIN`.
+        The most bytes of an item; at least `GRAIN`.
     max_tensors : int
-        How many tensors an item touches at most.
+        The most tensors that an item touches.
     max_gap : int
-        Bytes. As many that nobody wants, between two wanted tensors of one item, are read with them. An item begins and
-        ends with wanted ones all the same.
+        Gaps of up to this many bytes between two wanted tensors are read too, to save an item. An item still begins and
+        ends with a wanted tensor.
     """
     part = limit // GRAIN * GRAIN
     is_joined = is_wanted & ~is_alone
     is_read = is_joined | _gaps(starts, stops, is_wanted, is_joined, max_gap)
-    # A run goes on as long as a tensor and the one before it may share an item.
+    # A run continues as long as a tensor may share an item with the tensor before it.
     breaks = np.flatnonzero(~(is_read[1:] & is_read[:-1])) + 1
     bounds = [0, *breaks.tolist(), len(starts)]
     for run_first, run_last in itertools.pairwise(bounds):
@@ -124,7 +124,7 @@ def _gaps(
     is_joined: NDArray[np.bool_],
     max_gap: int,
 ) -> NDArray[np.bool_]:
-    """Mark the unwanted tensors between two joined ones that are at most `max_gap` bytes apart."""
+    """Return for each tensor whether it lies in a gap of at most `max_gap` bytes between two joined tensors."""
     marks = np.zeros(len(starts) + 1, np.int64)
     wanted = np.flatnonzero(is_wanted)
     if max_gap and len(wanted):

@@ -1,4 +1,4 @@
-"""Byte ranges that are read together: those that lie near each other, up to a limit."""
+"""Groups of byte ranges that are read together, because they lie near each other."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ _MOST = np.iinfo(np.int64).max
 def merge_ranges(
     offsets: Int64Array, lengths: Int64Array, *, max_gap: int, max_bytes: int, max_count: int
 ) -> Int64Array:
-    """Return the bounds of groups: group `i` is of the ranges from ``bounds[i]`` up to ``bounds[i + 1]``.
+    """Merge ranges into groups, and return the bounds: group `i` is the ranges ``bounds[i]`` to ``bounds[i + 1] - 1``.
 
-    Each group takes as many ranges as the limits allow; a range above `max_bytes` is a group by itself. Of no ranges
-    the bounds are those of no group, ``[0]``.
+    Each group takes as many ranges as the limits allow. A range longer than `max_bytes` is a group by itself. Without
+    ranges there is no group, and the bounds are ``[0]``.
 
     Parameters
     ----------
     offsets, lengths : arrays of int64
-        The ranges, ascending; no two overlap. They may be empty.
+        The ranges, ascending and without overlaps. A range may be empty.
     max_gap : int
-        Bytes between two neighbours of a group at most.
+        The most bytes between two neighbouring ranges of a group.
     max_bytes : int
-        Bytes from a group's beginning to its end at most, with the gaps.
+        The most bytes from the beginning of a group to its end, including the gaps.
     max_count : int
-        Ranges in a group at most; at least 1.
+        The most ranges in a group; at least 1.
     """
     count = len(offsets)
     if not count:
@@ -37,7 +37,7 @@ def merge_ranges(
     bounds = np.concatenate(([0], np.flatnonzero(offsets[1:] - ends[:-1] > max_gap) + 1, [count]))
     firsts, lasts = bounds[:-1], bounds[1:]
     is_cut = (ends[lasts - 1] - offsets[firsts] > max_bytes) | (lasts - firsts > max_count)
-    # One by one, but only where there is something to cut: ranges alone may be very many.
+    # The loop visits only groups that must be cut, because there may be very many groups of one range.
     is_cut &= lasts - firsts > 1
     if not is_cut.any():
         return bounds
@@ -52,7 +52,7 @@ def merge_ranges(
 def _cuts(
     offsets: Int64Array, ends: Int64Array, first: int, last: int, max_bytes: int, max_count: int
 ) -> Iterator[int]:
-    """Yield where new groups begin in the ranges from `first` up to `last`, no two of which are too far apart."""
+    """Yield the first range of each further group among the ranges from `first` to `last`, whose gaps are all small."""
     while True:
         reach = min(int(offsets[first]) + max_bytes, _MOST)
         fitting = int(np.searchsorted(ends[first : min(first + max_count, last)], reach, side="right"))

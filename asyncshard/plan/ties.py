@@ -1,25 +1,26 @@
-"""Ties: other names of a tensor that a checkpoint holds once. The one rule, for whoever loads, reads or checks it.
+"""Ties: further names of a tensor that a checkpoint stores under one name. Loading, reading and checking use this rule.
 
-A tie names a tensor that is missing, and the stored one that it is. It is told in one of two ways.
+A tie consists of a missing name and the stored name of the same tensor. A checkpoint can tell a tie in two ways.
 
-**By the metadata of a file.** `save_sharded_state` writes a key of our own, such as
-``{"asyncshard.tie.lm_head.weight": "model.embed_tokens.weight"}``, and beside it the pair
-``{"lm_head.weight": "model.embed_tokens.weight"}``, which is how ``safetensors.torch.save_model`` tells what it left
-out. A key of our own is a tie. A pair of the other kind may be any text whose value happens to be a tensor's name
-(``{"type": "embeddings"}``): it is a tie where somebody asks for the missing name (a destination, a rule of a plan,
-`get_tensor`), or where that name reads like a parameter's: dotted, with the last part of the stored name.
+**In the metadata of a file.** `save_sharded_state` writes a key of its own, such as
+``{"asyncshard.tie.lm_head.weight": "model.embed_tokens.weight"}``, and also the pair
+``{"lm_head.weight": "model.embed_tokens.weight"}``, which ``safetensors.torch.save_model`` writes for a tensor that it
+leaves out. A key with our prefix is always a tie. A pair without the prefix may be any text whose value is by chance
+the name of a tensor (``{"type": "embeddings"}``). It is a tie only if the caller asks for the missing name (as a
+destination, in a rule of a plan, or with `get_tensor`), or if the missing name looks like the name of a parameter: it
+has dots, and its last part is that of the stored name.
 
-**By config.json.** ``tie_word_embeddings`` says that the output layer ``lm_head`` is the embedding. It stands in the
-config itself or in its ``text_config``; where either says true they are tied, where one says false and none true they
-are not, and where neither says anything the default of the ``model_type`` decides, of the config or of ``text_config``.
-That is what transformers 5.24 does, with one exception:
+**In config.json.** ``tie_word_embeddings`` says that the output layer ``lm_head`` is the embedding. The field may be in
+the config itself or in its ``text_config``. If either is true, the two tensors are tied. If one is false and none is
+true, they are not. If both are absent, the default of the ``model_type`` of the config or of ``text_config`` decides.
+This is the behaviour of transformers 5.24, with one exception:
 
-- ``PreTrainedModel.get_expanded_tied_weights_keys`` (``modeling_utils.py``) asks the outer config alone; before 5 it
-  was ``config.get_text_config(decoder=True)``. The configs of models whose older files have the word within
-  ``text_config`` copy a true from there (``LlavaConfig``, ``Qwen2VLConfig``, ``Glm4vConfig``, ...).
-- ``PreTrainedConfig`` has no default any more (it was true before 5): each config class has one, and `TIED_MODEL_TYPES`
-  lists those where it is true. The exception: a false in ``text_config`` goes before a default of the outer config, so
-  that an output layer that was lost is missed rather than made up.
+- ``PreTrainedModel.get_expanded_tied_weights_keys`` (``modeling_utils.py``) reads only the outer config; before
+  version 5 it read ``config.get_text_config(decoder=True)``. The configs of models whose older files have the field in
+  ``text_config`` copy the value true from there (``LlavaConfig``, ``Qwen2VLConfig``, ``Glm4vConfig``, ...).
+- ``PreTrainedConfig`` has no default since version 5 (before, it was true). Each config class has its own default, and
+  `TIED_MODEL_TYPES` lists the models where it is true. The exception: false in ``text_config`` takes precedence over a
+  default of the outer config, so that a lost output layer is reported as missing instead of being replaced.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ from reprlib import repr as short_repr
 from asyncshard.errors import CheckpointError
 
 EMBEDDING, OUTPUT = "embed_tokens.weight", "lm_head.weight"
-"""How the names end of the two tensors that a model may share."""
+"""The ends of the names of the embedding and of the output layer, which a model may share."""
 TIE_PREFIX = "asyncshard.tie."
-"""How a key of the metadata begins that tells a tie; the missing name follows, and the value is the stored name."""
+"""The prefix of a key of the metadata that tells a tie. The missing name follows; the value is the stored name."""
 TIED_MODEL_TYPES = frozenset(
     """
     aya_vision bart blenderbot blenderbot-small cohere cohere2 cohere2_moe cohere2_vision cohere_compass_text
@@ -45,29 +46,30 @@ TIED_MODEL_TYPES = frozenset(
     vaultgemma voxtral_realtime xglm youtu zamba zamba2 zaya
     """.split()  # noqa: SIM905 - a word a line would be seventy
 )
-"""Models whose config is tied unless it says otherwise, and whose ``lm_head.weight`` is an ``embed_tokens.weight``."""
+"""The model types for which ``tie_word_embeddings`` is true by default, and ties ``lm_head`` with ``embed_tokens``."""
 _WORD = "tie_word_embeddings"
 _WITH_OUTPUT = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")
-"""How the names of architectures end that have an output layer."""
+"""The ends of the names of architectures that have an output layer."""
 
 
 def tie_metadata(ties: Mapping[str, str]) -> dict[str, str]:
-    """Return the metadata that tells ties, each a missing name with the stored one: by our keys and by safetensors'."""
+    """Return the metadata for ties, given as stored names by missing names: keys of ours, and pairs of safetensors."""
     return {**ties, **{f"{TIE_PREFIX}{name}": stored_name for name, stored_name in ties.items()}}
 
 
 def told_ties(
     metadata: Mapping[str, str], is_stored: Callable[[str], bool], is_asked: Callable[[str], bool] | None = None
 ) -> Iterator[tuple[str, str]]:
-    """Yield the ties that a file's metadata tells: the missing name, and the stored one.
+    """Yield the missing name and the stored name of each tie that the metadata of a file tells.
 
     Parameters
     ----------
     metadata : mapping of str to str
+        The metadata of the file.
     is_stored : callable
-        Whether the files hold a tensor of this name.
+        Returns whether the files hold a tensor of a given name.
     is_asked : callable, optional
-        Whether somebody asks for a tensor of this name; None where everything is taken that is there.
+        Returns whether the caller asks for a tensor of a given name; None if the caller names no tensors.
     """
     for key, stored_name in metadata.items():
         name = key.removeprefix(TIE_PREFIX)
@@ -78,32 +80,32 @@ def told_ties(
 
 
 def _is_parameter(name: str, stored_name: str) -> bool:
-    """Return whether a text reads like the name of a parameter of the same kind as a tensor."""
+    """Return whether a text looks like the name of a parameter whose last part is that of the stored name."""
     module, dot, last = name.rpartition(".")
     return bool(module and dot) and stored_name.endswith(f".{last}") and not any(map(str.isspace, name))
 
 
 def tie_word(config: object, *, path: str | None = None) -> bool | None:
-    """Return what a config says of ``tie_word_embeddings``, itself or in its ``text_config``; None if it is silent.
+    """Return ``tie_word_embeddings`` of a config or of its ``text_config``; None if both lack the field.
 
     Raises
     ------
     CheckpointError
-        The config is not a mapping, or the word is neither true nor false.
+        The config is not a mapping, or the field is neither true nor false.
     """
     said = [word for part in _parts(config, path) if (word := _word_of(part, path)) is not None]
     return any(said) if said else None
 
 
 def ties_embeddings(config: object, *, path: str | None = None) -> bool:
-    """Return whether the output layer of a config's model is its embedding, so that files need not hold both.
+    """Return whether the output layer of a model is its embedding, so that its files may hold only one of them.
 
     Parameters
     ----------
     config : object
-        What the JSON of ``config.json`` holds.
+        The content of ``config.json``.
     path : str, optional
-        Of ``config.json``, for messages.
+        The path of ``config.json``, for messages.
 
     Raises
     ------
@@ -118,16 +120,16 @@ def ties_embeddings(config: object, *, path: str | None = None) -> bool:
 
 
 def config_tie(config: object, names: Iterable[str], *, path: str | None = None) -> tuple[str, str] | None:
-    """Return the tie of the output layer that nobody asks for by name; None where the config tells none.
+    """Return the missing name and the stored name of the output layer's tie; None if the config tells no such tie.
 
-    There is one where `names`, those of all tensors or of those that end like `EMBEDDING` or `OUTPUT`, have one
-    embedding and no output layer, and the model has one: its config names no other architecture, and the embedding
-    stands in a module called ``model``, beside which the output layer is.
+    `names` are the names of all tensors, or at least of those that end with `EMBEDDING` or `OUTPUT`. The output layer
+    is tied if there is one embedding and no output layer among them, the embedding is within a module named ``model``
+    (the output layer is beside that module), and the config names no architecture without an output layer.
 
     Raises
     ------
     CheckpointError
-        As for `ties_embeddings`.
+        The config is not a mapping, or ``tie_word_embeddings`` is neither true nor false.
     """
     names = set(names)
     embedding = only_embedding(names)
@@ -140,32 +142,32 @@ def config_tie(config: object, names: Iterable[str], *, path: str | None = None)
 
 
 def only_embedding(names: Iterable[str]) -> str | None:
-    """Return the one name that is an embedding's; None where there are several, or none."""
+    """Return the name of the only embedding; None if there is none, or more than one."""
     embeddings = {name for name in names if name.endswith(EMBEDDING)}
     return embeddings.pop() if len(embeddings) == 1 else None
 
 
 def output_names(embedding: str) -> tuple[str, ...]:
-    """Return the names that the output layer may have beside an embedding: it stands in one of the modules above."""
+    """Return the possible names of the output layer that belongs to an embedding: it is in a module above."""
     above = embedding.removesuffix(EMBEDDING).split(".")[:-1]
     return tuple(".".join([*above[:depth], OUTPUT]) for depth in range(len(above) + 1))
 
 
 def may_need(name: str, is_wanted: Callable[[str], bool], is_stored: Callable[[str], bool]) -> bool:
-    """Return whether a tensor may have to be read for the output layer: one that is wanted, and stored nowhere."""
+    """Return whether a tensor may be needed for an output layer that is wanted and not stored."""
     return name.endswith(EMBEDDING) and any(
         is_wanted(output) and not is_stored(output) for output in output_names(name)
     )
 
 
 def _output_beside(embedding: str) -> str | None:
-    """Return the name of the output layer of the model that has an embedding; None for a model without."""
+    """Return the name of the output layer beside the module ``model`` of an embedding; None without that module."""
     above = embedding.removesuffix(EMBEDDING).split(".")[:-1]
     return ".".join([*above[: above.index("model")], OUTPUT]) if "model" in above else None
 
 
 def _has_output(config: object) -> bool:
-    """Return whether the architectures that a config names have an output layer; a config that names none may."""
+    """Return whether an architecture of the config has an output layer; True if the config names no architecture."""
     names = config.get("architectures") if isinstance(config, Mapping) else None
     if not isinstance(names, list) or not names:
         return True
@@ -173,7 +175,7 @@ def _has_output(config: object) -> bool:
 
 
 def _parts(config: object, path: str | None) -> list[Mapping[str, object]]:
-    """Return the config, and that of its language model where that is a part of it."""
+    """Return the config, and its ``text_config`` if it has one."""
     if not isinstance(config, Mapping):
         raise CheckpointError(f"{path or 'config.json'} must hold an object, got {short_repr(config)}", path=path)
     inner = config.get("text_config")

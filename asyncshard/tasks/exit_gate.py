@@ -1,7 +1,7 @@
-"""The end of the interpreter waits for calls that would not survive it.
+"""A gate that makes the interpreter's exit wait for calls which the exit must not interrupt.
 
-A daemon thread that wants the GIL back after the interpreter has begun to end is unwound where it stands. Code of other
-languages below it (Rust, C++) may answer that by aborting the whole process.
+When the interpreter exits, a daemon thread that tries to take the GIL is ended where it is. If it was called from code
+in another language, such as Rust or C++, that code may abort the whole process.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Self
 
 
 class ExitGate:
-    """``with gate:`` lets calls in until it is shut; shutting it waits for those that are inside. Thread-safe.
+    """A context manager for calls: ``with gate:`` enters it, and `shut` waits until all calls have left. Thread-safe.
 
     Entering a gate that is shut raises RuntimeError.
     """
@@ -42,18 +42,18 @@ class ExitGate:
             self._changed.notify_all()
 
     def shut(self) -> None:
-        """Let nobody in any more, and wait until nobody is inside."""
+        """Refuse further calls, and wait until all calls have left."""
         with self._changed:
             self._is_shut = True
             self._changed.wait_for(lambda: not self._inside)
 
     def forget(self) -> None:
-        """Open it anew, for a child process, which has none of the threads that were inside."""
+        """Open the gate again, in a forked child process: it has none of the threads that had entered the gate."""
         self._open()
 
 
 EXIT_GATE = ExitGate()
-"""The one of this interpreter, which has one end. It is no state of any load or save."""
+"""The gate of this interpreter, shut when it exits. It holds no state of a load or a save."""
 
 atexit.register(EXIT_GATE.shut)
 os.register_at_fork(after_in_child=EXIT_GATE.forget)

@@ -9,8 +9,8 @@ from concurrent.futures import Future
 
 import pytest
 
-from asyncshard.tasks.pace import yielding_gil
 from asyncshard.tasks.threads import DaemonThreads, wait_to_end
+from asyncshard.tasks.yielding import yielding_gil
 
 
 @pytest.fixture

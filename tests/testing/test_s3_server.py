@@ -1,4 +1,4 @@
-"""The S3 server of `asyncshard.testing`, with ``testing/s3_connection.py``: right answers, and every scripted error."""
+"""The S3 server of `asyncshard.testing`: its right answers, and every scripted error. Also tests `s3_connection`."""
 
 import asyncio
 import hashlib

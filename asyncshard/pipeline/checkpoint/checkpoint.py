@@ -24,8 +24,8 @@ from asyncshard.plan.ties import EMBEDDING, OUTPUT, may_need
 from asyncshard.plan.tp.plan import TpPlan
 from asyncshard.stores.base import Store
 from asyncshard.tasks.bounded import run_bounded
-from asyncshard.tasks.pace import yielding_gil
 from asyncshard.tasks.threads import DaemonThreads
+from asyncshard.tasks.yielding import yielding_gil
 
 _HEADERS_AT_ONCE = 8
 

@@ -23,8 +23,8 @@ from asyncshard.plan.tp.models import auto_plan, require_known
 from asyncshard.plan.tp.plan import TpPlan
 from asyncshard.stores.base import Store
 from asyncshard.stores.ranges import Scratch
-from asyncshard.tasks.pace import yielding_gil
 from asyncshard.tasks.threads import DaemonThreads
+from asyncshard.tasks.yielding import yielding_gil
 
 
 async def open_sliced(

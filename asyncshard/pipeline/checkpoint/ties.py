@@ -24,8 +24,8 @@ from asyncshard.plan.ties import OUTPUT, config_tie, only_embedding, output_name
 from asyncshard.plan.tp.plan import TpPlan
 from asyncshard.stores.base import Store
 from asyncshard.stores.ranges import Scratch
-from asyncshard.tasks.pace import yielding_gil
 from asyncshard.tasks.threads import DaemonThreads
+from asyncshard.tasks.yielding import yielding_gil
 
 Tables = Sequence[HeaderTable | WeightMap]
 _OUTPUT_MODULE = OUTPUT.rpartition(".")[0]

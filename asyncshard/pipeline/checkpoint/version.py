@@ -28,7 +28,7 @@ from asyncshard.format.dtypes import DTYPES
 from asyncshard.format.header import Header
 from asyncshard.pipeline.checkpoint.checkpoint import Checkpoint
 from asyncshard.stores.base import ETAG
-from asyncshard.tasks.pace import yielding_gil
+from asyncshard.tasks.yielding import yielding_gil
 
 Facts = Mapping[str, str]
 """Dtype, shape and digest of each tensor by name, as text: tensors with equal facts are equal."""

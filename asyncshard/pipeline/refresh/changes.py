@@ -16,7 +16,7 @@ from asyncshard.format.dtypes import DTYPES, Dtype
 from asyncshard.pipeline.checkpoint.checkpoint import Checkpoint
 from asyncshard.pipeline.transfer.destinations import ShardDestinations, StridedTarget
 from asyncshard.pipeline.transfer.matching import fit
-from asyncshard.tasks.pace import yielding_gil
+from asyncshard.tasks.yielding import yielding_gil
 
 _SPLIT_BYTES = 2 << 20
 """A tensor of 2 MiB or more is copied in parts by all threads: copying it takes much longer than looking it up."""

@@ -23,7 +23,7 @@ from asyncshard.pipeline.transfer.placed import Matched, PlacedTransfer, ToDesti
 from asyncshard.pipeline.transfer.shared_memory import copies_differ
 from asyncshard.pipeline.transfer.transfer import Reading
 from asyncshard.plan.items import ReadItem
-from asyncshard.tasks.pace import yielding_gil
+from asyncshard.tasks.yielding import yielding_gil
 
 _SPACING = 64
 """Staged tensors begin at multiples of 64 bytes, a cache line."""

@@ -6,16 +6,14 @@ import asyncio
 import weakref
 from collections.abc import AsyncIterator, Callable
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 from asyncshard.errors import StreamClosedError
 from asyncshard.pipeline.checkpoint.version import CheckpointVersion
 from asyncshard.pipeline.memory.budget import Account
 from asyncshard.pipeline.refresh.changes import ChangedTensor, ChangedTensors, CopyJob
-from asyncshard.tasks.pace import LoopYield
 from asyncshard.tasks.threads import DaemonThreads, wait_to_end
-
-T = TypeVar("T")
+from asyncshard.tasks.yielding import LoopYield
 
 _COPYING_THREADS = 2
 """An update is copied by at most 2 threads, which saturate the memory bandwidth of most machines."""
@@ -140,12 +138,12 @@ class Update:
         count = _COPYING_THREADS if self._bytes_read >= _TWO_THREADS_BYTES else 1
         copier = _Copier(changes, threads, count, self._release)
         try:
-            sinks = await _run_to_end(threads, copier.find_and_copy)
+            sinks = await threads.run(copier.find_and_copy, is_abandonable=False)
             if sinks:
                 await _write_sinks(changes, sinks)
-                await _run_to_end(threads, copier.copy)
+                await threads.run(copier.copy, is_abandonable=False)
         except BaseException:
-            await threads.run(copier.end)
+            await threads.run(copier.end, is_abandonable=False)
             raise
         finally:
             await threads.aclose()
@@ -222,11 +220,6 @@ class _Copier:
             job.clear()
         self._changes.lease = None
         self._release()
-
-
-async def _run_to_end(threads: DaemonThreads, function: Callable[[], T]) -> T:
-    """Call a function in a thread. After a cancel it runs to its end, unlike a call of `DaemonThreads.run`."""
-    return await wait_to_end(asyncio.wrap_future(threads.submit(function)))
 
 
 async def _write_sinks(changes: ChangedTensors, tensors: list[ChangedTensor]) -> None:

@@ -19,7 +19,7 @@ from asyncshard.format.dtypes import DTYPES
 from asyncshard.pipeline.checkpoint.checkpoint import Checkpoint
 from asyncshard.pipeline.checkpoint.opened_file import OpenedFile
 from asyncshard.plan.items import TensorKey
-from asyncshard.tasks.pace import yielding_gil
+from asyncshard.tasks.yielding import yielding_gil
 
 _CAST_ELEMENTS = 1 << 17
 """At most 131,072 elements are converted at once: NumPy holds the GIL while it converts the dtypes of `ml_dtypes`."""

@@ -28,7 +28,7 @@ from asyncshard.pipeline.transfer.destinations import (
 from asyncshard.pipeline.transfer.shared_memory import CopyDigests, CoveredMemory, difference
 from asyncshard.plan.items import TensorKey
 from asyncshard.plan.text import enumerate_names
-from asyncshard.tasks.pace import yielding_gil
+from asyncshard.tasks.yielding import yielding_gil
 
 logger = logging.getLogger("asyncshard")
 

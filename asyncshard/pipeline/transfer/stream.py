@@ -18,7 +18,7 @@ from asyncshard.pipeline.transfer.load import Delivery, Load
 from asyncshard.pipeline.transfer.statistics import NOT_STARTED, Statistics
 from asyncshard.pipeline.transfer.supervisor import State, Supervisor
 from asyncshard.pipeline.transfer.transfer import Transfer
-from asyncshard.tasks.pace import LoopYield
+from asyncshard.tasks.yielding import LoopYield
 
 
 class Stream:

@@ -1,8 +1,8 @@
-"""A rank's part of a file: the file that it would have if the checkpoint had been cut for it.
+"""File slices: the bytes of a file that belong to one rank, as a virtual file.
 
-Such a part has a header of its own, with the shapes of the rank's tensors, in the order of the real file. What is read
-of it is found in the real file by columns, one row for each tensor; tensors of the same dtype, shape and placement
-share a pattern of runs (:mod:`asyncshard.plan.division.slices`).
+The virtual file has its own header, with the shapes of the rank's tensors, in the order of the real file. Columns with
+one row for each tensor map its bytes to the real file. Tensors of the same dtype, shape and placement share a pattern
+of runs (:mod:`asyncshard.plan.division.slices`).
 """
 
 from __future__ import annotations
@@ -23,31 +23,33 @@ from asyncshard.plan.ranges import merge_ranges
 
 
 class Ranges(NamedTuple):
-    """Byte ranges of the real file, which ascend and do not touch."""
+    """Byte ranges of the real file, which ascend and are separated by gaps."""
 
     offsets: Int64Array
     lengths: Int64Array
 
 
 class Patterns(NamedTuple):
-    """Slices as columns, a row for each; the runs of all stand in columns of their own."""
+    """The distinct slices of tensors as columns. The columns `run_*` have an element for each run of all slices."""
 
     outer: Int64Array
-    """Rows."""
+    """The number of rows of each slice."""
     strides: Int64Array
-    """Bytes of a row of the whole tensor."""
+    """The number of bytes of a row of the whole tensor."""
     row_bytes: Int64Array
-    """Bytes of a row of the rank's."""
+    """The number of bytes of a row of the rank's tensor."""
     first_runs: Int64Array
-    """Index of the first run of a row; one more than there are patterns."""
+    """Index of the first run of each slice, and at the end the number of all runs."""
     run_offsets: Int64Array
-    """In a row of the whole tensor."""
+    """Offset of each run in a row of the whole tensor."""
     run_locals: Int64Array
-    """In a row of the rank's."""
+    """Offset of each run in a row of the rank's tensor."""
     run_lengths: Int64Array
+    """Length of each run in bytes."""
 
     @classmethod
     def of(cls, slices: Iterable[Slice]) -> Patterns:
+        """Return slices as columns."""
         slices = list(slices)
         runs = [run for piece in slices for run in piece.runs]
         local = [at for piece in slices for at in [0, *accumulate(length for _, length in piece.runs)][:-1]]
@@ -64,14 +66,15 @@ class Patterns(NamedTuple):
 
     @property
     def runs_in_row(self) -> Int64Array:
+        """The number of runs in a row of each slice."""
         return np.diff(self.first_runs)
 
     def gaps(self, max_gap: int) -> Int64Array:
-        """Return for each pattern the bytes between its runs, of the gaps that are no longer than `max_gap`."""
+        """Return for each slice the sum of the gaps between its runs, without gaps longer than `max_gap` bytes."""
         of = np.repeat(np.arange(len(self.outer)), self.runs_in_row)
         ends = self.run_offsets + self.run_lengths
         begins, times = np.append(self.run_offsets[1:], 0), self.outer[of]
-        # After the last run of a row comes the first of the next row, once less than there are rows.
+        # The last run of a row is followed by the first run of the next row, except in the last row.
         held = np.flatnonzero(self.runs_in_row)
         last = self.first_runs[held + 1] - 1
         begins[last] = self.strides[held] + self.run_offsets[self.first_runs[held]]
@@ -83,19 +86,20 @@ class Patterns(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FileSlice:
-    """What one rank has of one file."""
+    """The bytes of one file that belong to one rank, as a virtual file."""
 
     header: Header
-    """Of the part: names, and shapes of the rank's tensors."""
+    """The header of the virtual file, with the shapes of the rank's tensors."""
     starts: Int64Array
-    """Where each tensor, whole, begins in the real file."""
+    """Offset in the real file of each whole tensor."""
     kinds: NDArray[np.int32]
-    """The row in `patterns` of each."""
+    """The row in `patterns` of each tensor."""
     patterns: Patterns
+    """The distinct slices of the tensors."""
     runs_before: Int64Array
-    """How many runs the tensors before each one have; one more than there are tensors."""
+    """The number of runs of all tensors before each tensor, and at the end the number of all runs."""
     digest: str
-    """Tells which tensors of the file these are and how they are divided: equal for equal slices of one file."""
+    """A text that identifies the tensors and their slices; two slices of one file with the same digest are equal."""
 
     def __eq__(self, other: object) -> bool:
         return self.digest == other.digest if isinstance(other, FileSlice) else NotImplemented
@@ -105,16 +109,16 @@ class FileSlice:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that it holds, its header included."""
+        """The number of bytes of memory that the slice takes, its header included."""
         return self.header.nbytes + self.starts.nbytes + self.kinds.nbytes + self.runs_before.nbytes
 
     @property
     def bytes_needed(self) -> int:
-        """Bytes of the rank's tensors."""
+        """The number of bytes of the rank's tensors."""
         return self.header.file_size - self.header.size
 
     def bytes_read(self, max_gap: int) -> int:
-        """Return how many bytes are read for them at most, where ranges `max_gap` apart are read together."""
+        """Return the most bytes that are read for the rank's tensors if gaps of up to `max_gap` bytes are read too."""
         patterns, table = self.patterns, self.header.table
         inside = int(patterns.gaps(max_gap)[self.kinds].sum())
         held = np.flatnonzero(table.stops > table.starts)
@@ -127,18 +131,18 @@ class FileSlice:
         return self.bytes_needed + inside + int(between[between <= max_gap].sum())
 
     def count(self, start: int, stop: int) -> int:
-        """Return about how many ranges the bytes [start, stop) of the part are, at most."""
+        """Return an upper estimate of the number of ranges of the real file for the virtual bytes [start, stop)."""
         return self._run_at(stop) - self._run_at(start) + 1 if stop > start else 0
 
     def batches(self, start: int, stop: int, max_ranges: int) -> Iterator[tuple[int, int]]:
-        """Cut [start, stop) of the part into ranges of it that are about `max_ranges` of the real file each at most."""
+        """Yield virtual byte ranges that make up [start, stop), each of about `max_ranges` ranges of the real file."""
         while start < stop:
             end = max(self._begin_of(self._run_at(start) + max_ranges), start + 1)
             yield start, min(end, stop)
             start = end
 
     def ranges(self, start: int, stop: int) -> Ranges:
-        """Return where the bytes [start, stop) of the part are in the real file, in their order."""
+        """Return the ranges of the real file for the bytes [start, stop) of the virtual file, in order."""
         table, patterns = self.header.table, self.patterns
         first = int(np.searchsorted(table.stops, start, side="right"))
         last = int(np.searchsorted(table.starts, stop, side="left"))
@@ -155,7 +159,7 @@ class FileSlice:
             first_rows[0] = (start - table.starts[first]) // rows[0]
         runs = patterns.runs_in_row[kinds]
         counts = (last_rows - first_rows) * runs
-        # A row for each run: which tensor it is of, and its number there.
+        # One element for each run: the index of its tensor, and the number of the run in that tensor.
         of = np.repeat(np.arange(last - first), counts)
         number = np.arange(len(of)) - np.repeat(np.cumsum(counts) - counts, counts)
         row = number // runs[of] + first_rows[of]
@@ -165,7 +169,7 @@ class FileSlice:
         return _joined(*_clipped(real, local, patterns.run_lengths[run], start, stop))
 
     def _run_at(self, position: int) -> int:
-        """Return the number of the first run of the row in which a byte of the part is."""
+        """Return the number of the first run in the row that holds a byte of the virtual file."""
         table = self.header.table
         index = int(np.searchsorted(table.stops, position, side="right"))
         if index >= len(self.kinds):
@@ -175,7 +179,7 @@ class FileSlice:
         return int(self.runs_before[index]) + row * int(self.patterns.runs_in_row[kind])
 
     def _begin_of(self, run: int) -> int:
-        """Return where in the part the row of a run begins; its end for one after the last."""
+        """Return the offset in the virtual file of the row that holds a run; after the last run, the file's end."""
         index = int(np.searchsorted(self.runs_before, run, side="right")) - 1
         if index >= len(self.kinds):
             return self.header.file_size
@@ -194,7 +198,7 @@ def _clipped(
 
 
 def _joined(offsets: Int64Array, lengths: Int64Array) -> Ranges:
-    """Make one range of those that touch."""
+    """Return ranges in which neighbours without a gap are joined."""
     if len(offsets) < 2:
         return Ranges(offsets, lengths)
     bounds = merge_ranges(offsets, lengths, max_gap=0, max_bytes=sys.maxsize, max_count=sys.maxsize)

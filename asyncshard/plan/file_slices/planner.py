@@ -1,4 +1,4 @@
-"""Plan a rank's part of a file: which of its tensors are wanted, how each is divided, and what the part's header is."""
+"""The planning of file slices: which tensors of a file a rank wants, and how each of them is divided."""
 
 from __future__ import annotations
 
@@ -29,26 +29,26 @@ def make_file_slice(
     path: str,
     yielding_gil: YieldingGil = iter,
 ) -> FileSlice | None:
-    """Plan what a rank has of a file; None if that is all of it.
+    """Return the slice of a file that belongs to a rank; None if that is the whole file.
 
-    Metadata is kept. Digests of tensors are kept while every tensor of the part is whole. Slow for many tensors: call
-    it in a thread.
+    The slice has the metadata of the file. It has the digests of the tensors only if all its tensors are whole. This is
+    slow for many tensors: call it in a thread.
 
     Parameters
     ----------
     header : Header
-        Of the real file.
+        The header of the real file.
     plan : TpPlan, optional
-        Where tensors are placed; None leaves them whole.
+        The placements of the tensors; None leaves all tensors whole.
     is_wanted : callable, optional
-        Whether a tensor of this name is in the part; None for all.
+        Returns whether the slice has the tensor of a given name; None if it has all tensors.
     path : str
-        For messages.
+        The path of the file, for messages.
 
     Raises
     ------
     CheckpointError
-        A tensor cannot be divided as its placement says.
+        A tensor cannot be divided by its placement.
     """
     table = header.table
     if is_wanted is None:
@@ -68,33 +68,34 @@ def make_file_slice(
     shapes = [piece.shape for piece in planner.slices]
     virtual = header.take(rows, shapes, kinds, metadata=_metadata(header, rows, are_whole=planner.are_whole))
     facts = _digest_of(shapes, rows)
-    return _finish(virtual, facts, table.starts[rows], kinds, Patterns.of(planner.slices))
+    return _assemble(virtual, facts, table.starts[rows], kinds, Patterns.of(planner.slices))
 
 
-def alias_slice(header: Header, part: FileSlice | None, name: str, other: str) -> FileSlice:
-    """Return one tensor of a file, or of a rank's part of it, alone and under another name."""
-    index = header.table.find(name)
+def alias_slice(header: Header, file_slice: FileSlice | None, stored_name: str, alias: str) -> FileSlice:
+    """Return a slice with a single tensor of a file, or of a slice of the file, under another name."""
+    index = header.table.find(stored_name)
     _, code, shape, _, _ = header.table.row(index)
-    if part is None:
-        return _alone(header, index, other, whole_tensor(shape, DTYPES[code].bits))
+    if file_slice is None:
+        return _slice_of_one(header, index, alias, whole_tensor(shape, DTYPES[code].bits))
     one = slice(index, index + 1)
-    virtual = _header_of_one(header, index, other, shape)
-    return _finish(virtual, _digest_of([shape], other), part.starts[one], part.kinds[one], part.patterns)
+    virtual = _header_of_one(header, index, alias, shape)
+    digest = _digest_of([shape], alias)
+    return _assemble(virtual, digest, file_slice.starts[one], file_slice.kinds[one], file_slice.patterns)
 
 
 def alias_slice_by_plan(
-    header: Header, name: str, other: str, plan: TpPlan, *, rank: int, world_size: int, path: str
+    header: Header, stored_name: str, alias: str, plan: TpPlan, *, rank: int, world_size: int, path: str
 ) -> tuple[FileSlice, bool]:
-    """Return one tensor of a file, alone and under another name, divided as the plan says for that.
+    """Return a slice with a single tensor of a file under another name, divided as the plan says for that name.
 
-    Also whether every rank has the same of it under its own name.
+    Also returns whether the plan divides the tensor in the same way under both names.
 
     Raises
     ------
     CheckpointError
-        It cannot be divided so.
+        The tensor cannot be divided by a placement of the plan.
     """
-    index = header.table.find(name)
+    index = header.table.find(stored_name)
     _, code, shape, _, _ = header.table.row(index)
 
     def pieces_of(each: str) -> list[Slice]:
@@ -102,17 +103,18 @@ def alias_slice_by_plan(
         return [slice_tensor(each, shape, bits, placement, rank=at, world_size=world_size) for at in range(world_size)]
 
     try:
-        pieces, own = pieces_of(other), pieces_of(name)
+        pieces, stored_pieces = pieces_of(alias), pieces_of(stored_name)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}", path=path, tensor=error.tensor) from None
-    return _alone(header, index, other, pieces[rank]), pieces == own
+    return _slice_of_one(header, index, alias, pieces[rank]), pieces == stored_pieces
 
 
-def _alone(header: Header, index: int, other: str, piece: Slice) -> FileSlice:
-    virtual = _header_of_one(header, index, other, piece.shape)
+def _slice_of_one(header: Header, index: int, name: str, piece: Slice) -> FileSlice:
+    """Return a slice with one tensor of a file, under a name of its own."""
+    virtual = _header_of_one(header, index, name, piece.shape)
     starts = header.table.starts[index : index + 1]
-    facts = _digest_of([piece.shape], other)
-    return _finish(virtual, facts, starts, np.zeros(1, np.int32), Patterns.of([piece]))
+    facts = _digest_of([piece.shape], name)
+    return _assemble(virtual, facts, starts, np.zeros(1, np.int32), Patterns.of([piece]))
 
 
 def _header_of_one(header: Header, index: int, name: str, shape: tuple[int, ...]) -> Header:
@@ -120,14 +122,14 @@ def _header_of_one(header: Header, index: int, name: str, shape: tuple[int, ...]
 
 
 def _numbered(values: NDArray[np.int32]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """Return where each value is first, in this order, and for each place the number of its value among these."""
+    """Number values in order of first occurrence; return the index of each first one, and the number of each value."""
     _, firsts, numbers = np.unique(values, return_index=True, return_inverse=True)
     order = np.argsort(firsts)
     return firsts[order], np.argsort(order)[numbers]
 
 
 def _digest_of(shapes: Sequence[tuple[int, ...]], named: Int64Array | str) -> hashlib.blake2b:
-    """Begin a slice's digest with its distinct shapes, and its rows in the file or the one name that it has instead."""
+    """Return the digest of a slice's distinct shapes, and of its rows in the file or the new name of its one tensor."""
     digest = hashlib.blake2b(digest_size=16)
     for shape in shapes:
         digest.update(repr(shape).encode("ascii"))
@@ -135,9 +137,10 @@ def _digest_of(shapes: Sequence[tuple[int, ...]], named: Int64Array | str) -> ha
     return digest
 
 
-def _finish(
+def _assemble(
     virtual: Header, digest: hashlib.blake2b, starts: Int64Array, kinds: NDArray[np.int32], patterns: Patterns
 ) -> FileSlice:
+    """Return the slice of these columns, after counting its runs and completing its digest."""
     counts = (patterns.outer * patterns.runs_in_row)[kinds] if len(kinds) else np.empty(0, np.int64)
     for column in (virtual.table.dtype_codes, starts, kinds, *patterns):
         digest.update(column.tobytes())
@@ -146,6 +149,7 @@ def _finish(
 
 
 def _metadata(header: Header, rows: Int64Array, *, are_whole: bool) -> dict[str, str]:
+    """Return the metadata of a slice, with the digests of its tensors if they are whole."""
     metadata = header.metadata
     digests = metadata.pop(DIGESTS_KEY, None)
     if digests is None or not are_whole:
@@ -153,11 +157,11 @@ def _metadata(header: Header, rows: Int64Array, *, are_whole: bool) -> dict[str,
     if digests.isascii() and len(digests) == DIGITS * len(header):
         digits = np.frombuffer(digests.encode("ascii"), np.uint8).reshape(-1, DIGITS)
         digests = digits[rows].tobytes().decode("ascii")
-    return {**metadata, DIGESTS_KEY: digests}  # malformed ones as they are: whoever reads them says so
+    return {**metadata, DIGESTS_KEY: digests}  # malformed digests are copied: reading them raises the error
 
 
 class _Planner:
-    """Slices, made once for all tensors of the same dtype, shape and placement."""
+    """Makes the slices of tensors, each once for all tensors of the same dtype, shape and placement."""
 
     def __init__(self, plan: TpPlan | None, rank: int, world_size: int) -> None:
         self._plan = plan
@@ -165,10 +169,12 @@ class _Planner:
         self._world_size = world_size
         self._kinds: dict[tuple[int, tuple[int, ...], Placement | None], int] = {}
         self.slices: list[Slice] = []
+        """The distinct slices."""
         self.are_whole = True
+        """Whether each slice is the whole tensor."""
 
     def kind_of(self, name: str, code: int, shape: tuple[int, ...]) -> int:
-        """Return the place in `slices` of a tensor's."""
+        """Return the index in `slices` of a tensor's slice."""
         placement = None if self._plan is None else self._plan.placement_of(name, shape)
         kind = self._kinds.get((code, shape, placement))
         if kind is None:

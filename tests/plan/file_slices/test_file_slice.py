@@ -1,4 +1,4 @@
-"""A rank's part of a file, against slicing the whole tensors."""
+"""The bytes of a file that belong to a rank, against slicing the whole tensors. Also tests `planner`."""
 
 import numpy as np
 import pytest

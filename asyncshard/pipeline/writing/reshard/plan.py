@@ -21,7 +21,7 @@ from asyncshard.plan.division.placement_text import PLACEMENT_KEY, WORLD_SIZE_KE
 from asyncshard.plan.division.placements import Placement, Replicate
 from asyncshard.plan.files.target_files import TargetFiles, lay_out
 from asyncshard.plan.text import Problems
-from asyncshard.tasks.pace import yielding_gil
+from asyncshard.tasks.yielding import yielding_gil
 
 _ELEMENT_BYTES = np.array([max(dtype.bits // 8, 1) for dtype in DTYPES], np.int64)
 

@@ -35,7 +35,7 @@ from asyncshard.plan.tp.models import require_known
 from asyncshard.plan.tp.plan import TpPlan
 from asyncshard.stores.ranges import Scratch
 from asyncshard.tasks.bounded import run_bounded
-from asyncshard.tasks.pace import yielding_gil
+from asyncshard.tasks.yielding import yielding_gil
 
 WRITERS = 1
 """Threads that gather and write: with two or three it was no faster on two cores, and the event loop waited longer."""

@@ -28,8 +28,8 @@ from asyncshard.plan.files.survey import Survey
 from asyncshard.plan.text import Problems
 from asyncshard.stores.base import Store
 from asyncshard.tasks.bounded import run_bounded
-from asyncshard.tasks.pace import yielding_gil
 from asyncshard.tasks.threads import DaemonThreads
+from asyncshard.tasks.yielding import yielding_gil
 
 _RANKS_AT_ONCE = 4
 _OUR_KEYS = (DIGESTS_KEY, PLACEMENT_KEY, WORLD_SIZE_KEY, SAVE_KEY)

@@ -10,7 +10,7 @@ from asyncshard.pipeline.checkpoint.opened_file import OpenedFile
 from asyncshard.plan.division.placement_text import PLACEMENT_KEY, parse_placements, parse_world_size
 from asyncshard.plan.division.placements import Placement, Replicate
 from asyncshard.plan.text import Problems
-from asyncshard.tasks.pace import yielding_gil
+from asyncshard.tasks.yielding import yielding_gil
 
 
 def has_placements(checkpoint: Checkpoint) -> bool:

@@ -4,8 +4,8 @@ import asyncio
 
 import pytest
 
-from asyncshard.tasks import pace
-from asyncshard.tasks.pace import SLICE_S, LoopYield, yielding_gil
+from asyncshard.tasks import yielding
+from asyncshard.tasks.yielding import SLICE_S, LoopYield, yielding_gil
 
 
 class FakeTime:
@@ -25,7 +25,7 @@ class FakeTime:
 @pytest.fixture
 def clock(monkeypatch):
     clock = FakeTime()
-    monkeypatch.setattr(pace, "time", clock)
+    monkeypatch.setattr(yielding, "time", clock)
     return clock
 
 
