@@ -116,6 +116,13 @@ class DaemonThreads(Executor):
 
         return await wait_to_end(asyncio.wrap_future(job), stop)
 
+    async def run_to_end(self, fn: Callable[..., T], *args: Any) -> T:
+        """Run ``fn(*args)`` in a thread, and return its result. A cancellation is raised only after the call has ended.
+
+        It neither drops the call nor ends it sooner, in contrast to a cancellation of `run`.
+        """
+        return await wait_to_end(asyncio.wrap_future(self.submit(fn, *args)))
+
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Let the threads end after the calls that are queued, and wait for them if `wait`.
 
