@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import re
 from collections.abc import Mapping
@@ -18,7 +17,6 @@ from asyncshard.pipeline.writing.reshard.reshard import WRITERS, Reshard, Reshar
 from asyncshard.pipeline.writing.reshard.target import Target
 from asyncshard.plan.tp.plan import TpPlan, plan_of
 from asyncshard.stores.opening import ModelPath
-from asyncshard.tasks.threads import wait_to_end
 
 DEFAULT_MAX_SHARD_SIZE = 5 * 10**9
 """A written file has at most 5,000,000,000 bytes of tensors, unless the caller chooses another limit."""
@@ -131,7 +129,7 @@ async def reshard(
             await opening.threads.run(output.check)
             return await Reshard(opening, output, request).run()
         finally:
-            await wait_to_end(asyncio.ensure_future(opening.threads.run(output.clean_up)))
+            await opening.threads.run_to_end(output.clean_up)
 
 
 def _local_directory(target: str | os.PathLike[str]) -> str:

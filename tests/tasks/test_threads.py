@@ -9,6 +9,7 @@ from concurrent.futures import Future
 
 import pytest
 
+from asyncshard.tasks import yielding
 from asyncshard.tasks.threads import DaemonThreads, wait_to_end
 from asyncshard.tasks.yielding import yielding_gil
 
@@ -189,6 +190,25 @@ async def test_wait_to_end_raises_at_once_when_its_future_is_cancelled():
     source.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
+
+
+async def test_a_call_that_runs_to_its_end_is_neither_dropped_nor_ended_sooner_by_a_cancel(monkeypatch):
+    monkeypatch.setattr(yielding, "SLICE_S", 0)
+    threads = DaemonThreads(1, "asyncshard-test")
+    release = threading.Event()
+    threads.submit(release.wait)
+    reached = []
+    call = asyncio.create_task(threads.run_to_end(lambda: reached.extend(yielding_gil(range(10)))))
+    await turns(1)
+    for _ in range(2):
+        call.cancel()
+        await turns()
+    assert not call.done()
+    release.set()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    assert reached == [*range(10)]
+    await threads.aclose()
 
 
 async def test_a_cancelled_call_that_yields_the_gil_ends_at_its_next_yield():

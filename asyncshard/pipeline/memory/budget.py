@@ -30,7 +30,7 @@ from typing import Any, Protocol
 from asyncshard._core import Lease, ReturnList
 from asyncshard.errors import BudgetError
 from asyncshard.pipeline.memory.arena import Arena, Extent, round_up
-from asyncshard.tasks.threads import DaemonThreads, wait_to_end
+from asyncshard.tasks.threads import DaemonThreads
 
 MIB = 1 << 20
 
@@ -539,7 +539,7 @@ async def trim_in_thread(budget: MemoryBudget, threads: DaemonThreads | None = N
         return
     worker = threads or DaemonThreads(1, "asyncshard-work")
     try:
-        await wait_to_end(asyncio.wrap_future(worker.submit(budget._discard, idle)))
+        await worker.run_to_end(budget._discard, idle)
     finally:
         if worker is not threads:
             await worker.aclose()

@@ -100,7 +100,7 @@ class Save:
 
     async def _close(self, threads: DaemonThreads) -> None:
         try:
-            await threads.run(self._writer.clean_up)
+            await threads.run_to_end(self._writer.clean_up)
         finally:
             await threads.aclose()
 

@@ -92,7 +92,7 @@ class LocalStore(Store):
             return
         self._state = State.CLOSING
         try:
-            await wait_to_end(asyncio.wrap_future(self._threads.submit(self._files.close)))
+            await self._threads.run_to_end(self._files.close)
         finally:
             await self._threads.aclose()
             self._state = State.CLOSED

@@ -6,9 +6,11 @@ import contextlib
 import ml_dtypes
 import numpy as np
 import pytest
+from safetensors.numpy import save
 
 from asyncshard import AsyncShardLoader, ShardedStateLoader, save_sharded_state
 from asyncshard.errors import DestinationError, StreamClosedError
+from asyncshard.tasks import yielding
 from asyncshard.testing import MemoryStore
 
 SIZE = 4096
@@ -112,6 +114,20 @@ async def test_a_loop_that_ends_lets_it_finish_and_hears_of_nothing_else(old, ne
         assert is_same(live, new) or is_same(live, old)
         await update.aclose()
         assert is_clean(loader.budget)
+
+
+async def test_a_loop_that_ends_lets_a_copy_of_many_tensors_finish(monkeypatch):
+    monkeypatch.setattr(yielding, "SLICE_S", 0)
+    live = {f"layer.{index}": np.zeros(2, np.float32) for index in range(200)}
+    new = {name: array + 1 for name, array in live.items()}
+    update = await make_loader().prepare_refresh(MemoryStore({"model.safetensors": save(new)}), live)
+    task = asyncio.ensure_future(update.apply())
+    while not any(array.any() for array in live.values()):
+        await turns(1)
+    for other in asyncio.all_tasks() - {asyncio.current_task()}:
+        other.cancel()
+    await asyncio.wait([task])
+    assert is_same(live, new)
 
 
 async def test_nobody_sees_memory_that_is_being_given_back(new, new_files, live):
