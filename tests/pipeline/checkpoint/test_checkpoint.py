@@ -1,4 +1,4 @@
-"""A checkpoint is opened: its files are chosen by name, their headers read, and what does not make up a whole refused."""
+"""A checkpoint is opened: its files are chosen by name, their headers read, and what makes up no whole is refused."""
 
 import json
 

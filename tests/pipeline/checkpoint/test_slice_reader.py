@@ -1,5 +1,7 @@
 """A reader of slices gives the bytes that NumPy cuts out of the whole tensors."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -40,7 +42,7 @@ async def read(reader, file, start, stop, *, cuts=()):
     """Read bytes of a file's data into buffers that end at `cuts`."""
     memory = bytearray(stop - start)
     bounds = [0, *cuts, stop - start]
-    views = [memoryview(memory)[begin:end] for begin, end in zip(bounds, bounds[1:], strict=False)]
+    views = [memoryview(memory)[begin:end] for begin, end in itertools.pairwise(bounds)]
     await reader.read_into(file, file.header.size + start, views)
     return bytes(memory)
 
