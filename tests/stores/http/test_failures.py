@@ -31,6 +31,6 @@ def test_a_failure_that_nobody_classified_is_final_and_of_the_store():
 
 def test_an_exception_carries_the_failure_and_its_reason():
     failure = Failure("the server failed", action=Action.RETRY, status=503)
-    with pytest.raises(Failed, match="^the server failed$") as caught:
+    with pytest.raises(Failed, match=r"^the server failed$") as caught:
         raise Failed(failure)
     assert caught.value.failure is failure
