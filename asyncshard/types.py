@@ -1,4 +1,4 @@
-"""The types that public signatures name and that ``asyncshard`` itself does not export, for annotations.
+"""Types for annotations: public signatures name them, and ``asyncshard`` itself does not export them.
 
 Stores are in `asyncshard.stores`, errors in `asyncshard.errors`, events in `asyncshard.events`.
 """

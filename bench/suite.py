@@ -125,7 +125,7 @@ def _s3() -> list[Measured]:
 
 
 SAFETENSORS = ("safetensors-safe-open", "safetensors-safe-open-pread", "safetensors-load-file")
-"""The ways of safetensors. Their `copy_` runs in as many threads as torch chooses."""
+"""The ways of safetensors. Torch chooses the number of threads of their `copy_`."""
 LAG_OF_LIBRARY = (
     "load-weights",
     "stream-count",

@@ -1,4 +1,4 @@
-"""Verify a disk cache: compare all that it holds with checksums."""
+"""Verify a disk cache: compare its blocks with their checksums."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ class Loader:
         return f"<{type(self).__name__} {facts}>"
 
     def _facts(self) -> tuple[str, ...]:
-        """Return what the repr says: which files, and the state of the budget."""
+        """Return the parts of the repr: the selection of files, the state of the budget, and any caches."""
         rank, world_size = self._selection.rank, self._selection.world_size
         budget = self._budget
         return f"rank={rank}", f"world_size={world_size}", f"{budget.bytes_used / 1e6:.1f} MB of {budget!r} used"

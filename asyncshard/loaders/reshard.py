@@ -73,8 +73,8 @@ async def reshard(
         like the source; a Hugging Face checkpoint needs a plan to become several ranks. "auto" takes the plan for the
         model in the source's ``config.json``.
     layout : {"auto", "hf", "ranks"}
-        What is written: rank shards, or a Hugging Face checkpoint, with an index if it has several files. "auto" is
-        "hf" for one rank, and "ranks" for more.
+        The form of the target: rank shards, or a Hugging Face checkpoint, with an index if it has several files. "auto"
+        is "hf" for one rank, and "ranks" for more.
     max_shard_size : int
         The largest number of bytes of tensors in a file. A larger tensor has a file of its own.
     memory_budget_mb : float, optional

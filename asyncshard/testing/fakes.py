@@ -173,7 +173,7 @@ class GatedStore(WrapperStore):
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """What goes wrong in one call of a `FaultyStore`: the call first fills bytes, then waits, then raises."""
+    """The fault of one call of a `FaultyStore`: the call first fills bytes, then waits, then raises."""
 
     hang: asyncio.Event | None = None
     """Event for which the call waits; None for no wait."""

@@ -36,7 +36,7 @@ def entries(tmp_path):
     return lambda: sorted((tmp_path / "cache" / "entries").glob("*"))
 
 
-async def test_a_second_load_of_an_object_in_s3_is_a_local_one(tmp_path, model, checkpoints):
+async def test_a_second_load_of_an_object_in_s3_reads_the_local_disk(tmp_path, model, checkpoints):
     tensors, files = model
     async with serving(files) as (server, options):
         sent = []
@@ -48,7 +48,7 @@ async def test_a_second_load_of_an_object_in_s3_is_a_local_one(tmp_path, model, 
     assert sent[1] - sent[0] < MIB
 
 
-async def test_streams_and_loads_in_place_read_through_it_too(tmp_path, model, checkpoints):
+async def test_streams_and_loads_in_place_read_through_the_disk_cache(tmp_path, model, checkpoints):
     tensors, files = model
     store = FaultyStore(MemoryStore(files))
     loader = AsyncShardLoader(cache_dir=str(tmp_path / "cache"))
@@ -62,7 +62,7 @@ async def test_streams_and_loads_in_place_read_through_it_too(tmp_path, model, c
     assert store.reads_begun == begun
 
 
-async def test_without_it_nothing_is_kept(tmp_path, model):
+async def test_without_cache_dir_no_object_is_kept(tmp_path, model):
     _, files = model
     store = FaultyStore(MemoryStore(files))
     for number in (1, 2):
@@ -87,7 +87,7 @@ async def test_cache_max_gb_bounds_the_directory(tmp_path, model, entries):
     assert sum(path.stat().st_blocks * 512 for path in entries()) <= 20 * MIB
 
 
-def test_a_loader_on_a_base_shares_its_cache_unless_it_is_given_another(tmp_path):
+def test_a_loader_on_a_base_shares_its_disk_cache_unless_the_options_name_another(tmp_path):
     base = ShardedStateLoader(cache_dir=tmp_path)
     assert AsyncShardLoader(base)._disk_cache is base._disk_cache is not None
     assert AsyncShardLoader(base, cache_max_gb=1)._disk_cache.max_bytes == 1 << 30
@@ -96,7 +96,7 @@ def test_a_loader_on_a_base_shares_its_cache_unless_it_is_given_another(tmp_path
     assert base._disk_cache.max_bytes == 100 << 30
 
 
-def test_a_bound_beyond_any_disk_is_none_and_a_path_of_bytes_is_an_error():
+def test_a_very_large_cache_max_gb_is_no_limit_and_a_path_of_bytes_is_an_error():
     class BytesPath:
         def __fspath__(self):
             return b"cache"
@@ -113,7 +113,7 @@ async def test_a_loader_with_a_cache_pickles(tmp_path, model, checkpoints):
         assert checkpoints.same(await loader.load_weights(MemoryStore(files)), tensors)
 
 
-async def test_verify_cache_counts_what_is_right_and_drops_what_is_not(tmp_path, model, entries, caplog):
+async def test_verify_cache_counts_blocks_that_match_and_drops_the_others(tmp_path, model, entries, caplog):
     _, files = model
     for url in ("memory://one", "memory://two"):
         await asyncshard.load(MemoryStore(files, url), cache_dir=tmp_path / "cache")
@@ -137,7 +137,7 @@ def size_of(files):
     return sum(map(len, files.values()))
 
 
-async def test_verify_cache_of_nothing(tmp_path):
+async def test_verify_cache_of_an_empty_directory_counts_nothing(tmp_path):
     report = await verify_cache(tmp_path)
     assert (report.entries, report.blocks, report.nbytes, report.dropped) == (0, 0, 0, ())
     with pytest.raises(ObjectNotFoundError, match="nowhere"):
@@ -162,7 +162,7 @@ def test_a_missing_package_is_an_error_that_says_what_to_install():
     subprocess.run([sys.executable, "-c", WITHOUT], check=True, timeout=60)
 
 
-async def test_the_cache_takes_an_eighth_of_the_budget_and_no_more_than_it_needs(tmp_path, model, checkpoints):
+async def test_write_buffers_take_an_eighth_of_the_budget_at_most(tmp_path, model, checkpoints):
     tensors, files = model
     peak = 0
     loader = AsyncShardLoader(cache_dir=tmp_path / "cache", memory_budget_mb=32)
@@ -178,7 +178,7 @@ async def test_the_cache_takes_an_eighth_of_the_budget_and_no_more_than_it_needs
         await asyncshard.load(MemoryStore(files), cache_dir=tmp_path / "cache", memory_budget_mb=1)
 
 
-async def test_an_incremental_loader_reads_through_it_and_counts_its_buffers(tmp_path, model, checkpoints):
+async def test_an_incremental_loader_reads_through_the_disk_cache_and_counts_its_buffers(tmp_path, model, checkpoints):
     tensors, files = model
     async with serving(files) as (server, options):
         sent = []

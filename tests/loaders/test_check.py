@@ -197,7 +197,7 @@ async def test_a_link_that_leads_outside_is_a_problem(hub, tmp_path):
     assert (await check_checkpoint(hub, storage_options={"allow_symlinks": True})).is_ok
 
 
-async def test_both_consolidated_and_sharded_copies_are_told(hub):
+async def test_a_checkpoint_with_consolidated_and_sharded_copies_is_a_problem(hub):
     for name in ("model.safetensors", "consolidated.safetensors"):
         save_file({"w": np.zeros(3)}, hub / name)
         report, problem = await only_problem(hub)
@@ -217,7 +217,7 @@ async def test_rank_shards_beside_their_source_are_copies(ranks, checkpoints):
     assert (await check_checkpoint(ranks, pattern="model-rank-{rank}-part-{part}.safetensors")).is_ok
 
 
-async def test_an_extra_file_is_told_and_a_damaged_one_does_not_make_it_incomplete(hub):
+async def test_an_extra_file_is_reported_and_a_damaged_extra_file_leaves_the_checkpoint_complete(hub):
     (hub / "adapter.safetensors").write_bytes(b"")
     report = await check_checkpoint(hub)
     assert report.is_complete
@@ -266,7 +266,7 @@ async def test_names_that_the_index_places_wrongly_are_listed(hub):
     assert not await loads(hub)
 
 
-async def test_a_name_that_only_the_index_knows_and_one_that_it_does_not_know_are_listed(hub):
+async def test_names_that_only_the_index_or_only_a_file_has_are_listed(hub):
     change_index(hub, lambda weight_map: weight_map.update({"ghost": FIRST}))
     _, problem = await only_problem(hub)
     assert "'ghost'" in problem

@@ -17,7 +17,7 @@ async def test_a_header_has_the_tensors_and_the_metadata_of_its_file(file):
     assert header.file_size == file.stat().st_size
 
 
-async def test_a_url_names_a_file_too(file):
+async def test_a_url_may_name_the_file(file):
     assert len(await read_header(f"file://{file}")) == 3
 
 

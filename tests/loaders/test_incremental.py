@@ -169,7 +169,7 @@ async def test_a_hundred_tasks_cause_one_read(files, wrapped):
 
 
 @pytest.mark.parametrize("who", [0, 3])
-async def test_cancelling_one_who_waits_disturbs_no_other(files, wrapped, who):
+async def test_cancelling_one_waiting_task_leaves_the_others_waiting(files, wrapped, who):
     stores = wrapped(GatedStore)
     async with IncrementalShardLoader() as loader:
         tasks = [asyncio.ensure_future(loader.load_shard(files[0])) for _ in range(4)]
@@ -183,7 +183,7 @@ async def test_cancelling_one_who_waits_disturbs_no_other(files, wrapped, who):
         assert [values(await task)["p0.a"] for task in tasks if task is not tasks[who]] == [0] * 3
 
 
-async def test_cancelling_all_who_wait_stops_the_read(files, wrapped):
+async def test_cancelling_all_waiting_tasks_stops_the_read(files, wrapped):
     stores = wrapped(GatedStore)
     loader = IncrementalShardLoader()
     tasks = [asyncio.ensure_future(loader.load_shard(files[0])) for _ in range(4)]
@@ -223,7 +223,7 @@ async def test_a_cancel_at_any_turn_leaves_the_cache_right(files):
         assert loader.budget.bytes_used == 0
 
 
-async def test_a_read_that_fails_is_an_error_for_all_who_wait_and_is_not_remembered(files, wrapped):
+async def test_a_read_that_fails_is_an_error_for_all_waiting_tasks_and_is_not_remembered(files, wrapped):
     failing = [Fault(error=StoreError("the disk is on fire"))]
     wrapped(lambda store: FaultyStore(store, {0: failing[0]} if failing else {}))
     async with IncrementalShardLoader() as loader:
@@ -233,7 +233,7 @@ async def test_a_read_that_fails_is_an_error_for_all_who_wait_and_is_not_remembe
         assert values(await loader.load_shard(files[0])) == {"p0.a": 0, "p0.b": 1}
 
 
-async def test_what_cannot_be_read_is_said_and_leaves_nothing(tmp_path, files):
+async def test_a_file_that_cannot_be_read_is_an_error_and_leaves_no_bytes_charged(tmp_path, files):
     (tmp_path / "bad.safetensors").write_bytes(b"\0" * 20)
     loader = IncrementalShardLoader()
     with pytest.raises(ObjectNotFoundError, match="absent"):
@@ -281,7 +281,7 @@ async def test_the_cache_size_bounds_the_number_of_shards(files):
         assert (loader.statistics().shards_cached, loader.statistics().evictions) == (2, 2)
 
 
-async def test_a_shard_that_is_held_gives_way_and_stays_as_it_is(files):
+async def test_a_shard_in_use_is_evicted_and_its_tensors_stay_valid(files):
     async with IncrementalShardLoader(memory_budget_mb=0.3) as loader:  # one shard
         tensor = (await loader.load_shard(files[0]))["p0.a"]
         for index in (1, 2, 3):
@@ -304,7 +304,7 @@ async def test_bytes_in_use_count_until_they_die(files):
         assert loader.budget.bytes_used == loader.statistics().bytes_cached
 
 
-async def test_with_a_strict_budget_what_is_held_is_an_error(files):
+async def test_with_a_strict_budget_tensors_in_use_that_leave_no_room_are_an_error(files):
     async with IncrementalShardLoader(memory_budget_mb=0.3, strict_budget=True) as loader:
         tensor = (await loader.load_shard(files[0]))["p0.a"]
         with pytest.raises(BudgetError, match=r"still in use.*131,072"):
@@ -314,7 +314,7 @@ async def test_with_a_strict_budget_what_is_held_is_an_error(files):
         assert values(await loader.load_shard(files[1]))["p1.a"] == 10
 
 
-async def test_evicting_and_clearing_forget(files):
+async def test_evicted_and_cleared_shards_are_read_again(files):
     async with IncrementalShardLoader() as loader:
         for path in files:
             await loader.load_shard(path)
@@ -398,7 +398,7 @@ async def test_a_cache_that_is_dropped_gives_its_bytes_back(files):
 # --- with streams
 
 
-async def test_a_stream_on_the_same_budget_takes_what_is_cached(tmp_path, files):
+async def test_a_stream_on_the_same_budget_makes_cached_shards_give_way(tmp_path, files):
     budget = MemoryBudget(1)
     async with IncrementalShardLoader(budget=budget) as loader:
         for path in files[:3]:

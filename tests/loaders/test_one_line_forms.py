@@ -9,14 +9,14 @@ from asyncshard.errors import NamesError
 WEIGHTS = {"a": np.arange(6, dtype=np.float32), "b": np.arange(3, dtype=np.int64)}
 
 
-async def test_load_gives_a_dict(tmp_path, checkpoints):
+async def test_load_returns_a_dict(tmp_path, checkpoints):
     checkpoints.write_ranks(tmp_path, WEIGHTS)
     got = await asyncshard.load(tmp_path)
     assert type(got) is dict
     assert checkpoints.same(got, WEIGHTS)
 
 
-async def test_stream_gives_one_tensor_after_the_other(tmp_path, checkpoints):
+async def test_stream_yields_one_tensor_after_the_other(tmp_path, checkpoints):
     checkpoints.write_ranks(tmp_path, WEIGHTS)
     async with asyncshard.stream(tmp_path) as weights:
         assert [(name, tensor.tolist()) async for name, tensor in weights] == [

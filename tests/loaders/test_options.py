@@ -58,7 +58,7 @@ async def reads_ahead(stream, store, at_least=1):
 
 
 @pytest.mark.parametrize("budget_mb", [1, 2, 3])
-async def test_memory_budget_mb_bounds_what_is_read_ahead(budget_mb, gated):
+async def test_memory_budget_mb_bounds_the_bytes_that_are_read_ahead(budget_mb, gated):
     store = gated()
     loader = AsyncShardLoader(memory_budget_mb=budget_mb, prefetch_count=100, chunk_size=256 * KIB)
     async with loader.stream(store) as stream:
@@ -187,7 +187,7 @@ async def test_chunk_size_bounds_each_read(chunk_size, is_in_place, gated):
             assert len(reads) == 4
 
 
-async def test_framework_is_what_tensors_are(gated):
+async def test_framework_chooses_the_library_of_the_tensors(gated):
     torch = pytest.importorskip("torch")
     store = gated(2)
     store.open_all()
@@ -413,7 +413,7 @@ OTHER = {
 
 
 @pytest.mark.parametrize("name", GIVEN)
-def test_a_loader_inherits_what_it_is_not_given_and_nothing_else(name):
+def test_a_loader_inherits_only_the_options_that_are_not_passed_to_it(name):
     base = ShardedStateLoader(rank=1, world_size=2, **GIVEN)
     assert AsyncShardLoader(base).options == base.options
     other = AsyncShardLoader(AsyncShardLoader(base), **{name: OTHER[name]})
@@ -441,7 +441,7 @@ def test_a_budget_given_to_the_outer_loader_takes_the_place_of_the_inner_ones_si
     assert AsyncShardLoader(outer).budget is budget
 
 
-def test_none_is_as_good_as_not_given():
+def test_an_option_of_none_means_its_default():
     base = ShardedStateLoader(**GIVEN)
     assert AsyncShardLoader(base, **dict.fromkeys(GIVEN)).options == base.options
     assert AsyncShardLoader(base, None, None, budget=None).budget is base.budget
@@ -559,7 +559,7 @@ def test_a_loader_goes_to_a_spawned_process(model, tmp_path):
     assert (done.stdout, done.stderr) == (f"{len(expected)}\n", "")
 
 
-def test_loaders_are_described_by_what_they_select():
+def test_the_repr_of_a_loader_shows_its_selection():
     assert "rank=3" in repr(ShardedStateLoader(rank=3, world_size=4))
 
 

@@ -132,7 +132,7 @@ async def test_each_rank_gets_its_piece_of_each_tensor(hugging_face: Path, tmp_p
     assert names_in(tmp_path / "out") == {Path(file).name for file in report.files}
 
 
-async def test_what_our_loaders_read_of_it_is_the_same(hugging_face: Path, tmp_path: Path) -> None:
+async def test_our_loaders_read_the_same_tensors_from_the_target(hugging_face: Path, tmp_path: Path) -> None:
     await reshard(hugging_face, tmp_path / "out", world_size=2, tp_plan=PLAN, max_shard_size=2000)
     for rank in range(2):
         loader = asyncshard.ShardedStateLoader(rank=rank, world_size=2)
@@ -154,7 +154,7 @@ async def test_ranks_are_joined_to_the_checkpoint_they_came_from(hugging_face: P
     assert names_in(source) == {"model.safetensors"}
 
 
-async def test_many_files_have_an_index(hugging_face: Path, tmp_path: Path) -> None:
+async def test_a_target_of_several_files_has_an_index(hugging_face: Path, tmp_path: Path) -> None:
     report = await reshard(hugging_face, tmp_path / "out", world_size=1, max_shard_size=4000)
     assert everything(tmp_path / "out") == everything(hugging_face)
     index = json.loads((tmp_path / "out" / INDEX_NAME).read_text())
@@ -175,7 +175,7 @@ async def test_many_files_have_an_index(hugging_face: Path, tmp_path: Path) -> N
     assert max(sizes) <= 4000 or max(sizes) == max(tensor.nbytes for tensor in model().values())
 
 
-async def test_the_layout_can_be_named(hugging_face: Path, tmp_path: Path) -> None:
+async def test_the_layout_can_be_chosen(hugging_face: Path, tmp_path: Path) -> None:
     await reshard(hugging_face, tmp_path / "ranks", world_size=1, layout="ranks", tp_plan=PLAN)
     assert names_in(tmp_path / "ranks") == {"model-rank-0-part-0.safetensors"}
     await reshard(tmp_path / "ranks", tmp_path / "two", world_size=2)  # it still knows how to be divided
@@ -256,7 +256,7 @@ async def test_tied_tensors_and_metadata_are_kept_and_digests_are_not(tmp_path: 
         assert file.metadata() == {"format": "pt", "lm_head.weight": "model.embed_tokens.weight"}
 
 
-async def test_small_files_come_along_and_indexes_do_not(hugging_face: Path, tmp_path: Path) -> None:
+async def test_companion_files_are_copied_and_indexes_are_not(hugging_face: Path, tmp_path: Path) -> None:
     for name in ("config.json", "tokenizer.json", "merges.txt", "tokenizer.model", "chat_template.jinja"):
         (hugging_face / name).write_text(name * 40000)
     (hugging_face / "pytorch_model.bin.index.json").write_text("{}")
@@ -430,7 +430,7 @@ async def test_missing_ranks_and_parts_are_all_named(two_ranks: Path, tmp_path: 
     assert "rank 2 lacks 1 part" in text
 
 
-async def test_the_last_rank_is_missed_too(two_ranks: Path, tmp_path: Path) -> None:
+async def test_a_missing_last_rank_is_found(two_ranks: Path, tmp_path: Path) -> None:
     for path in two_ranks.glob("model-rank-1-*"):
         path.unlink()
     assert "a world of 2 ranks, and holds the files of 1" in await refused(two_ranks, tmp_path / "x")
@@ -465,7 +465,7 @@ async def test_ranks_that_disagree_on_a_dtype_are_named(two_ranks: Path, tmp_pat
     assert f"the ranks disagree on the dtype of tensor {name!r}: F32 on rank 0, I32 on rank 1" in text
 
 
-async def test_copies_that_are_not_alike_are_all_named(two_ranks: Path, tmp_path: Path) -> None:
+async def test_replicas_that_differ_are_all_named(two_ranks: Path, tmp_path: Path) -> None:
     for name in ("model.norm.weight", "model.scale"):
         rewrite(
             file_of(two_ranks, 1, name),
@@ -552,7 +552,7 @@ async def test_a_url_is_no_target(hugging_face: Path, tmp_path: Path) -> None:
     assert everything(tmp_path / "a b") == everything(hugging_face)
 
 
-async def test_a_target_with_anything_in_it_is_refused(hugging_face: Path, tmp_path: Path) -> None:
+async def test_a_target_that_is_not_empty_is_refused(hugging_face: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes").write_text("mine")
     with pytest.raises(errors.TargetExistsError, match="overwrite=True") as caught:
@@ -618,7 +618,7 @@ async def test_a_read_that_fails_leaves_nothing_behind(hugging_face: Path, tmp_p
     assert names_in(tmp_path / "out") == set()
 
 
-async def test_a_failure_leaves_what_was_to_be_overwritten(hugging_face: Path, two_ranks: Path) -> None:
+async def test_a_failed_run_leaves_the_files_that_it_was_to_overwrite(hugging_face: Path, two_ranks: Path) -> None:
     before = {path.name: path.read_bytes() for path in two_ranks.iterdir()}
     store = FaultyStore(in_memory(hugging_face), {0: Fault(error=errors.StoreError("broken"))})
     with pytest.raises(errors.StoreError, match="broken"):
@@ -802,7 +802,7 @@ async def test_a_run_that_begins_as_another_ends_takes_a_lock_that_counts(huggin
     assert names_in(tmp_path / "out") == {"model.safetensors"}
 
 
-async def test_a_cancel_during_the_clean_up_closes_the_source_too(
+async def test_a_cancel_during_the_clean_up_still_closes_the_source(
     hugging_face: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun, go_on = threading.Event(), threading.Event()

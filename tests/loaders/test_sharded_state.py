@@ -218,13 +218,13 @@ async def test_a_relative_path_means_the_working_directory_of_the_call(tmp_path,
 
 
 @pytest.mark.parametrize("bad", ["", "a\0b", "ftp://host/x", "nosuch://bucket/prefix"])
-async def test_what_is_no_path_is_a_value_error(bad):
+async def test_a_path_that_names_no_store_is_a_value_error(bad):
     with pytest.raises(ValueError):
         await asyncshard.load(bad)
 
 
 @pytest.mark.parametrize("bad", [None, 3, b"/tmp"])
-async def test_what_is_not_even_text_is_a_type_error(bad):
+async def test_a_path_that_is_no_text_is_a_type_error(bad):
     with pytest.raises(TypeError):
         await asyncshard.load(bad)
 
@@ -283,7 +283,7 @@ async def test_the_hugging_face_cache_loads(via_link, tmp_path, checkpoints):
     assert list(await asyncshard.load(path)) == ["a", "b"]
 
 
-async def test_an_empty_directory_says_what_was_looked_for(tmp_path):
+async def test_the_error_for_an_empty_directory_names_the_files_that_were_expected(tmp_path):
     with pytest.raises(
         ObjectNotFoundError, match=r"model-rank-.*model\.safetensors\.index\.json or model\.safetensors"
     ):
@@ -382,14 +382,14 @@ async def test_an_index_that_is_not_utf8_is_a_format_error(tmp_path):
         await asyncshard.load(tmp_path)
 
 
-async def test_an_index_out_of_all_proportion_is_refused_before_it_is_read(tmp_path):
+async def test_an_index_above_the_size_limit_is_refused_before_it_is_read(tmp_path):
     with (tmp_path / INDEX).open("wb") as file:
         file.truncate(1 << 40)
     with pytest.raises(FormatError, match="index"):
         await asyncshard.load(tmp_path)
 
 
-async def test_an_index_with_no_tensors_gives_none(tmp_path):
+async def test_an_index_without_tensors_loads_an_empty_dict(tmp_path):
     (tmp_path / INDEX).write_text('{"weight_map": {}}')
     assert await asyncshard.load(tmp_path) == {}
     assert await ShardedStateLoader().load_weights(tmp_path, {}) == {}
@@ -548,7 +548,7 @@ async def test_strict_lists_the_names_that_do_not_match_before_a_byte_is_written
     assert untouched(state)
 
 
-async def test_strict_is_the_default_for_an_empty_state_dict_too(tmp_path, checkpoints, weights):
+async def test_an_empty_state_dict_is_strict_by_default(tmp_path, checkpoints, weights):
     checkpoints.write_ranks(tmp_path, weights)
     with pytest.raises(NamesError):
         await ShardedStateLoader().load_weights(tmp_path, {})
@@ -612,7 +612,7 @@ async def test_a_load_that_matches_says_nothing(tmp_path, checkpoints, weights, 
     assert warnings_of(caplog) == []
 
 
-async def test_what_nobody_wants_is_not_read(tmp_path, checkpoints):
+async def test_tensors_without_a_destination_are_not_read(tmp_path, checkpoints):
     weights = {"wanted": np.arange(1000, dtype=np.uint8), "not": np.arange(250, dtype=np.uint8)}
     path = checkpoints.write_file(tmp_path / "model.safetensors", weights)
     stream = asyncshard.AsyncShardLoader().stream(path, into={"wanted": np.zeros(1000, np.uint8)}, strict=False)
@@ -679,7 +679,7 @@ async def test_another_dtype_is_an_error_before_a_byte_is_written(kind, tmp_path
     assert state["w"].tolist() == before
 
 
-async def test_every_fault_is_listed_at_once(tmp_path, checkpoints):
+async def test_every_problem_is_listed_at_once(tmp_path, checkpoints):
     checkpoints.write_ranks(tmp_path, {name: np.zeros(3, np.float32) for name in "abcd"})
     read_only = np.zeros(3, np.float32)
     read_only.flags.writeable = False

@@ -161,7 +161,7 @@ async def test_each_rank_gets_its_slices(model, checkpoints, load, chunk_size):
 
 @pytest.mark.parametrize("max_gap", [0, 40, MIB])
 @pytest.mark.parametrize("load", WAYS.values(), ids=WAYS)
-async def test_a_store_that_reads_one_range_at_a_time_gives_the_same(files, checkpoints, load, max_gap):
+async def test_a_store_that_reads_one_range_at_a_time_delivers_the_same_slices(files, checkpoints, load, max_gap):
     for rank in (1, 6):
         store = MemoryStore(files)
         store.pacing = store.pacing._replace(max_gap_bytes=max_gap)
@@ -170,7 +170,7 @@ async def test_a_store_that_reads_one_range_at_a_time_gives_the_same(files, chec
         assert loader.budget.bytes_used == 0
 
 
-async def test_all_ranks_put_together_are_what_safetensors_loads(model, checkpoints):
+async def test_the_slices_of_all_ranks_make_up_the_tensors_that_safetensors_loads(model, checkpoints):
     from safetensors.numpy import load_file
 
     whole = {name: array for path in sorted(model.glob("*.safetensors")) for name, array in load_file(path).items()}
@@ -247,7 +247,7 @@ class CountingStore(WrapperStore):
 
 
 @pytest.mark.parametrize("max_gap", [0, 30, 500, MIB])
-async def test_the_plan_tells_what_is_read(files, max_gap):
+async def test_the_plan_of_a_load_has_the_bytes_that_are_read(files, max_gap):
     memory = MemoryStore(files)
     memory.pacing = memory.pacing._replace(max_gap_bytes=max_gap)
     store = CountingStore(memory)
@@ -263,7 +263,7 @@ async def test_the_plan_tells_what_is_read(files, max_gap):
     assert (plan.bytes_read == plan.bytes_needed) is (max_gap == 0)
 
 
-async def test_a_stream_tells_its_plan(model):
+async def test_a_stream_has_the_plan_of_its_load(model):
     async with AsyncShardLoader(loader_of(0)).stream(model) as weights:
         assert weights.plan == await loader_of(0).plan_weights(model)
         assert weights.statistics().bytes_total == weights.plan.bytes_needed
@@ -391,12 +391,12 @@ async def test_the_plan_of_a_model_is_found_by_its_config(tmp_path, checkpoints,
 @pytest.mark.parametrize(
     "options", [{"tp_plan": "colwise"}, {"unmatched": "error"}, {"tp_plan": "auto", "unmatched": "error"}]
 )
-def test_a_plan_that_is_none_is_an_error(options):
+def test_options_that_make_no_plan_are_an_error(options):
     with pytest.raises(ValueError, match="tp_plan"):
         ShardedStateLoader(world_size=2, **options)
 
 
-def test_loaders_built_on_it_slice_too_and_pickle():
+def test_loaders_built_on_a_slicing_loader_slice_and_pickle():
     import pickle
 
     base = loader_of(1, tensor_filter="a*")
@@ -410,7 +410,7 @@ def test_loaders_built_on_it_slice_too_and_pickle():
 
 
 @pytest.mark.parametrize("chunk_size", [64, None])
-async def test_shards_and_tensors_that_are_asked_for_are_the_ranks(model, checkpoints, chunk_size):
+async def test_single_shards_and_tensors_are_the_ranks_slices(model, checkpoints, chunk_size):
     expected = expected_of(4)
     async with IncrementalShardLoader(loader_of(4, chunk_size=chunk_size), memory_budget_mb=4) as loader:
         assert np.array_equal(await loader.get_tensor(model, "layers.1.o.weight"), expected["layers.1.o.weight"])
@@ -436,7 +436,7 @@ async def test_a_tensor_that_is_filtered_out_is_unknown(model):
 # --- versions
 
 
-async def test_a_version_tells_slices_apart_and_an_unchanged_one_is_read_never(model):
+async def test_versions_of_different_slices_differ_and_an_unchanged_slice_is_not_read(model):
     versions = []
     for rank in (0, 1):
         loader = loader_of(rank)
@@ -532,7 +532,7 @@ async def test_scratch_counts_against_the_budget_and_stays_a_share_of_it(files):
     assert loader.budget.bytes_used == 0
 
 
-async def test_what_is_read_is_added_up_in_a_thread(files, monkeypatch):
+async def test_the_bytes_of_a_plan_are_added_up_in_a_thread(files, monkeypatch):
     threads = set()
     add_up = FileSlice.bytes_read
 
@@ -547,7 +547,7 @@ async def test_what_is_read_is_added_up_in_a_thread(files, monkeypatch):
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, "[]", "{"])
-async def test_a_config_that_is_none_is_an_error_that_names_it(tmp_path, text):
+async def test_a_config_that_is_no_object_is_an_error_that_names_it(tmp_path, text):
     from safetensors.numpy import save_file
 
     save_file({"model.layers.0.self_attn.q_proj.weight": np.ones((4, 4), np.float32)}, tmp_path / "model.safetensors")
@@ -556,7 +556,7 @@ async def test_a_config_that_is_none_is_an_error_that_names_it(tmp_path, text):
         await ShardedStateLoader(world_size=2, tp_plan="auto").load_weights(tmp_path)
 
 
-async def test_a_model_in_another_form_is_refused_in_every_way(tmp_path):
+async def test_a_model_in_an_unknown_form_is_refused_by_every_loader(tmp_path):
     from safetensors.numpy import save_file
 
     name = "model.layers.0.self_attn.qkv_proj.weight"

@@ -61,7 +61,7 @@ async def test_opening_reads_no_tensor_and_iterating_reads_them(tmp_path, checkp
     await stream.aclose()
 
 
-async def test_what_is_wrong_is_raised_by_each_way_of_opening(tmp_path):
+async def test_each_way_of_opening_raises_the_errors_of_the_checkpoint(tmp_path):
     with pytest.raises(ObjectNotFoundError):
         await asyncshard.stream(tmp_path)
     with pytest.raises(ObjectNotFoundError):
@@ -115,7 +115,7 @@ async def test_a_stream_ends_once_and_stays_ended(model):
 
 
 @pytest.mark.parametrize("count", [0, 1, 15])
-async def test_a_closed_stream_says_so(count, model):
+async def test_using_a_closed_stream_is_an_error(count, model):
     stream = asyncshard.stream(model[0])
     async with stream:
         for _ in range(count):
@@ -231,7 +231,7 @@ async def test_an_error_of_a_sink_comes_out_bare(tmp_path, checkpoints):
 
 
 @pytest.mark.parametrize("sink", [object(), 3, "text", None])
-async def test_what_is_neither_an_array_nor_a_sink_is_refused_before_a_byte(sink, tmp_path, checkpoints):
+async def test_a_destination_that_is_neither_an_array_nor_a_sink_is_refused_before_a_read(sink, tmp_path, checkpoints):
     checkpoints.write_ranks(tmp_path, {"a": np.ones(3), "w": np.ones(3)})
     into = {"a": np.zeros(3), "w": sink}
     with pytest.raises(DestinationError, match="'w'"):
@@ -250,7 +250,7 @@ async def test_into_is_strict_unless_told_otherwise(model):
         assert len(stream.statistics().unexpected) == 29
 
 
-async def test_an_empty_into_is_not_the_same_as_none(model):
+async def test_an_empty_into_is_a_load_into_no_destinations(model):
     with pytest.raises(NamesError):
         await AsyncShardLoader().stream(model[0], {})
     assert await AsyncShardLoader().stream(model[0], {}, strict=False).drain()

@@ -30,7 +30,7 @@ class TestWrappedStore(TestMemoryStore):
         store.store.store.remove(name)
 
 
-async def test_a_listing_leaves_out_what_is_in_folders():
+async def test_a_listing_leaves_out_files_in_folders():
     assert (await MemoryStore(FILES).list()).names == ("a.bin",)
     assert await MemoryStore(FILES).read("folder/b.bin") == b"below"
 

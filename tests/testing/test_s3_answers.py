@@ -46,7 +46,7 @@ def test_checksums_come_with_whole_objects_on_demand_and_other_headers_always():
         ("GET /models?list-type=1", "A: b", 501, "NotImplemented"),
     ],
 )
-def test_what_cannot_be_answered_is_an_error_with_a_code(line, header, status, code):
+def test_a_request_that_cannot_be_answered_is_an_error_with_a_code(line, header, status, code):
     refused = answer(line, header)
     assert (refused.status, f"<Code>{code}</Code>" in bytes(refused.body).decode()) == (status, True)
 

@@ -137,7 +137,7 @@ async def test_a_range_is_served_and_named(asked, start, stop):
 
 
 @pytest.mark.parametrize("asked", ["bytes=0-1,4-5", "items=0-1", "bytes=5-4", "bytes=-", "bytes=a-b"])
-async def test_a_range_that_it_does_not_understand_is_ignored(asked):
+async def test_a_malformed_range_is_ignored(asked):
     async with served() as (server, client):
         answer = await client.ask(Range=asked)
         assert (answer.status, answer.body) == (200, DATA)
@@ -237,7 +237,7 @@ async def test_a_body_that_waits_for_permission_gets_it():
         b"PUT /models/a.bin HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n",
     ],
 )
-async def test_what_is_no_request_is_answered_and_the_connection_closed(sent):
+async def test_bytes_that_are_no_request_are_answered_and_the_connection_closed(sent):
     async with served() as (server, client):
         client.writer.write(sent)
         assert (await client.receive()).status == 400
@@ -450,7 +450,7 @@ async def test_an_error_in_a_script_is_raised_from_until_and_from_closing(field)
         await server.aclose()
 
 
-async def test_a_stock_client_gets_along_with_it():
+async def test_a_stock_http_client_works_with_the_server():
     async with S3Server() as server, httpx.AsyncClient(base_url=server.endpoint_url, trust_env=False) as client:
         server.put("models", "a.bin", DATA)
         assert (await client.get("/models/a.bin", headers={"Range": "bytes=1-9"})).content == DATA[1:10]
@@ -463,7 +463,7 @@ async def test_a_stock_client_gets_along_with_it():
 # --- TLS
 
 
-async def test_it_serves_over_tls(tls):
+async def test_the_server_speaks_tls(tls):
     async with S3Server(tls=tls.server_context) as server:
         context = ssl.create_default_context(cafile=tls.ca_path)
         server.put("models", "a.bin", DATA * 1000)

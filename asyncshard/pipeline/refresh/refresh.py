@@ -85,7 +85,7 @@ class Refresh(Delivery):
         self._changes = changes
 
         def make() -> RefreshTransfer:
-            # What lies between changed tensors is left out, however narrow: the point is to read little.
+            # Gaps between changed tensors are not read, even small ones: a refresh is to read few bytes.
             pacing = matched.reading.pacing._replace(max_gap_bytes=0)
             into = _stage(matched.destinations, layout.offsets, lease) if self._is_staged else None
             transfer = RefreshTransfer(matched.reading._replace(pacing=pacing), matched.destinations, into)
@@ -96,7 +96,7 @@ class Refresh(Delivery):
         return self._transfer
 
     def _compare(self, matched: Matched) -> tuple[Matched, ChangedTensors, StagingLayout]:
-        """Leave of the destinations those of tensors that have changed, and lay these out in memory."""
+        """Drop the destinations of tensors that have not changed, and lay out the changed tensors in memory."""
         checkpoint, pacing, _ = matched.reading
         shards = matched.destinations.shards
         if self._since is not None:

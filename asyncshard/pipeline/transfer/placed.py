@@ -32,7 +32,7 @@ from asyncshard.plan.items import GRAIN, ReadItem, TensorKey, placed_tensors
 T = TypeVar("T")
 
 _MAX_TENSORS = 4096
-"""A read item has at most 4,096 tensors: one call that reads into so many buffers holds the GIL for a short time."""
+"""A read item has at most 4,096 tensors: a call that reads into 4,096 buffers holds the GIL for a short time only."""
 _MANY_TENSORS = 256
 """If an item has 256 tensors or more, their memory is looked up in a thread: it takes 1 µs for each tensor."""
 
@@ -72,7 +72,7 @@ class ToDestinations(Delivery):
         return await self.match(opened, lambda matched: self._place(matched, opened.load.budget))
 
     async def match(self, opened: OpenedCheckpoint, then: Callable[[Matched], T]) -> T:
-        """Find the destination of every tensor, tied ones among them; return what `then` makes of it in a thread.
+        """Find the destination of every tensor, including tied ones, in a thread; return the result of `then` for them.
 
         Raises
         ------

@@ -61,7 +61,7 @@ async def test_a_tied_tensor_in_the_same_memory_is_read_once(tied, tensors, stat
     assert np.array_equal(state[HEAD], tensors[EMBED])
 
 
-async def test_it_is_filled_by_streams_by_torch_and_with_another_dtype(tied, tensors, state):
+async def test_a_tied_destination_is_filled_by_streams_by_torch_and_with_another_dtype(tied, tensors, state):
     into = {name: torch.zeros(tensor.shape, dtype=torch.float64) for name, tensor in state.items()}
     names = {name async for name, _ in AsyncShardLoader().stream(tied, into, cast=True)}
     assert names == set(state)
@@ -69,7 +69,7 @@ async def test_it_is_filled_by_streams_by_torch_and_with_another_dtype(tied, ten
 
 
 @pytest.mark.parametrize("rank", range(3))
-async def test_it_is_the_rank_s_slice_of_what_it_is_tied_to(tied, tensors, rank):
+async def test_a_tied_tensor_is_the_ranks_slice_of_the_stored_one(tied, tensors, rank):
     plan = {"model.q": Shard(0), "model.embed_tokens": Shard(0)}
     whole = tensors[EMBED]
     rows = whole[22 * rank : 22 * (rank + 1)]
@@ -81,7 +81,7 @@ async def test_it_is_the_rank_s_slice_of_what_it_is_tied_to(tied, tensors, rank)
     assert np.array_equal(state[EMBED], rows)
 
 
-async def test_a_refresh_changes_it_too(tied, tensors, state):
+async def test_a_refresh_changes_the_tied_tensor(tied, tensors, state):
     from safetensors.numpy import save_file
 
     loader = ShardedStateLoader()
@@ -94,7 +94,7 @@ async def test_a_refresh_changes_it_too(tied, tensors, state):
     assert np.array_equal(state[EMBED], tensors[EMBED])
 
 
-async def test_without_a_word_it_is_missing(tmp_path, tensors, state):
+async def test_an_output_layer_that_nothing_ties_is_missing(tmp_path, tensors, state):
     from safetensors.numpy import save_file
 
     save_file(tensors, tmp_path / "model.safetensors")
@@ -201,7 +201,7 @@ async def test_a_tied_name_with_a_rule_is_divided_by_it(tied, tensors, plan):
     assert np.array_equal(streamed[HEAD], rows)
 
 
-async def test_who_has_no_place_for_it_or_the_same_one_is_left_alone(tied, tensors):
+async def test_a_tied_name_without_a_destination_or_with_the_same_memory_needs_no_read(tied, tensors):
     loader = ShardedStateLoader(rank=1, world_size=4, tp_plan={"lm_head": "colwise"})
     state = {name: np.zeros_like(tensor) for name, tensor in tensors.items()}
     await loader.load_weights(tied, state)
@@ -211,19 +211,19 @@ async def test_who_has_no_place_for_it_or_the_same_one_is_left_alone(tied, tenso
     assert np.array_equal(state[HEAD], tensors[EMBED])
 
 
-async def test_divided_alike_it_is_one_tensor(tied, tensors):
+async def test_a_tied_tensor_that_is_divided_like_the_stored_one_shares_its_memory(tied, tensors):
     plan = {"lm_head": "colwise", "model.embed_tokens": Shard(0)}
     weights = await ShardedStateLoader(rank=1, world_size=4, tp_plan=plan).load_weights(tied)
     assert np.array_equal(weights[EMBED], tensors[EMBED][16:32])
     assert HEAD not in weights or weights[HEAD] is weights[EMBED]
 
 
-async def test_a_filter_leaves_it_out(tied, tensors):
+async def test_a_filter_leaves_a_tied_tensor_out(tied, tensors):
     loader = ShardedStateLoader(rank=1, world_size=4, tp_plan={"lm_head": "colwise"}, tensor_filter=["model.*"])
     assert set(await loader.load_weights(tied)) == set(tensors)
 
 
-async def test_a_rule_for_it_without_a_tie_matches_nothing(tmp_path, tensors):
+async def test_a_rule_for_a_tied_name_without_a_tie_matches_nothing(tmp_path, tensors):
     from safetensors.numpy import save_file
 
     save_file(tensors, tmp_path / "model.safetensors")
@@ -231,12 +231,12 @@ async def test_a_rule_for_it_without_a_tie_matches_nothing(tmp_path, tensors):
         await ShardedStateLoader(world_size=4, tp_plan={"lm_head": "colwise"}).load_weights(tmp_path)
 
 
-async def test_it_must_be_divisible_as_its_rule_says(tied):
+async def test_a_tied_tensor_that_its_rule_cannot_divide_is_an_error(tied):
     with pytest.raises(CheckpointError, match=r"'lm_head\.weight'"):
         await ShardedStateLoader(world_size=4, tp_plan={"lm_head": Shard(3)}).load_weights(tied)
 
 
-async def test_a_refresh_of_it_is_divided_too(tied, tensors):
+async def test_a_refresh_divides_the_tied_tensor_by_its_rule(tied, tensors):
     from safetensors.numpy import save_file
 
     loader = ShardedStateLoader(rank=1, world_size=4, tp_plan={"lm_head": "colwise"})
@@ -251,7 +251,7 @@ async def test_a_refresh_of_it_is_divided_too(tied, tensors):
 
 
 @pytest.mark.parametrize("rank", range(4))
-async def test_memory_of_the_kept_tensor_serves_only_where_it_has_the_rank_s_bytes(tied, tensors, rank):
+async def test_memory_of_the_stored_tensor_serves_only_if_it_has_the_ranks_bytes(tied, tensors, rank):
     loader = ShardedStateLoader(rank=rank, world_size=4, tp_plan={"lm_head": Shard(0)})
     state = {name: np.zeros_like(tensor) for name, tensor in tensors.items()}
     await loader.load_weights(tied, {**state, HEAD: state[EMBED][16 * rank : 16 * (rank + 1)]})
@@ -291,7 +291,7 @@ async def test_names_without_a_rule_are_listed_though_a_tied_one_has_one(tied):
     assert caught.value.unexpected == ("model.norm.weight",)
 
 
-async def test_the_plan_of_a_load_counts_it(tied, tensors):
+async def test_the_plan_of_a_load_counts_a_tied_tensor(tied, tensors):
     loader = ShardedStateLoader(rank=1, world_size=4, tp_plan={"lm_head": "colwise"})
     plan = await loader.plan_weights(tied)
     (file,) = plan.files
@@ -302,7 +302,7 @@ async def test_the_plan_of_a_load_counts_it(tied, tensors):
         await stream.drain()
 
 
-async def test_an_output_layer_within_a_model_has_its_rule_too(tmp_path, tensors):
+async def test_an_output_layer_within_a_submodule_is_divided_by_its_rule(tmp_path, tensors):
     from safetensors.numpy import save_file
 
     embedding, head = f"language_model.{EMBED}", f"language_model.{HEAD}"
@@ -331,7 +331,7 @@ def tied_index(request, tmp_path, tensors):
 
 
 @pytest.mark.parametrize("embedding", [{}, {"model.embed_tokens": Shard(0)}])
-async def test_a_filter_may_want_it_without_the_tensor_that_is_there(tied, tied_index, embedding, tensors):
+async def test_a_filter_may_want_the_tied_tensor_without_the_stored_one(tied, tied_index, embedding, tensors):
     def is_wanted(name):
         return name in (HEAD, "model.norm.weight")
 
@@ -343,7 +343,7 @@ async def test_a_filter_may_want_it_without_the_tensor_that_is_there(tied, tied_
         assert np.array_equal(weights[HEAD], tensors[EMBED][16:32])
 
 
-async def test_a_rule_for_it_is_used_though_its_file_is_not_opened(tied_index, tensors):
+async def test_a_rule_for_a_tied_name_is_used_though_the_file_of_its_embedding_is_not_opened(tied_index, tensors):
     loader = ShardedStateLoader(rank=1, world_size=4, tp_plan={"lm_head": "colwise"}, tensor_filter="model.norm.*")
     assert set(await loader.load_weights(tied_index)) == {"model.norm.weight"}
 
@@ -496,7 +496,7 @@ async def get(path, name, **options):
 
 
 @pytest.mark.parametrize("is_file", [True, False])
-async def test_get_tensor_knows_a_tie_however_it_is_told(tied, tensors, is_file):
+async def test_get_tensor_knows_the_ties_of_metadata_and_of_the_config(tied, tensors, is_file):
     path = tied / "model.safetensors" if is_file else tied
     assert np.array_equal(await get(path, HEAD), tensors[EMBED])
     async with IncrementalShardLoader() as loader:
@@ -513,11 +513,11 @@ async def test_get_tensor_reads_the_config_as_a_load_does(write_config, tensors,
     assert np.array_equal(await get(write_config(config), HEAD), tensors[EMBED])
 
 
-async def test_get_tensor_finds_it_by_an_index(tied_index, tensors):
+async def test_get_tensor_finds_a_tied_tensor_by_an_index(tied_index, tensors):
     assert np.array_equal(await get(tied_index, HEAD), tensors[EMBED])
 
 
-async def test_get_tensor_takes_any_pair_of_the_metadata_for_the_name_it_is_asked_for(tmp_path, tensors):
+async def test_get_tensor_takes_any_pair_of_the_metadata_for_the_asked_name(tmp_path, tensors):
     from safetensors.numpy import save_file
 
     files = {f"model-rank-0-part-{part}.safetensors": {name: tensors[name]} for part, name in enumerate(tensors)}
@@ -527,7 +527,7 @@ async def test_get_tensor_takes_any_pair_of_the_metadata_for_the_name_it_is_aske
 
 
 @pytest.mark.parametrize("tensor_filter", [None, HEAD, [HEAD, "model.norm.weight"]])
-async def test_get_tensor_divides_it_by_its_own_rule(tied, tied_index, tensors, tensor_filter):
+async def test_get_tensor_divides_a_tied_tensor_by_its_own_rule(tied, tied_index, tensors, tensor_filter):
     options = {} if tensor_filter is None else {"tensor_filter": lambda name: name in tensor_filter}
     options |= {"rank": 1, "world_size": 4, "tp_plan": {"lm_head": "colwise"}}
     for path in (tied / "model.safetensors", tied_index / "a.safetensors"):
@@ -536,7 +536,7 @@ async def test_get_tensor_divides_it_by_its_own_rule(tied, tied_index, tensors, 
         assert np.array_equal(await get(tied, HEAD, **options), tensors[EMBED][16:32])
 
 
-async def test_get_tensor_has_the_rank_s_slice_of_the_stored_one_and_not_what_a_filter_leaves_out(tied, tensors):
+async def test_get_tensor_returns_the_ranks_slice_of_the_stored_tensor_unless_a_filter_leaves_it_out(tied, tensors):
     plan = {"model.embed_tokens": Shard(0)}
     sliced = await get(tied, HEAD, rank=1, world_size=4, tp_plan=plan)
     assert np.array_equal(sliced, tensors[EMBED][16:32])
@@ -544,7 +544,7 @@ async def test_get_tensor_has_the_rank_s_slice_of_the_stored_one_and_not_what_a_
         await get(tied, HEAD, tensor_filter="model.*")
 
 
-async def test_a_shard_has_what_its_metadata_ties_and_not_what_a_plan_divides(tmp_path, tensors):
+async def test_a_shard_has_the_names_that_its_metadata_ties_except_those_with_a_rule(tmp_path, tensors):
     await asyncshard.save_sharded_state({**tensors, HEAD: tensors[EMBED]}, tmp_path / "whole", rank=0)
     (path,) = (tmp_path / "whole").iterdir()
     async with IncrementalShardLoader() as loader:

@@ -66,7 +66,7 @@ asyncio.run(main())
     assert result.stdout == str(version)
 
 
-async def test_every_way_of_loading_tells_the_version(version, tmp_path, tensors):
+async def test_every_way_of_loading_has_the_same_version(version, tmp_path, tensors):
     loader = ShardedStateLoader()
     await loader.load_weights(tmp_path)
     assert loader.last_report.version == version
@@ -144,11 +144,11 @@ def test_the_text_of_a_version_is_kept_from_release_to_release():
         [*GOOD[:2], "{}"],
     ],
 )
-def test_what_is_not_the_text_of_a_version_is_an_error(lines):
+def test_text_that_is_no_version_is_an_error(lines):
     with pytest.raises(ValueError, match="not the text of a version"):
         CheckpointVersion.parse("\n".join(lines))
 
 
-def test_only_text_is_parsed():
+def test_parsing_anything_but_text_is_a_type_error():
     with pytest.raises(TypeError, match="str"):
         CheckpointVersion.parse(b"{}")

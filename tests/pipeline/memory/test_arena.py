@@ -85,7 +85,7 @@ TestArena = ArenaMachine.TestCase
 TestArena.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 
 
-def test_all_can_be_freed_and_taken_again_as_one():
+def test_extents_that_were_freed_can_be_taken_again_as_one():
     arena = Arena(64 * PAGE)
     extents = [arena.allocate(PAGE) for _ in range(512)]
     for extent in extents[::2] + extents[1::2]:

@@ -223,7 +223,7 @@ async def test_a_floor_that_meets_a_cancel_is_passed_on():
     two.close()
 
 
-async def test_on_wait_is_called_only_where_it_has_to_wait():
+async def test_on_wait_is_called_only_if_the_request_has_to_wait():
     budget = make_budget(2)
     account = budget.open_account()
     calls = []
@@ -483,7 +483,7 @@ async def test_there_is_nothing_to_hand_over_for_a_request_that_was_granted_a_mo
     account.close()
 
 
-async def test_handing_over_wakes_whoever_waits():
+async def test_handing_over_wakes_the_waiting_request():
     budget = make_budget(2)
     account = budget.open_account()
     await account.set_floor(2 * PAGE)
@@ -524,7 +524,7 @@ async def test_trim_gives_idle_pages_back_only_when_no_stream_is_open():
     assert budget._arena.resident == 0
 
 
-async def test_what_is_resident_stays_within_budget_and_held_bytes():
+async def test_resident_memory_stays_within_the_budget_and_the_held_bytes():
     budget = make_budget(16)
     account = budget.open_account()
     await account.set_floor(16 * PAGE)

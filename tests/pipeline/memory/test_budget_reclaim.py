@@ -52,7 +52,7 @@ def never():
     raise AssertionError("it had to wait")
 
 
-async def test_only_as_much_is_reclaimed_as_is_needed():
+async def test_no_more_memory_is_reclaimed_than_a_request_needs():
     budget = MemoryBudget(4)
     cache, account = Cache(budget), budget.open_account()
     cache.leases = await cache.account.allocate_all([MIB] * 4, never)
@@ -82,7 +82,7 @@ async def test_several_buffers_are_granted_together_or_not_at_all():
     other.close()
 
 
-async def test_who_has_to_wait_may_give_up():
+async def test_a_request_that_has_to_wait_may_give_up():
     budget = MemoryBudget(1)
     account, other = budget.open_account(), budget.open_account()
     lease = await other.allocate(MIB)
@@ -99,7 +99,7 @@ async def test_who_has_to_wait_may_give_up():
     other.close()
 
 
-async def test_what_is_in_use_is_handed_over_last_and_only_for_who_cannot_wait():
+async def test_memory_in_use_is_handed_over_last_and_only_for_an_urgent_request():
     budget = MemoryBudget(1)
     cache, account = Cache(budget), budget.open_account()
     cache.can_hand_over = True
@@ -118,7 +118,7 @@ async def test_what_is_in_use_is_handed_over_last_and_only_for_who_cannot_wait()
     assert (budget.bytes_used, budget.bytes_held) == (0, 0)
 
 
-async def test_the_first_stream_waits_for_what_is_in_use_to_give_way():
+async def test_the_floor_of_the_first_stream_is_granted_when_memory_in_use_is_handed_over():
     """Its floor counts what others use, though no other stream has one."""
     budget = MemoryBudget(1)
     cache, account = Cache(budget), budget.open_account()
@@ -155,7 +155,7 @@ async def test_an_account_may_be_closed_from_a_finaliser():
 
 
 @pytest.mark.parametrize("kinds", [(Cache, Ahead), (Ahead, Cache)])
-async def test_what_was_read_ahead_gives_way_before_what_is_in_use(kinds):
+async def test_items_read_ahead_are_reclaimed_before_memory_in_use(kinds):
     """Whichever of the two was made first."""
     budget = MemoryBudget(1)
     made = {kind: kind(budget) for kind in kinds}
@@ -171,7 +171,7 @@ async def test_what_was_read_ahead_gives_way_before_what_is_in_use(kinds):
     cache.account.close()
 
 
-async def test_who_waits_hears_of_an_account_that_was_abandoned():
+async def test_a_waiting_request_is_granted_when_an_account_is_abandoned():
     budget = MemoryBudget(1)
     one, other = budget.open_account(), budget.open_account()
     await one.set_floor(MIB)

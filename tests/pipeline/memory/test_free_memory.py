@@ -30,7 +30,7 @@ def group(folder, limit, used, inactive=0):
     }
 
 
-def test_without_a_limit_it_is_what_the_machine_has(root):
+def test_without_a_limit_the_free_memory_of_the_machine_counts(root):
     place = root({**meminfo(3 * GIB), "proc/self/cgroup": "0::/\n"})
     assert free_bytes(place) == 3 * GIB
     assert default_budget_mb(place) == 768
@@ -41,7 +41,7 @@ def test_the_default_is_at_most_2048_mb_and_at_least_one(root):
     assert default_budget_mb(root(meminfo(100_000 * 1024 // 1024))) == 1
 
 
-def test_where_the_system_says_nothing_the_default_stands(tmp_path):
+def test_a_system_that_tells_nothing_gets_the_default_budget(tmp_path):
     assert free_bytes(tmp_path) is None
     assert default_budget_mb(tmp_path) == DEFAULT_BUDGET_MB
 
@@ -77,7 +77,7 @@ def test_in_a_container_the_mount_is_the_group_itself(root):
     assert free_bytes(place) == GIB
 
 
-def test_groups_of_version_1_count_too(root):
+def test_control_groups_of_version_1_count(root):
     place = root(
         {
             **meminfo(64 * GIB),
@@ -104,5 +104,5 @@ def test_files_that_make_no_sense_are_passed_over(root, text):
     assert free_bytes(place) is None
 
 
-def test_this_machine_has_an_answer():
+def test_this_machine_tells_its_free_memory():
     assert 1 <= default_budget_mb() <= DEFAULT_BUDGET_MB

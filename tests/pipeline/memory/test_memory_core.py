@@ -303,7 +303,7 @@ def test_read_vectors_refuses_buffers_that_cannot_be_written_and_releases_the_ot
     assert first[:10] == bytes(10)
 
 
-def test_read_vectors_refuses_what_has_no_positions():
+def test_read_vectors_refuses_a_file_without_positions():
     read_end, write_end = os.pipe()
     try:
         assert read_vectors(read_end, 0, [bytearray(1)], StopFlag()) == (0, errno.ESPIPE)

@@ -84,7 +84,7 @@ def is_clean(budget):
 
 
 @pytest.mark.parametrize("stage", [True, False])
-async def test_only_what_differs_is_read_neighbours_together(old, new, old_files, new_files, live, stage):
+async def test_only_changed_tensors_are_read_and_neighbours_together(old, new, old_files, new_files, live, stage):
     loader = make_loader()
     await loader.load_weights(MemoryStore(old_files), live)
     store = CountingStore(MemoryStore(new_files, url="memory://elsewhere"))
@@ -100,7 +100,7 @@ async def test_only_what_differs_is_read_neighbours_together(old, new, old_files
 
 
 @pytest.mark.parametrize("digests", [True, False])
-async def test_nothing_is_read_where_nothing_changed(old, live, tmp_path, digests):
+async def test_an_unchanged_checkpoint_is_not_read(old, live, tmp_path, digests):
     store = CountingStore(MemoryStore(await files_of(old, tmp_path, digests=digests)))
     update = await make_loader().prepare_refresh(store, live, await version_of(store))
     assert (update.changed, update.bytes_read, store.reads) == ((), 0, [])
@@ -116,7 +116,7 @@ async def test_without_a_version_everything_is_read(new, new_files, live):
     assert is_same(live, new)
 
 
-async def test_without_digests_the_shard_is_what_is_compared(old, new, live):
+async def test_without_digests_whole_shards_are_compared(old, new, live):
     old_store = MemoryStore(foreign_files_of(old))
     some = {name: new[name] if name == "layer.6" else array for name, array in old.items()}
     store = CountingStore(MemoryStore(foreign_files_of(some), url="memory://new"))
@@ -257,7 +257,7 @@ def s3_loader(server):
 
 
 @pytest.mark.parametrize("digests", [True, False])
-async def test_nothing_changed_in_s3_asks_for_no_data(server, s3_loader, old, live, tmp_path, digests):
+async def test_an_unchanged_checkpoint_in_s3_is_asked_for_no_data(server, s3_loader, old, live, tmp_path, digests):
     files = await files_of(old, tmp_path, digests=digests)
     first, second = put_all(server, "first", files), put_all(server, "second", files)
     await s3_loader.load_weights(first, live)
@@ -269,7 +269,7 @@ async def test_nothing_changed_in_s3_asks_for_no_data(server, s3_loader, old, li
         assert not [request for request in server.requests if is_data(request)]
 
 
-async def test_what_changed_below_a_new_prefix_of_s3_is_read_alone(
+async def test_only_changed_tensors_below_a_new_prefix_of_s3_are_read(
     server, s3_loader, old, new, old_files, new_files, live
 ):
     await s3_loader.load_weights(put_all(server, "step-1", old_files), live)
@@ -400,7 +400,7 @@ async def test_names_and_shapes_are_checked_before_anything_is_read(new_files, l
     assert is_clean(loader.budget)
 
 
-async def test_with_strict_off_what_matches_is_refreshed_and_the_rest_reported(old, new, new_files, live):
+async def test_without_strict_matching_tensors_are_refreshed_and_other_names_reported(old, new, new_files, live):
     loader = make_loader()
     state = {"layer.2": live["layer.2"], "more": np.zeros(3)}
     update = await loader.prepare_refresh(MemoryStore(new_files), state, strict=False)
@@ -473,7 +473,7 @@ async def test_digests_that_cannot_be_checked_are_an_error(new_files, live, monk
 # The budget
 
 
-async def test_what_does_not_fit_the_budget_is_an_error_before_anything_is_read(new_files, live):
+async def test_changes_that_exceed_the_budget_are_an_error_before_a_read(new_files, live):
     loader = make_loader(memory_budget_mb=6 * SIZE / (1 << 20))
     store = CountingStore(MemoryStore(new_files))
     with pytest.raises(BudgetError) as caught:
@@ -521,7 +521,7 @@ async def test_a_cancel_while_waiting_for_the_budget_leaves_nothing(new_files, l
     assert is_clean(loader.budget)
 
 
-async def test_write_through_needs_no_budget(new, new_files, live):
+async def test_a_refresh_in_place_needs_no_budget(new, new_files, live):
     loader = make_loader(memory_budget_mb=3 * SIZE / (1 << 20))
     update = await loader.prepare_refresh(MemoryStore(new_files), live, stage=False)
     assert loader.budget.bytes_used == 0
@@ -542,7 +542,7 @@ async def test_an_update_that_waits_does_not_hold_up_a_load_in_place(new, new_fi
     assert is_clean(loader.budget)
 
 
-async def test_write_through_tells_what_is_whole_and_what_is_torn(new_files, live):
+async def test_a_refresh_in_place_that_fails_names_filled_and_torn_tensors(new_files, live):
     store = FaultyStore(MemoryStore(new_files), {2: Fault(after=100, error=StoreError("broken"))})
     with pytest.raises(StoreError) as caught:
         await make_loader(chunk_size=SIZE, prefetch_count=1).prepare_refresh(store, live, stage=False)

@@ -78,7 +78,7 @@ async def test_an_update_is_applied_once(new, new_files, live):
 
 
 @pytest.mark.parametrize("times", [1, 3])
-async def test_a_cancel_while_it_is_applied_finishes_it(old, new, new_files, times):
+async def test_a_cancel_does_not_interrupt_apply(old, new, new_files, times):
     loader = make_loader()
     for count in range(1000):
         live = {name: array.copy() for name, array in old.items()}
@@ -98,7 +98,7 @@ async def test_a_cancel_while_it_is_applied_finishes_it(old, new, new_files, tim
     raise AssertionError("it does not end")
 
 
-async def test_a_loop_that_ends_lets_it_finish_and_hears_of_nothing_else(old, new, new_files):
+async def test_cancelling_every_task_leaves_the_weights_all_old_or_all_new(old, new, new_files):
     loader = make_loader()
     for count in range(30):
         live = {name: array.copy() for name, array in old.items()}
@@ -114,7 +114,7 @@ async def test_a_loop_that_ends_lets_it_finish_and_hears_of_nothing_else(old, ne
         assert is_clean(loader.budget)
 
 
-async def test_nobody_sees_memory_that_is_being_given_back(new, new_files, live):
+async def test_an_iteration_never_sees_memory_that_was_given_back(new, new_files, live):
     loader = make_loader()
     update = await loader.prepare_refresh(MemoryStore(new_files), live)
     names = aiter(update)
@@ -131,7 +131,7 @@ async def test_nobody_sees_memory_that_is_being_given_back(new, new_files, live)
     assert loader.budget.bytes_held == 0
 
 
-async def test_closing_waits_for_what_is_being_applied(new, new_files, live):
+async def test_closing_waits_until_apply_has_finished(new, new_files, live):
     update = await make_loader().prepare_refresh(MemoryStore(new_files), live)
     task = asyncio.ensure_future(update.apply())
     await turns(1)
@@ -184,7 +184,7 @@ class Collected:
             raise self.error
 
 
-async def test_sinks_get_ascending_chunks_when_it_is_applied(new, new_files, live):
+async def test_apply_writes_ascending_chunks_into_sinks(new, new_files, live):
     sinks = {"layer.2": Collected(), "layer.7": Collected()}
     update = await make_loader(chunk_size=1024).prepare_refresh(MemoryStore(new_files), {**live, **sinks})
     assert not sinks["layer.2"].data
@@ -194,7 +194,7 @@ async def test_sinks_get_ascending_chunks_when_it_is_applied(new, new_files, liv
     assert np.array_equal(live["layer.3"], new["layer.3"])
 
 
-async def test_a_sink_that_fails_leaves_the_arrays_and_says_what_is_torn(old, new_files, live):
+async def test_a_sink_that_fails_leaves_the_arrays_unchanged_and_names_torn_tensors(old, new_files, live):
     loader = make_loader(chunk_size=1024)
     sinks = {"layer.2": Collected(), "layer.7": Collected(OSError("device"))}
     state = {**live, **sinks}
@@ -206,7 +206,7 @@ async def test_a_sink_that_fails_leaves_the_arrays_and_says_what_is_torn(old, ne
     assert is_clean(loader.budget)
 
 
-async def test_torch_parameters_are_refreshed_also_where_their_memory_has_moved(tmp_path):
+async def test_torch_parameters_are_refreshed_even_if_their_memory_has_moved(tmp_path):
     torch = pytest.importorskip("torch")
     model = torch.nn.Linear(8, 8, dtype=torch.bfloat16)
     before = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}

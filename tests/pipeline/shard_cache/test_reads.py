@@ -31,7 +31,7 @@ async def test_one_tensor_is_read_by_itself_and_dropped_when_the_file_is_read(ma
         assert file.with_name("a") is file.with_name("b") is file.tensors
 
 
-async def test_what_is_read_counts_on_the_account_of_the_file(make_folder):
+async def test_tensors_count_on_the_account_of_their_file(make_folder):
     folder = await make_folder()
     with folder.cache.pinned("a", folder.shard) as file:
         assert file.account.used == 0

@@ -50,7 +50,7 @@ def views(draw, max_dims=4):
 
 
 @given(st.lists(views(), min_size=1, max_size=5), st.sampled_from([64, 128, 1 << 20]), st.integers(0, 2**32))
-async def test_views_of_any_kind_receive_what_an_assignment_would_give_them(checkpoints, targets, chunk_size, seed):
+async def test_views_of_any_kind_are_filled_as_by_an_assignment(checkpoints, targets, chunk_size, seed):
     random = np.random.default_rng(seed)
     tensors, into, expected = {}, {}, []
     for number, (base, view, places) in enumerate(targets):
@@ -123,7 +123,7 @@ async def test_a_larger_array_is_filled_in_its_first_corner(checkpoints):
 
 
 @given(st.sampled_from(CASTABLE), st.sampled_from(CASTABLE), st.integers(0, 300), st.booleans())
-async def test_cast_gives_what_numpy_gives(checkpoints, ours, theirs, size, is_strided):
+async def test_cast_converts_elements_like_numpy(checkpoints, ours, theirs, size, is_strided):
     source, kind = by_name[ours].numpy, by_name[theirs].numpy
     values = (np.arange(size) % 7).astype("<f4").astype(source)
     target = np.zeros(2 * size, kind)[::2] if is_strided else np.zeros(size, kind)
@@ -147,7 +147,7 @@ async def test_a_cast_of_several_blocks_is_whole(checkpoints):
 # --- what is read and delivered
 
 
-async def test_what_nobody_wants_is_not_read(checkpoints):
+async def test_tensors_without_a_destination_are_not_read(checkpoints):
     tensors = {f"w.{number}": weights(1024) for number in range(8)}
     store = FaultyStore(MemoryStore({"model.safetensors": checkpoints.shard(tensors)}))
     into = {name: np.zeros(1024, "<f4") for name in ("w.1", "w.2", "w.6")}
@@ -157,7 +157,7 @@ async def test_what_nobody_wants_is_not_read(checkpoints):
     assert stream.statistics().bytes_done == 3 * 4096
 
 
-async def test_the_stream_yields_what_was_given(checkpoints):
+async def test_the_stream_yields_the_callers_objects(checkpoints):
     tensors = {"w": weights(4, 4), "b": weights(4)}
     into = {"w": np.zeros((4, 8), "<f4")[:, ::2], "b": np.zeros(4, "<f4")}
     stream = AsyncShardLoader(memory_budget_mb=1).stream(

@@ -46,7 +46,7 @@ def shared(shape, dtype=np.float32):
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize("is_split", [True, False])
 @pytest.mark.parametrize("chunk_size", [None, 1024])
-async def test_either_copy_is_taken(write, weight, strict, is_split, chunk_size):
+async def test_two_equal_copies_fill_one_destination(write, weight, strict, is_split, chunk_size):
     files = [{EMBED: weight}, {HEAD: weight}] if is_split else [{EMBED: weight, HEAD: weight}]
     loader = ShardedStateLoader(memory_budget_mb=1, chunk_size=chunk_size)
     state = shared(weight.shape)
@@ -74,7 +74,7 @@ async def test_a_module_with_both_copies_in_its_file_is_loaded(tmp_path):
 
 
 @pytest.mark.parametrize("order", ["plan", "completion"])
-async def test_the_stream_yields_both(write, weight, order):
+async def test_a_stream_yields_both_copies(write, weight, order):
     state = shared(weight.shape)
     stream = AsyncShardLoader(memory_budget_mb=1, order=order).stream(write({EMBED: weight, HEAD: weight}), state)
     assert {name async for name, tensor in stream if np.array_equal(tensor, weight)} == {EMBED, HEAD}
@@ -118,7 +118,7 @@ async def test_converted_copies_are_compared_as_they_are_stored(write, weight, d
         await loader.load_weights(write({EMBED: weight, HEAD: weight + 1}), state, cast=True)
 
 
-async def test_strided_and_larger_destinations_are_compared_too(write, weight):
+async def test_second_copies_in_strided_and_larger_destinations_are_compared(write, weight):
     strided = np.zeros((96, 64), np.float32)[::2].T
     larger = np.zeros((80, 48), np.float32)
     for target, filled in ((strided, strided), (larger, larger[:64])):
@@ -129,7 +129,7 @@ async def test_strided_and_larger_destinations_are_compared_too(write, weight):
             await ShardedStateLoader(chunk_size=1024).load_weights(write({EMBED: weight, HEAD: -weight}), state)
 
 
-async def test_other_overlaps_stay_refused_beside_them(write, weight):
+async def test_other_overlaps_are_refused_beside_second_copies(write, weight):
     memory = np.zeros((65, 48), np.float32)
     tensors = {EMBED: weight, HEAD: weight, "other": weight}
     for other in (memory[1:], memory[:64][::-1]):
@@ -194,7 +194,7 @@ async def test_equal_digests_spare_the_second_read_and_others_are_told_before_a_
     assert not state[HEAD].any()
 
 
-async def test_digests_that_cannot_be_read_count_as_none(checkpoints, weight):
+async def test_malformed_digests_count_as_no_digests(checkpoints, weight):
     data = checkpoints.shard({EMBED: weight, HEAD: weight}, metadata={"asyncshard.xxh3_128": "no digests"})
     state = shared(weight.shape)
     statistics = await AsyncShardLoader().stream(MemoryStore({"model.safetensors": data}), state).drain()
@@ -234,7 +234,7 @@ async def test_a_refresh_takes_either_copy(tmp_path, weight, stage, digests, is_
 
 @pytest.mark.parametrize("stage", [True, False])
 @pytest.mark.parametrize("changed", [EMBED, HEAD])
-async def test_of_two_copies_the_one_that_has_not_changed_is_read_too(write, weight, stage, changed):
+async def test_an_unchanged_copy_is_read_if_the_other_one_has_changed(write, weight, stage, changed):
     store = write({EMBED: weight}, {HEAD: weight})
     state = shared(weight.shape)
     loader = ShardedStateLoader(memory_budget_mb=1)
@@ -250,7 +250,7 @@ async def test_of_two_copies_the_one_that_has_not_changed_is_read_too(write, wei
 # Failures and cancellation
 
 
-async def test_a_second_copy_that_is_there_first_waits_for_the_first_one(write, weight):
+async def test_a_second_copy_that_was_read_first_waits_for_the_first_copy(write, weight):
     store = GatedStore(write({EMBED: weight}, {HEAD: weight}))
     state = shared(weight.shape)
     loader = AsyncShardLoader(memory_budget_mb=1)
@@ -364,7 +364,7 @@ def test_a_contiguous_destination_covers_what_lies_inside(start, stop, is_inside
     assert covering([MEMORY[:8]]).has_inside(low, high) is is_inside
 
 
-def test_nothing_covers_nothing():
+def test_no_destinations_cover_no_address():
     covered = covering([])
     assert list(covered.overlaps(lambda one, other: True)) == []
     assert not covered.has_inside(0, 1)

@@ -78,7 +78,7 @@ async def test_a_tensor_larger_than_the_budget_goes_through_a_sink(checkpoints):
     assert bytes(sink.data) == tensors["layer.0"].tobytes()
 
 
-async def test_a_slow_sink_bounds_what_is_read_ahead(store, tensors):
+async def test_a_slow_sink_bounds_the_reads_ahead(store, tensors):
     first, released = asyncio.Event(), asyncio.Event()
 
     class Slow(Collected):

@@ -104,7 +104,7 @@ def store(checkpoints):
     return Reporting(MemoryStore({"model.safetensors": checkpoints.shard(checkpoints.tensors(3))}))
 
 
-async def test_each_load_from_a_store_of_ones_own_counts_what_the_store_reports_during_it(store):
+async def test_a_load_counts_the_events_of_the_users_own_store_during_the_load(store):
     for _ in range(2):
         async with AsyncShardLoader().stream(store) as weights:
             assert weights.statistics().retries == 1
@@ -113,7 +113,7 @@ async def test_each_load_from_a_store_of_ones_own_counts_what_the_store_reports_
     assert weights.statistics().retries == 1
 
 
-async def test_loads_from_one_store_at_once_both_count_what_it_reports(store):
+async def test_two_loads_from_one_store_both_count_its_events(store):
     streams = [AsyncShardLoader().stream(store) for _ in range(2)]
     await asyncio.gather(*streams)
     store.report(RETRIED)
@@ -132,7 +132,7 @@ async def test_statistics_are_right_after_every_tensor(store):
     assert weights.statistics().tensors_done == 3
 
 
-async def test_a_stream_that_is_closed_early_says_what_was_taken(store):
+async def test_a_stream_that_is_closed_early_counts_the_tensors_that_were_taken(store):
     async with AsyncShardLoader().stream(store) as weights:
         async for _ in weights:
             break

@@ -80,7 +80,7 @@ async def test_opening_reads_no_tensor_data(files):
         assert store.reads_begun > 0
 
 
-async def test_all_that_is_wrong_without_tensor_data_is_raised_on_opening(files, checkpoints):
+async def test_errors_that_need_no_tensor_data_are_raised_on_opening(files, checkpoints):
     last = "model-rank-0-part-2.safetensors"
     cases = [
         ({**files, last: files[last][:-1]}, FormatError),
@@ -184,7 +184,7 @@ async def test_delivery_is_in_plan_order_whatever_completes_first(files, tensors
     await opening
 
 
-async def test_completion_order_delivers_what_is_ready(files, tensors):
+async def test_completion_order_delivers_items_as_their_reads_complete(files, tensors):
     store = GatedStore(MemoryStore(files))
     async with make_loader(prefetch_count=3, order="completion").stream(store) as stream:
         asked = asyncio.ensure_future(anext(stream))
@@ -260,7 +260,7 @@ async def test_one_task_after_another_may_consume(files):
     assert got == [f"layer.{index}" for index in range(12)]
 
 
-async def test_after_the_end_it_stays_at_the_end(files):
+async def test_a_stream_stays_at_its_end(files):
     stream = make_loader().stream(MemoryStore(files))
     assert len(await names_of(stream)) == 12
     assert await names_of(stream) == []
@@ -380,7 +380,7 @@ async def test_many_tasks_may_close_at_once(files):
     await asyncio.gather(*(stream.aclose() for _ in range(5)))
 
 
-async def test_closing_while_it_opens_stops_the_opening(files):
+async def test_closing_a_stream_that_is_opening_stops_the_opening(files):
     name = next(iter(files))
     store = FaultyStore(MemoryStore(files), opens={name: Fault(hang=asyncio.Event())})
     stream = make_loader().stream(store)

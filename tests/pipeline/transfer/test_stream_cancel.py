@@ -348,7 +348,7 @@ async def test_a_load_in_a_task_group_fails_with_its_own_error_bare(files):
     assert list(caught.value.exceptions) == [error]
 
 
-async def test_an_error_into_arrays_says_what_is_filled_and_what_is_torn(files, tensors, checkpoints):
+async def test_an_error_into_arrays_names_filled_and_torn_tensors(files, tensors, checkpoints):
     for is_drained in (True, False):
         store = FaultyStore(MemoryStore(files), {2: Fault(error=StoreError("broken"), after=100)})
         arrays = arrays_for(tensors)

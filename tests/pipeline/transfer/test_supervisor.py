@@ -65,7 +65,7 @@ async def test_closing_before_the_end_is_told(store):
         await supervisor.next_slot()
 
 
-async def test_a_checkpoint_that_cannot_be_opened_is_told_to_all_who_wait():
+async def test_a_checkpoint_that_cannot_be_opened_is_an_error_for_all_waiting_tasks():
     supervisor = supervise(MemoryStore({}))
     results = await asyncio.gather(supervisor.opened(), supervisor.opened(), return_exceptions=True)
     assert [type(error) for error in results] == [ObjectNotFoundError] * 2
@@ -75,7 +75,7 @@ async def test_a_checkpoint_that_cannot_be_opened_is_told_to_all_who_wait():
         await supervisor.next_slot()
 
 
-async def test_closing_while_the_checkpoint_is_being_opened_is_an_error_for_who_waits(store):
+async def test_closing_while_the_checkpoint_is_being_opened_is_an_error_for_the_waiting_task(store):
     held = asyncio.Event()
     supervisor = supervise(FaultyStore(store, opens={"model-rank-0-part-0.safetensors": Fault(hang=held)}))
     waiting = asyncio.ensure_future(supervisor.opened())
