@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import functools
-import itertools
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -48,17 +47,13 @@ FRAMEWORKS = {"torch", "jax", "vllm", "starlette", "ray", "tensorflow", "transfo
 LOADERS_OF_FRAMEWORKS = {"arrays.frameworks"}
 """What may load a module of the package by its name: whatever has a framework behind it."""
 TESTS = Path(__file__).parent
-TESTED_ROOMS = {
-    *("arrays", "errors", "extras", "format", "loaders", "plan", "tasks", "testing"),
-    *("pipeline.memory", "pipeline.refresh", "pipeline.shard_cache", "pipeline.transfer"),
-    *("pipeline.checkpoint.opening", "stores.opening"),
-}
-"""The rooms, wings and modules of which every module has a test file of its name, in the same folder below ``tests``.
+MODULES = sorted(PACKAGE.rglob("*.py"))
+TESTED = [path for path in MODULES if not path.stem.startswith("_")]
+"""The modules that have a test file of their name, in the same folder below ``tests``: all that have behaviour.
 
 A module may share the test file of another module in its folder. That file's docstring then has the sentence
 "Also tests `name`.", with the name of the module.
 """
-MODULES = sorted(PACKAGE.rglob("*.py"))
 WITH_FRAMEWORK = [path for path in MODULES if path.stem in FRAMEWORKS]
 PURE = [path for path in MODULES if path.relative_to(PACKAGE).parts[0] in ("format", "plan")]
 
@@ -165,23 +160,22 @@ def test_a_long_file_says_why_it_is_one(path: Path) -> None:
     assert is_short or REASON in (ast.get_docstring(tree_of(path)) or "")
 
 
-def is_in_tested_room(path: Path) -> bool:
-    names = itertools.accumulate(module_of(path).split("."), lambda room, name: f"{room}.{name}")
-    return not TESTED_ROOMS.isdisjoint(names)
-
-
 def modules_also_tested(folder: Path) -> set[str]:
     """Return the modules that the docstrings of a folder's test files name as tested there."""
     docstrings = [ast.get_docstring(tree_of(path)) or "" for path in folder.glob("test_*.py")]
     return {name for text in docstrings for name in re.findall(r"Also tests `(\w+)`\.", text)}
 
 
-@pytest.mark.parametrize(
-    "path", [path for path in MODULES if is_in_tested_room(path) and path.stem != "__init__"], ids=name_of
-)
+@pytest.mark.parametrize("path", TESTED, ids=name_of)
 def test_a_module_has_a_test_file_of_its_name_or_is_named_in_one(path: Path) -> None:
     folder = TESTS / path.relative_to(PACKAGE).parent
     assert (folder / f"test_{path.stem}.py").exists() or path.stem in modules_also_tested(folder)
+
+
+def test_a_test_file_says_only_of_modules_in_its_folder_that_it_tests_them_too() -> None:
+    for folder in {path.parent for path in TESTS.rglob("test_*.py")}:
+        beside = {path.stem for path in (PACKAGE / folder.relative_to(TESTS)).glob("*.py")}
+        assert modules_also_tested(folder) <= beside, folder
 
 
 def test_the_package_itself_only_imports_and_names() -> None:

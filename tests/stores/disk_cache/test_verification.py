@@ -1,4 +1,7 @@
-"""Every block of a cache is compared; that a user can ask for it is tested in tests/loaders/test_cache.py."""
+"""Every block of a cache is compared, and what was found is reported. Also tests `report`.
+
+That a user can ask for it is tested in tests/loaders/test_cache.py.
+"""
 
 import os
 

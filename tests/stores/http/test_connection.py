@@ -1,5 +1,6 @@
-"""One HTTP connection, its exchanges (`exchange.py`) and the pool (`pool.py`), against a server that sends what it is
-told. Whole loads over all kinds of broken connections are in tests/stores/s3/test_faults.py.
+"""One HTTP connection with its exchanges, and a pool of them, against a server that sends what it is told.
+
+Also tests `pool`. Whole loads over all kinds of broken connections are in tests/stores/s3/test_faults.py.
 """
 
 import asyncio
