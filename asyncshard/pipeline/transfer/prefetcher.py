@@ -133,5 +133,5 @@ class Prefetcher:
         if transfer.is_in_place:
             slot.lease = None
         self._slots.finish(slot, failure)
-        del failure
+        del failure, slot
         self._account.budget.reclaim_for_waiters()

@@ -217,7 +217,10 @@ class Stream:
         if slot.error is not None:
             await self.aclose()
             self._tell_progress(slot.error)
-            raise slot.error
+            try:
+                raise slot.error
+            finally:
+                del slot  # a reference cycle of exception and frame would keep the buffers of the read alive
         assert slot.item is not None
         self._batch = self._transfer().deliver(slot.item, slot.lease)
         return True

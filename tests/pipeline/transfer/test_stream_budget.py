@@ -1,6 +1,7 @@
 """What a stream takes of the memory budget, and how tensors that the consumer keeps are handed over."""
 
 import asyncio
+import gc
 import itertools
 
 import numpy as np
@@ -188,6 +189,29 @@ async def test_an_error_in_a_chunk_keeps_no_buffer_alive_once_it_is_dropped(chec
     with pytest.raises(StoreError):
         await anext(loader.stream(store))
     assert loader.budget.bytes_used == 0
+
+
+class BrokenStore(MemoryStore):
+    """Every read of tensor data fails, with an error that only the caller keeps."""
+
+    async def read_into(self, meta, start, buffers):
+        await asyncio.sleep(0)
+        raise StoreError("broken")
+
+
+@pytest.mark.parametrize("has_destinations", [False, True])
+async def test_an_error_that_is_dropped_takes_the_buffers_of_its_read_along(checkpoints, has_destinations):
+    tensors = checkpoints.tensors(3)
+    into = {name: np.zeros(2 * len(array), array.dtype)[::2] for name, array in tensors.items()}
+    loader = AsyncShardLoader(memory_budget_mb=1)
+    store = BrokenStore(checkpoints.rank_files(tensors))
+    gc.disable()
+    try:
+        with pytest.raises(StoreError):
+            await loader.stream(store, into if has_destinations else None).drain()
+        assert loader.budget.bytes_held == 0
+    finally:
+        gc.enable()
 
 
 async def test_destinations_in_place_need_no_budget(checkpoints):
