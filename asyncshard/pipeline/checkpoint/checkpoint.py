@@ -39,7 +39,7 @@ class Selection(NamedTuple):
     world_size: int = 1
     pp_rank: int = 0
     limits: HeaderLimits = HeaderLimits()
-    """Of each file's header."""
+    """The largest header that a file may have."""
     tp_plan: TpPlan | Literal["auto"] | None = None
     """How tensors are divided among the ranks; None where the files are the rank's already."""
     tensor_filter: TensorFilter | None = None
@@ -47,7 +47,7 @@ class Selection(NamedTuple):
 
     @property
     def is_sliced(self) -> bool:
-        """Whether less than the files' tensors may be wanted of them."""
+        """Whether only some of the files' tensors, or slices of them, may be wanted."""
         return self.tp_plan is not None or self.tensor_filter is not None
 
 
@@ -58,9 +58,9 @@ class TiedShard(NamedTuple):
     stored_name: str
     """The name under which the files hold it."""
     stored_nbytes: int
-    """Bytes of that tensor, whole."""
+    """Bytes of the whole stored tensor."""
     shard: OpenedFile
-    """Of this tensor alone."""
+    """The file, as if it held this tensor alone."""
 
 
 class Checkpoint(NamedTuple):
@@ -68,23 +68,22 @@ class Checkpoint(NamedTuple):
 
     shards: tuple[OpenedFile, ...]
     reader: FileReader
-    """By which the shards are read, those of tied tensors too."""
+    """Reads the shards, and the tied tensors."""
     tied: tuple[TiedShard, ...] = ()
-    """What stands in no shard; whoever has a destination for it, or takes everything, reads it too."""
+    """Tied tensors that are in no shard; a load reads them if it has a destination for them, or takes everything."""
     ties: tuple[tuple[str, str], ...] = ()
-    """Ties beside those that the files' metadata tells: each the missing name, and the stored one."""
+    """Ties that the files' metadata does not tell: pairs of a missing name and the stored name."""
     scratch_bytes: int = 0
-    """Of the memory through which slices are read."""
+    """Bytes of the scratch memory through which slices are read."""
     tensor_filter: TensorFilter | None = None
-    """Which names are wanted, of tied tensors too; None for all."""
+    """The names that are wanted, those of tied tensors included; None for all."""
     is_whole: bool = False
-    """Whether its tensors are all that the model has on this rank: neither one file of several nor one stage's."""
-
+    """Whether the tensors are the whole model of this rank: neither one file of several, nor one pipeline stage."""
     ends: tuple[str, ...] | None = None
     """The names that are an embedding's or an output layer's (`names_at_ends`); None where nobody has looked."""
 
     def with_tied(self) -> Checkpoint:
-        """Return the same with the tied tensors as shards after the others."""
+        """Return a checkpoint in which the tied tensors are shards too, after the others."""
         return self._replace(shards=self.shards + tuple(tied.shard for tied in self.tied), tied=())
 
     @property
@@ -129,7 +128,7 @@ class CheckpointInfo(Mapping[str, TensorInfo]):
 
 
 class ShardNames(NamedTuple):
-    """What a path holds, as far as names tell."""
+    """The files of a path that are to be loaded, chosen by their names and the index."""
 
     files: tuple[str, ...]
     """The files to load, in delivery order."""
@@ -185,7 +184,7 @@ async def choose_files(store: Store, selection: Selection, threads: DaemonThread
 
 
 async def open_checkpoint(store: Store, selection: Selection, threads: DaemonThreads, account: Account) -> Checkpoint:
-    """List, read and validate; the headers' bytes are charged to `account`.
+    """List a path, and read and validate the headers, whose bytes are charged to `account`.
 
     Raises
     ------

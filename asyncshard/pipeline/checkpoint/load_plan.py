@@ -1,4 +1,4 @@
-"""What a load reads, to look at."""
+"""A summary of the bytes that a load reads, for users to look at."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from asyncshard.pipeline.checkpoint.opened_file import OpenedFile
 
 @dataclass(frozen=True, slots=True)
 class FilePlan:
-    """What is read of one file."""
+    """The bytes that a load reads of one file."""
 
     path: str
     """Its full path or URL."""
@@ -25,7 +25,7 @@ class FilePlan:
 
 @dataclass(frozen=True, slots=True)
 class LoadPlan:
-    """What is read of a checkpoint."""
+    """The bytes that a load reads of a checkpoint."""
 
     files: tuple[FilePlan, ...]
     """In delivery order; files of which nothing is wanted are left out."""

@@ -30,7 +30,7 @@ class OpenedFile(NamedTuple):
     header: Header
     """The header of the file; of its slice where it has one."""
     slice: FileSlice | None = None
-    """What is read of the file, where that is not all of it."""
+    """The slice of the file that is read; None where the whole file is."""
 
     @property
     def nbytes(self) -> int:

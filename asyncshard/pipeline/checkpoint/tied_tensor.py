@@ -25,7 +25,7 @@ class TiedTensor(NamedTuple):
 
     stored_name: str
     alone: OpenedFile | None
-    """What is read of the file for it; None where that is what is read of the stored tensor."""
+    """The part of the file that is read for it; None where the stored tensor's own part serves."""
 
 
 async def find_tied(
@@ -54,7 +54,7 @@ async def find_tied(
 
 
 class PossibleTie(NamedTuple):
-    """What a missing name may be tied to."""
+    """The stored tensor to which a missing name may be tied."""
 
     stored_name: str
     is_told: bool

@@ -1,4 +1,4 @@
-"""What is read for ties: the rule itself is :mod:`asyncshard.plan.ties`.
+"""The reads that ties need; the rule of ties is in :mod:`asyncshard.plan.ties`.
 
 A destination of its own under a missing name is filled with a second read of the stored tensor's bytes, as if they
 stood in a further file. Where a plan has a rule for the missing name, these are the rank's bytes by that rule, with a

@@ -50,7 +50,7 @@ class ShardVersion:
         self.path = path
         """Its full path or URL."""
         self.fingerprint = fingerprint
-        """What its store told of the object; None if that is nothing."""
+        """The fingerprint that the store gave of the object; None if the store has none."""
         self._facts = facts
         self._header = header
 
@@ -76,7 +76,7 @@ class ShardVersion:
 
 
 class CheckpointVersion:
-    """What a checkpoint was when it was opened: an immutable value, to be given to `prepare_refresh` as `since`.
+    """The state of a checkpoint when it was opened: an immutable value, for `prepare_refresh` to take as `since`.
 
     ``str(version)`` and `parse` are inverses, in any process; it pickles. Both, and comparing, take about 3 µs for each
     tensor with a digest: with very many, call them in a thread. It keeps the headers of shards with digests.

@@ -41,9 +41,9 @@ class Role(NamedTuple):
     mark: str
     """Name of the mark."""
     note: str
-    """What the mark says to a person."""
+    """The text of the mark, for a person who finds it."""
     busy: str
-    """What is said, after the directory's path, where another one holds the lock."""
+    """The error's text after the directory's path, where another writer holds the lock."""
 
 
 class DirectoryWriter:
@@ -61,7 +61,7 @@ class DirectoryWriter:
     def __init__(self, directory: str, role: Role, *, requires_lock: bool = True) -> None:
         self.directory = os.path.abspath(directory)
         self.id = secrets.token_hex(16)
-        """Of this writer, and of no other."""
+        """The id of this writer, and of no other."""
         self._role = role
         self._requires_lock = requires_lock
         self._folder = os.path.join(self.directory, role.folder)
@@ -73,7 +73,7 @@ class DirectoryWriter:
         """The innermost first."""
         self._made_mark = False
         self._moves: list[tuple[str, str]] = []
-        """What the commit has renamed, in this order."""
+        """The renames of the commit so far, in order: old and new path."""
         self._is_done = False
 
     def begin(self) -> None:

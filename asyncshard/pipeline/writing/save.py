@@ -42,7 +42,7 @@ _SPEC_NAMES = {
     "BF16": "bfloat16",
     "C64": "complex64",
 }
-"""What safetensors calls the types on writing, where that is not the kind and its bits, as in ``float32``."""
+"""The names of dtypes in safetensors' writer, where they are not the kind and its bits, as in ``float32``."""
 _KINDS = {"F": "float", "I": "int", "U": "uint"}
 _NO_DIGEST = "0" * DIGITS
 

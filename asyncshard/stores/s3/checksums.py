@@ -23,7 +23,7 @@ class Algorithm(NamedTuple):
     """A CRC. The values of two neighbouring ranges give that of both together."""
 
     name: str
-    """As S3 writes it."""
+    """The checksum in the text form that S3 uses."""
     nbytes: int
     """Bytes of a value."""
     update: Callable[[memoryview, int], int]

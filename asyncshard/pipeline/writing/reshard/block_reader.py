@@ -23,10 +23,10 @@ from asyncshard.tasks.threads import DaemonThreads
 Bytes = NDArray[np.uint8]
 
 _IN_FLIGHT = 6
-"""Blocks."""
+"""Blocks that are read or written at once, 6."""
 _PAGE = 4096
 _READS_AT_ONCE = 8
-"""Of one block."""
+"""Reads of one block that are in flight at once, 8 at most."""
 
 
 class BlockBuffers(NamedTuple):
@@ -103,7 +103,7 @@ class BlockReader:
 
 
 class _Read(NamedTuple):
-    """What is read of one file for a block."""
+    """The byte ranges of one file that a block needs."""
 
     file: int
     offsets: Int64Array

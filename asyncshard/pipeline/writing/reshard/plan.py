@@ -1,4 +1,4 @@
-"""What a reshard writes: for each file its tensors, its header and where they are in it."""
+"""The files that a reshard writes: the tensors of each, its header, and their offsets."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class TargetPlan(NamedTuple):
     source: Source
     files: TargetFiles
     divisions: tuple[Division, ...]
-    """Of the tensors among the target's ranks."""
+    """The divisions of the tensors among the target's ranks."""
     placements: tuple[Placement, ...]
-    """Of each division."""
+    """The placement of each division."""
     codes: tuple[int, ...]
-    """The dtype, for each division."""
+    """The code of the dtype of each division."""
     division_of: NDArray[np.int32]
     """The division of each tensor."""
     is_ranks: bool

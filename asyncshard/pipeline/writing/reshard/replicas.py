@@ -1,4 +1,4 @@
-"""What several ranks hold alike must be alike: compared before a reshard writes anything.
+"""Replicas: tensors that several ranks hold must be equal, which is checked before a reshard writes anything.
 
 Digests are compared where the files have them, else the bytes, each copy with the one of the first rank that has it.
 """

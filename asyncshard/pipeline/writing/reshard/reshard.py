@@ -44,23 +44,23 @@ _BLOCK_BYTES = 8 << 20
 
 @dataclass(frozen=True, slots=True)
 class ReshardReport:
-    """What a reshard has done."""
+    """The result of a reshard."""
 
     files: tuple[str, ...]
     """Full paths of the weights' files, and of the index where there is one, in order of rank and part."""
     tensors: int
     """Tensors of the checkpoint; each rank has all or a part of each."""
     bytes_read: int
-    """Of tensor data."""
+    """Bytes of tensor data that were read to be copied."""
     bytes_written: int
-    """Of tensor data."""
+    """Bytes of tensor data that were written."""
     bytes_compared: int
-    """Read before that, of tensors which several ranks hold, to see that they are alike."""
+    """Bytes that were read before the copy, to compare the tensors that several ranks hold."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReshardRequest:
-    """What was asked for."""
+    """The arguments of a reshard."""
 
     world_size: int
     max_shard_size: int

@@ -54,19 +54,19 @@ class Source(NamedTuple):
     """An opened checkpoint that makes up a whole."""
 
     shards: tuple[OpenedFile, ...]
-    """Of all ranks; `side` counts them."""
+    """The files of all ranks; `side` counts them."""
     tensors: Tensors
     side: TensorMap
     placements: tuple[Placement, ...]
-    """Of each division of `side`."""
+    """The placement of each division of `side`."""
     shapes: tuple[Shape, ...]
-    """Of the whole tensor, for each division."""
+    """The shape of the whole tensor, for each division."""
     codes: tuple[int, ...]
     """The dtype, for each division."""
     metadata: dict[str, str]
-    """What all files say, but for the keys that are ours."""
+    """The metadata that all files have in common, without this library's own keys."""
     is_ranks: bool
-    """Whether it is of rank shards, be it of one rank."""
+    """Whether the checkpoint consists of rank shards, even those of one rank."""
     rank_rows: Int64Array
     """For each rank, the row of each tensor in its shard."""
 
