@@ -19,11 +19,12 @@ CORE_TESTS := tests/format tests/plan $(shell find tests/pipeline -name 'test_*_
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-extras bench sanitize clean
+.PHONY: help demo test types test-extras bench sanitize clean
 
 help:
 	@echo 'make demo      load real weights back from a 2-rank sharded state under a 32 MB budget'
-	@echo 'make test      run every check: ruff, mypy, stubtest, pytest, test-extras'
+	@echo 'make test      run every check: ruff, types, test-extras, pytest'
+	@echo 'make types     run mypy, and stubtest for the compiled core'
 	@echo 'make test-extras'
 	@echo '               try the package alone, and with each extra alone, in environments that have nothing else'
 	@echo 'make bench     measure, and write bench/results'
@@ -38,11 +39,13 @@ demo: $(DEMO)/.installed
 test: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(MAKE) --no-print-directory --jobs=2 --output-sync types test-extras
+	$(BIN)/pytest --numprocesses=auto --maxprocesses=4 --dist=worksteal
+
+types: $(VENV)/.test
 	$(BIN)/mypy
 	$(BIN)/python -m mypy.stubtest asyncshard._core --allowlist tests/stubtest-allowlist.txt --ignore-unused-allowlist \
 	    --mypy-config-file pyproject.toml
-	$(BIN)/pytest --numprocesses=auto --maxprocesses=4 --dist=worksteal
-	$(BIN)/python tests/extras/run.py
 
 test-extras: $(VENV)/$(NEW)
 	$(BIN)/python tests/extras/run.py

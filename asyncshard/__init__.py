@@ -1,4 +1,4 @@
-"""The asyncio-native way to get model weights into memory."""
+"""asyncshard loads model weights in the safetensors format into memory, within asyncio."""
 
 from asyncshard import errors
 from asyncshard._version import __version__

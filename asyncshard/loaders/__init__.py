@@ -1,4 +1,4 @@
-"""What a user calls: the loaders, the writer, and the one-line forms `load` and `stream`."""
+"""The loaders and the writers, which users call, and the short forms `load` and `stream`."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ async def load(path: ModelPath, **options: Any) -> dict[str, Any]:
     Parameters
     ----------
     path : str, path or Store
-        A local path or URL.
+        A local path or URL, or a store of your own.
     **options
         Arguments of `ShardedStateLoader`: ``rank``, ``world_size``, ``framework``, ``memory_budget_mb`` and so on.
 
     Raises
     ------
     AsyncShardError
-        See `asyncshard.errors` for the families.
+        The load has failed. `asyncshard.errors` lists the subclasses.
     """
     return await ShardedStateLoader(**options).load_weights(path)
 
@@ -36,6 +36,6 @@ def stream(
 ) -> Stream:
     """Return a stream over a checkpoint: ``async with asyncshard.stream(path) as weights: ...``.
 
-    Arguments are those of `AsyncShardLoader.stream`; `options` are arguments of `ShardedStateLoader`.
+    The arguments are those of `AsyncShardLoader.stream`. The `options` are arguments of `ShardedStateLoader`.
     """
     return AsyncShardLoader(ShardedStateLoader(**options)).stream(path, into, strict=strict, cast=cast)

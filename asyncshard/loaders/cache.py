@@ -1,4 +1,4 @@
-"""The check of a cache on disk, as a user asks for it."""
+"""Verify a disk cache: compare all that it holds with checksums."""
 
 from __future__ import annotations
 
@@ -12,26 +12,28 @@ from asyncshard.tasks.threads import DaemonThreads
 
 
 async def verify_cache(cache_dir: str | os.PathLike[str]) -> CacheReport:
-    """Compare all that a cache holds with its checksums, off the event loop.
+    """Compare every block of a disk cache with its checksum, off the event loop.
 
-    What does not match is dropped, with a warning, and fetched again when it is needed. Loads may go on meanwhile.
+    Blocks that do not match are dropped, with a warning, and fetched again when they are needed. Loads may use the
+    cache at the same time.
 
     Parameters
     ----------
     cache_dir : str or path
-        As it is given to the loaders.
+        The directory of the cache, as it is passed to the loaders.
 
     Returns
     -------
     CacheReport
-        How many ``entries``, ``blocks`` and bytes (``nbytes``) are right, and the paths of those ``dropped``.
+        How many ``entries``, ``blocks`` and bytes (``nbytes``) are right, and the paths of entries that were
+        ``dropped``.
 
     Raises
     ------
     ObjectNotFoundError, AccessDeniedError, StoreError
         The directory cannot be read.
     ImportError
-        The packages that it needs are not installed.
+        The packages of the extra ``cache`` are not installed.
     """
     cache = make_cache(cache_dir)
     from asyncshard.stores.disk_cache.verification import verify

@@ -1,4 +1,4 @@
-"""Check a checkpoint: all ranks, all headers, every fault at once."""
+"""Check a checkpoint: read the headers of all ranks, and report every problem at once."""
 
 from __future__ import annotations
 
@@ -37,34 +37,36 @@ async def check_checkpoint(
     max_tensors: int | None = None,
     storage_options: Mapping[str, Any] | None = None,
 ) -> CheckpointReport:
-    """Read every header of a checkpoint, of all its ranks, and report what it is and all that is wrong with it.
+    """Read the headers of all ranks of a checkpoint, and report its contents and every problem.
 
-    No tensor is read, and damaged files do not stop it: they are listed, each with its error. Headers are read a few at
-    a time, off the event loop, and let go of: of each tensor some bytes are kept until the report is made.
+    Tensor data is not read. A damaged file does not stop the check: it is listed with its error. A few headers are read
+    at a time, off the event loop. A header is dropped when it has been read; only a few bytes for each of its tensors
+    are kept until the report is made.
 
     Parameters
     ----------
     path : str, path or Store
-        A directory or prefix, or one file. A store of one's own is left open.
+        A directory, a prefix or one file, as a local path or URL; or a store of your own, which stays open.
     pattern : str or ShardPattern, optional
-        Names of rank shards; by default those that loaders know, or a Hugging Face checkpoint.
+        Names of rank shards; by default the names that loaders know, or a Hugging Face checkpoint.
     world_size : int, optional
-        Of the rank shards; by default as many ranks as the names show, so that a last rank without any file is only
-        missed where it is given.
+        Number of ranks of the rank shards; by default the number that the names show. If the last rank has no file at
+        all, the check finds that only if `world_size` is given.
     memory_budget_mb : float, optional
-        MiB for the headers that are read at once; by default the smaller of 2048 and a quarter of the free memory.
+        MiB for the headers that are read at once; by default 2048, or a quarter of the free memory if that is less.
     max_workers, max_header_bytes, max_tensors, storage_options
         As for `ShardedStateLoader`.
 
     Returns
     -------
     CheckpointReport
-        Its ``problems`` are sentences, ``is_ok`` tells that there are none, ``is_complete`` that loaders would load it.
+        Its ``problems`` are sentences; ``is_ok`` says whether there are none, and ``is_complete`` whether loaders would
+        load the checkpoint.
 
     Raises
     ------
     ObjectNotFoundError, AccessDeniedError
-        There is no such path, or it may not be listed.
+        There is no such path, or listing it is not allowed.
     BudgetError
         One header alone takes more than `memory_budget_mb`.
     StoreError
@@ -90,7 +92,7 @@ async def check_checkpoint(
 
 
 class _Check:
-    """One check."""
+    """One check of a checkpoint, which is open."""
 
     def __init__(
         self, opening: Opening, options: Options, pattern: ShardPattern | None, world_size: int | None
@@ -104,6 +106,7 @@ class _Check:
         self._problems: list[Problem] = []
 
     async def run(self) -> CheckpointReport:
+        """List the files, read the index, ``config.json`` and all headers, and return the report."""
         listing = await self._store.list()
         survey = await self._threads.run(self._survey, listing)
         weight_map: WeightMap | None = None
@@ -121,7 +124,7 @@ class _Check:
         if weight_map is not None:
             return survey_index(weight_map.files, listing.names, path=self._store.url)
         names = listing.names
-        if self._problems:  # the index cannot be read: what would the names say without it?
+        if self._problems:  # the index cannot be read: survey the other names as if there were none
             names = tuple(name for name in names if name != INDEX_NAME)
         return survey_names(
             names,
@@ -134,7 +137,7 @@ class _Check:
     async def _read_index(self) -> WeightMap | None:
         path = self._store.path_of(INDEX_NAME)
         try:
-            # The thread gets the only reference: freeing a large index is no work for the loop.
+            # The thread gets the only reference, so that it frees a large index, and not the event loop.
             holder = [await self._store.read(INDEX_NAME, max_bytes=MAX_INDEX_BYTES)]
             return await self._threads.run(lambda: parse_index(holder.pop(), path=path))
         except AsyncShardError as error:
@@ -142,7 +145,7 @@ class _Check:
             return None
 
     async def _read_config(self) -> Mapping[str, Any] | None:
-        """Return what config.json says; None if it cannot be read."""
+        """Return the value of ``config.json``; None if it cannot be read, or is no JSON object."""
         try:
             config = await read_config(self._store, self._threads)
         except CheckpointError as error:
@@ -160,7 +163,7 @@ class _Check:
 
     async def _read_headers(self, survey: Survey, weight_map: WeightMap | None) -> dict[str, CheckedFile]:
         options = self._options
-        numbers = {} if weight_map is None else {name: place for place, name in enumerate(weight_map.files)}
+        numbers = {} if weight_map is None else {name: number for number, name in enumerate(weight_map.files)}
 
         def keep(name: str, header: Header) -> FileFacts:
             return facts_of(name, header, yielding_gil(header), weight_map, numbers.get(name))

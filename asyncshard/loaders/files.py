@@ -1,4 +1,4 @@
-"""The header of one file, as a user asks for it."""
+"""Read the header of one file."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ async def read_header(
     path : str or path
         A local path or URL of one ``.safetensors`` file.
     max_header_bytes, max_tensors : int, optional
-        Refuse a larger header, before it is read or parsed.
+        Limits of the header. A header with more bytes or more tensors is an error, before it is read or parsed.
     storage_options : mapping, optional
-        The store's constructor arguments.
+        Arguments for the constructor of the store.
 
     Raises
     ------
     FormatError
-        The header breaks a rule of the format; the message says which, and where.
+        The header breaks a rule of the format. The message says which rule, and at which offset.
     ObjectNotFoundError, AccessDeniedError, NotRegularFileError, StoreError
     """
     access = StoreAccess(storage_options=storage_options or {})
@@ -55,4 +55,4 @@ async def read_header(
 
 
 _UNBOUNDED_MB = 1 << 20
-"""A budget of 1 TiB bounds nothing: one header is what the caller asked for."""
+"""A budget of 1 TiB bounds nothing: the caller has asked for this one header."""

@@ -1,4 +1,4 @@
-"""Random access to shards and tensors, with a cache in memory."""
+"""A loader of single shards and tensors, with a cache in memory."""
 
 from __future__ import annotations
 
@@ -29,38 +29,39 @@ from asyncshard.tasks.threads import wait_to_end
 
 T = TypeVar("T")
 Callback = Callable[[str, Any], object]
-"""Gets name and tensor; what it returns is awaited where it is awaitable."""
+"""Function of a tensor's name and the tensor. If it returns an awaitable, that is awaited."""
 
 
 class IncrementalShardLoader(Loader):
-    """Load shards and single tensors as they are asked for, and keep what was used last in memory.
+    """Loads single shards and tensors on demand, and keeps the shards that were used last in memory.
 
-    The cache is bounded in bytes, headers included, by the memory budget, and in shards by `cache_size`; the least
-    recently used shard goes first. A shard is a snapshot of its file: it stays as it was read until it is evicted,
-    whatever becomes of the file. Tensors are shared by all who ask: NumPy arrays are read-only, torch tensors, which
-    cannot be, must not be written to.
+    The memory budget bounds the bytes of the cache, including headers, and `cache_size` bounds the number of shards.
+    The least recently used shard is evicted first. A cached shard is a snapshot of its file: it stays as it was read,
+    even if the file changes, until it is evicted. All callers share the tensors. NumPy arrays are read-only; torch
+    tensors cannot be read-only, and must not be written to.
 
-    What somebody still uses of a shard that was evicted counts against the budget, as `bytes_held`, until it dies, or
-    until a read can be met in no other way; then it leaves the budget.
+    Tensors of an evicted shard that are still in use count against the budget (`CacheStatistics.bytes_held`) until they
+    die. They leave the budget earlier if there is no other way to read what is asked for.
 
-    Within ``async with loader:`` files and connections stay open between calls; leaving it, like `aclose`, empties the
-    cache. Without it each call that reads opens and closes its own.
+    Within ``async with loader:`` files and connections stay open between calls. The end of the block closes them and
+    empties the cache, like `aclose`. Without the block each call that reads opens and closes its own files.
 
     Parameters
     ----------
     base_loader : loader, optional
-        Which files, and the options that are not given here; the budget is shared with it.
+        A loader whose selection of files, options and memory budget this loader takes over. Options that are passed
+        here replace those of the other loader.
     memory_budget_mb : float, optional
-        Size of a budget of its own, in units of 2**20 bytes.
+        Size of a separate memory budget, in units of 2**20 bytes.
     cache_size : int, optional
-        How many shards may have tensors in the cache; by default the budget alone bounds them.
+        The largest number of shards that have tensors in the cache; by default only the budget bounds the cache.
     **tuning
-        See `Options`.
+        Further options: see `Options`.
 
     Raises
     ------
     ValueError, TypeError
-        An option out of range, or one that does not exist.
+        An option is out of range or does not exist.
     """
 
     def __init__(
@@ -96,9 +97,9 @@ class IncrementalShardLoader(Loader):
         self._cache_size, base = state
         self._set_up(*base)
 
-    def __repr__(self) -> str:
-        size = self.budget.memory_budget_mb
-        return f"IncrementalShardLoader(memory_budget_mb={size!r}, cache_size={self._cache_size!r})"
+    def _facts(self) -> tuple[str, ...]:
+        cached = self.statistics()
+        return *super()._facts(), f"cache_size={self._cache_size}", f"{cached.shards_cached} shards cached"
 
     async def __aenter__(self) -> Self:
         self._sources.are_kept = True
@@ -110,7 +111,7 @@ class IncrementalShardLoader(Loader):
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Empty the cache and close files and connections; those in use are closed by the reads that use them.
+        """Empty the cache, and close files and connections. Those that a read still uses are closed at its end.
 
         The loader may be used again.
         """
@@ -124,14 +125,14 @@ class IncrementalShardLoader(Loader):
         await trim_in_thread(self.budget)
 
     async def load_shard(self, shard_file: ShardFile) -> ShardTensors:
-        """Return the tensors of one file: a read-only mapping of name to tensor.
+        """Return the tensors of one file as a read-only mapping of name to tensor.
 
-        With a `tp_plan` they are this rank's slices, and with a `tensor_filter` the wanted ones. What the file's
-        metadata ties to one of them is among them, in the same memory, unless the plan has a rule for its name.
-        `get_tensor` knows it too, and what ``config.json`` ties.
+        With a `tp_plan` the mapping has this rank's slices, and with a `tensor_filter` only the wanted tensors. It also
+        has the names that the file's metadata ties to these tensors, in the same memory, except for names that have a
+        rule of their own in the plan. `get_tensor` knows those names, too, and the ties of ``config.json``.
 
-        Tasks that ask for the same file meanwhile share one read. Cancelling one of them disturbs no other; cancelling
-        all stops the read.
+        Tasks that ask for the same file at the same time share one read. If one of them is cancelled, the others go on;
+        if all are cancelled, the read stops.
 
         Parameters
         ----------
@@ -143,7 +144,7 @@ class IncrementalShardLoader(Loader):
         BudgetError
             The file's tensors and header exceed the budget.
         FormatError, ObjectNotFoundError, AccessDeniedError, NotRegularFileError, StoreError
-            Nothing is remembered of a read that failed.
+            The file could not be read. The next call tries again.
         """
         key = key_of(shard_file)
         file = self._cache.find(key)
@@ -154,20 +155,20 @@ class IncrementalShardLoader(Loader):
         return await self._reads.run(key, lambda: self._read(key, shard_file, self._reader.read_file))
 
     async def get_tensor(self, path: ShardFile, name: str) -> Any:
-        """Return one tensor, reading no other's bytes. A tied one is the tensor that it is tied to, in the same memory.
+        """Return one tensor, without reading the bytes of others. A tied tensor shares the memory of the stored one.
 
         Parameters
         ----------
         path : str or path
             A local path or URL of a ``.safetensors`` file, or of a directory or prefix that holds a checkpoint.
         name : str
-            Of a tensor that is stored, or tied to one by a file's metadata or by ``config.json``; the latter tells
-            nothing of one file of several.
+            Name of a stored tensor, or a name that is tied to one by the file's metadata or by ``config.json``. If
+            `path` is one file of several, ``config.json`` is not read.
 
         Raises
         ------
         NamesError
-            There is no such tensor.
+            There is no tensor of this name.
         BudgetError
             The tensor exceeds the budget.
         FormatError, CheckpointError, StoreError
@@ -190,16 +191,16 @@ class IncrementalShardLoader(Loader):
         return tensors[name]
 
     async def load_weights_incremental(self, path: ModelPath, callback: Callback) -> None:
-        """Call ``callback(name, tensor)`` for every tensor, in plan order; what it returns is awaited if it can be.
+        """Call ``callback(name, tensor)`` for every tensor in plan order. If it returns an awaitable, that is awaited.
 
-        The next shards are read while it runs, at most `prefetch_count` read items ahead and within the budget,
-        whatever the size of the checkpoint. Shards in the cache are delivered from there; others pass by it, or a
-        large checkpoint would evict everything.
+        While the callback runs, the next tensors are read, at most `prefetch_count` read items ahead and within the
+        memory budget, however large the checkpoint is. Cached shards are delivered from the cache. Other shards are not
+        cached, since a large checkpoint would evict everything.
 
         Raises
         ------
         Exception
-            Whatever the callback raises, with a note that names the tensor. The load has stopped then.
+            An error of the callback, with a note that names the tensor. It stops the load.
         NamesError, CheckpointError, FormatError, BudgetError, StoreError
         """
         async with Stream(self._load(path), ThroughCache(self._cache)) as weights:
@@ -213,27 +214,27 @@ class IncrementalShardLoader(Loader):
                     url = path.url if isinstance(path, Store) else os.fspath(path)
                     error.add_note(f"raised by the callback for tensor {name!r} of {url}")
                     raise
-                del tensor  # or it would count as held while the next one is read
+                del tensor  # otherwise it would count as held while the next one is read
 
     def statistics(self) -> CacheStatistics:
-        """Return what the cache has done so far, and what it holds."""
+        """Return a snapshot of the cache: counts of hits and misses, and the bytes in memory."""
         return self._cache.statistics(reads_in_flight=len(self._reads))
 
     def evict(self, path: ShardFile) -> bool:
-        """Forget a file, or what is known of a checkpoint's files; return whether there was anything.
+        """Drop a file from the cache, or the list of a checkpoint's files; return whether it was cached.
 
-        The next call reads it again. Tensors in use stay as they are.
+        The next call reads it again. Tensors that are in use stay valid.
         """
         key = key_of(path)
         is_known = self._locations.forget(key)
         return self._cache.evict(key) or is_known
 
     def clear(self) -> None:
-        """Forget everything. Tensors in use stay as they are."""
+        """Drop everything from the cache. Tensors that are in use stay valid."""
         self._locations.clear()
         self._cache.clear()
 
-    # Reading, each in a task that the waiters share
+    # Reads, each of which runs in a task that all its waiters share
 
     async def _read(
         self,
@@ -251,10 +252,10 @@ class IncrementalShardLoader(Loader):
                 except ObjectChangedError:
                     if known is None:
                         raise
-                    self._cache.evict(key)  # its header was that of the file before
+                    self._cache.evict(key)  # the cached header was that of an older file
 
     async def _file_of(self, path: ShardFile, name: str) -> str:
-        """Return the path of the file of a checkpoint that holds a tensor."""
+        """Return the path of the file that holds a tensor of a checkpoint."""
         key = key_of(path)
         location = self._locations.find(key)
         if location is None:

@@ -1,4 +1,4 @@
-"""What all loaders share: a selection of files, options, a budget and a cache on disk."""
+"""The base class of all loaders: a selection of files, options, a memory budget, and a disk cache."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class LoadReport:
-    """How the names of a load matched."""
+    """The names that matched and did not match in a load, and the version of its checkpoint."""
 
     missing: tuple[str, ...]
-    """Asked for, not in the checkpoint."""
+    """Names of destinations for which the checkpoint has no tensor."""
     unexpected: tuple[str, ...]
-    """In the checkpoint, not asked for, and not read."""
+    """Names of tensors that have no destination, and were not read."""
     narrowed: tuple[str, ...]
-    """Destinations larger than their tensor, which filled their first corner."""
+    """Names of destinations that are larger than their tensor, which filled their first corner."""
     version: CheckpointVersion | None = field(default=None, compare=False)
-    """What the checkpoint was, to be compared with later; None if the load failed, or waits to be applied."""
+    """The version of the checkpoint, for `prepare_refresh`; None if the load failed, or its update is not applied."""
 
 
 class Loader:
-    """Options, a selection of files, and a budget. It holds nothing open, belongs to no event loop, and pickles."""
+    """The base class of the loaders. A loader holds nothing open, belongs to no event loop, and can be pickled."""
 
     def __init__(
         self,
@@ -55,7 +55,17 @@ class Loader:
         self._budget = budget or options.budget or MemoryBudget(options.memory_budget_mb or default_budget_mb())
         self._access = options.access(disk_cache, self._budget.nbytes // _CACHE_SHARE)
         self.last_report: LoadReport | None = None
-        """How the names of the load that ended last matched; None before the first."""
+        """The report of the load that ended last; None before the first load."""
+
+    def __repr__(self) -> str:
+        facts = ", ".join(self._facts())
+        return f"<{type(self).__name__} {facts}>"
+
+    def _facts(self) -> tuple[str, ...]:
+        """Return what the repr says: which files, and the state of the budget."""
+        rank, world_size = self._selection.rank, self._selection.world_size
+        budget = self._budget
+        return f"rank={rank}", f"world_size={world_size}", f"{budget.bytes_used / 1e6:.1f} MB of {budget!r} used"
 
     def __getstate__(self) -> tuple[Selection, Options]:
         return self._selection, self._options
@@ -70,21 +80,21 @@ class Loader:
 
     @property
     def selection(self) -> Selection:
-        """Which files it loads."""
+        """The selection of files and tensors that the loader loads."""
         return self._selection
 
     @property
     def budget(self) -> MemoryBudget:
-        """The memory budget that its loads share."""
+        """The memory budget that all loads of the loader share."""
         return self._budget
 
     @property
     def access(self) -> StoreAccess:
-        """How it opens stores: with its options, and through its cache on disk."""
+        """How the loader opens stores: with its options, and through its disk cache."""
         return self._access
 
     def disk_cache_for(self, options: Options) -> DiskCache | None:
-        """Return this loader's cache on disk if it is the one that the options ask for."""
+        """Return the disk cache of this loader if it is the cache that `options` ask for; otherwise None."""
         is_same = (options.cache_dir, options.cache_max_gb) == (self._options.cache_dir, self._options.cache_max_gb)
         return self._disk_cache if is_same else None
 
@@ -103,7 +113,7 @@ class Loader:
         )
 
     async def _load_new(self, path: ModelPath) -> dict[str, Any]:
-        """Load into new arrays."""
+        """Load a checkpoint into new arrays; return them by name, with tied names."""
         async with Stream(self._load(path), ToNewArrays()) as stream:
             weights = {name: tensor async for name, tensor in stream}
             weights.update({name: weights[stored_name] for name, stored_name in stream.ties.items()})
@@ -120,39 +130,40 @@ class Loader:
         strict: bool = True,
         cast: bool = False,
     ) -> Update:
-        """Read what differs between the weights that are loaded and a checkpoint, and touch nothing live.
+        """Read the tensors of a checkpoint that differ from the loaded weights; the loaded weights are not changed.
 
-        Tensors with digests (`save_sharded_state` writes them, with ``digests=True``) are compared one by one, and what
-        is read is checked against them; without digests a shard is read whole unless its ETag and size, or its times
-        and size, are the same. What is read waits in memory of the budget, all of it at once, until it is applied or
-        closed; this waits for that memory where others have it. An error or a cancel leaves the live weights as they
-        were.
+        Tensors that have digests (`save_sharded_state` writes them with ``digests=True``) are compared one by one, and
+        the tensors that are read are checked against their digests. A shard without digests is read as a whole, unless
+        its ETag and size, or its times and size, are unchanged. All changed tensors are staged together in memory of
+        the budget until the update is applied or closed. If other loads use that memory, this call waits for it. An
+        error or a cancel leaves the loaded weights unchanged.
 
         Parameters
         ----------
         path : str, path or Store
-            A local path or URL, of the same checkpoint or another one.
+            A local path or URL of the same checkpoint, or of another one.
         state_dict : mapping of str to array, tensor or Sink
-            What was loaded, as for `ShardedStateLoader.load_weights`.
+            The loaded weights, as for `ShardedStateLoader.load_weights`.
         since : CheckpointVersion, optional
-            What it holds: `Update.version` of the last update applied, ``last_report.version`` or `Stream.version` of a
-            load. Without it everything is read.
+            The version that `state_dict` holds: `Update.version` of the last update that was applied, or
+            ``last_report.version`` or `Stream.version` of a load. Without it every tensor is read.
         stage : bool
-            False reads straight into `state_dict`, without memory of the budget, for who has paused anyway. An error or
-            a cancel then leaves it partly written, and says so (``filled``, ``torn``); a strided destination, one of
-            another dtype, and a sink are not checked against digests.
+            False reads straight into `state_dict`, without memory of the budget: use it if nothing reads the weights
+            meanwhile. An error or a cancel then leaves the weights partly written, and its attributes ``filled`` and
+            ``torn`` name the tensors. A strided destination, one of another dtype, and a sink are not checked against
+            digests.
         strict, cast : bool
             As for `ShardedStateLoader.load_weights`.
 
         Returns
         -------
         Update
-            To be applied, iterated over, or closed.
+            The changed tensors, to be applied, iterated over, or closed.
 
         Raises
         ------
         BudgetError
-            What has changed exceeds the budget.
+            The changed tensors exceed the budget.
         ChecksumError
             A tensor does not match its digest.
         ImportError
@@ -170,7 +181,10 @@ class Loader:
         return refresh.finish()
 
     async def _fill(self, path: ModelPath, delivery: Delivery, *, is_final: bool = True) -> None:
-        """Run a stream into destinations to its end, after which they hold its version if that `is_final`."""
+        """Run a stream into destinations to its end, and set `last_report`.
+
+        With `is_final` the destinations then hold the stream's version, which the report has.
+        """
         stream = Stream(self._load(path), delivery)
         version: CheckpointVersion | None = None
         try:
@@ -182,7 +196,7 @@ class Loader:
                 self.last_report = LoadReport(transfer.missing, transfer.unexpected, stream.narrowed, version)
 
     async def plan_weights(self, path: ModelPath) -> LoadPlan:
-        """Open a checkpoint and plan its load, and read no tensor: which bytes of which files.
+        """Open a checkpoint and return the plan of its load: how many bytes of which files. No tensor data is read.
 
         Raises
         ------
@@ -196,7 +210,7 @@ class Loader:
 
 
 class Inherited(NamedTuple):
-    """What a loader built on another has of it: the arguments of `Loader`."""
+    """The arguments of `Loader` for a loader that is built on another one."""
 
     selection: Selection
     options: Options
@@ -204,8 +218,11 @@ class Inherited(NamedTuple):
     disk_cache: DiskCache | None
 
 
-def inherited(base_loader: Loader | None, given: Mapping[str, Any]) -> Inherited:
-    """Return what a loader built on another has: its files, its options where none are given, its budget and cache.
+def inherited(base_loader: Loader | None, keywords: Mapping[str, Any]) -> Inherited:
+    """Return the arguments of a loader that is built on another one.
+
+    The selection is that of the base loader. The options are those of `keywords` that are not None, and otherwise those
+    of the base loader. The budget and the disk cache are shared with it, unless `keywords` ask for others.
 
     Raises
     ------
@@ -216,9 +233,9 @@ def inherited(base_loader: Loader | None, given: Mapping[str, Any]) -> Inherited
     """
     if base_loader is not None and not isinstance(base_loader, Loader):
         raise TypeError(f"base_loader must be one of asyncshard's loaders, not {base_loader!r}")
-    options = (Options() if base_loader is None else base_loader.options).override(given)
+    options = (Options() if base_loader is None else base_loader.options).override(keywords)
     selection = Selection() if base_loader is None else base_loader.selection
-    has_own_budget = given.get("memory_budget_mb") is not None or given.get("budget") is not None
+    has_own_budget = keywords.get("memory_budget_mb") is not None or keywords.get("budget") is not None
     return Inherited(
         selection._replace(limits=options.header_limits),
         options,
@@ -228,4 +245,4 @@ def inherited(base_loader: Loader | None, given: Mapping[str, Any]) -> Inherited
 
 
 _CACHE_SHARE = 8
-"""An eighth of the budget may be taken by blocks on their way to a cache's disk."""
+"""Blocks that wait to be written to a disk cache take at most 1/8 of the budget."""

@@ -1,4 +1,4 @@
-"""Where the files of checkpoints are: what `get_tensor` of a directory has to know of it."""
+"""The locations of checkpoints' files and tensors, which `get_tensor` needs for a directory."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from asyncshard.loaders.sources import ShardFile, Sources
 from asyncshard.pipeline.checkpoint.checkpoint import Checkpoint, Selection, choose_files
 from asyncshard.pipeline.checkpoint.opened_file import FileReader, OpenedFile
 from asyncshard.pipeline.checkpoint.opening import Opening
-from asyncshard.pipeline.checkpoint.ties import embedding_beside, possible_tie
+from asyncshard.pipeline.checkpoint.tied_tensor import embedding_beside, possible_tie
 from asyncshard.pipeline.memory.budget import Account
 from asyncshard.pipeline.shard_cache.cache import ShardCache
 from asyncshard.stores.opening import StoreAccess
 
 _INDEX_FACTOR = 2
-"""Bytes of memory that a weight map takes for each byte of its index, about 2."""
+"""A weight map takes about 2 bytes of memory for each byte of its index."""
 
 
 class Location(NamedTuple):
@@ -25,20 +25,20 @@ class Location(NamedTuple):
     paths: dict[str, str]
     """The full path of each file by its name, in plan order."""
     weight_map: WeightMap | None
-    """Which file each tensor is in, where an index tells."""
+    """The map of tensors to files, if the checkpoint has an index."""
     account: Account
-    """The count of the memory that the weight map takes."""
+    """The account of the budget for the memory of the weight map."""
     tied: dict[str, str]
-    """The path of the file with what a name may be tied to that no file holds."""
+    """For names that no file holds: the path of the file with the tensor to which the name may be tied."""
 
     def file_of(self, name: str) -> str | None:
-        """Return the path of the file in which the index places a tensor; None where it places it in none."""
+        """Return the path of the file that holds a tensor by the index; None if the index does not have the name."""
         index = -1 if self.weight_map is None else self.weight_map.find(name)
         return None if self.weight_map is None or index < 0 else self.paths.get(self.weight_map.files[index])
 
 
 class Locations:
-    """The files of the checkpoints that were asked about, remembered until they are forgotten."""
+    """The files of several checkpoints, each remembered until `forget` or `clear`."""
 
     def __init__(self, access: StoreAccess, selection: Selection, cache: ShardCache) -> None:
         self._access = access
@@ -47,7 +47,7 @@ class Locations:
         self._locations: dict[str, Location] = {}
 
     def find(self, key: str) -> Location | None:
-        """Return what is known of a checkpoint."""
+        """Return the location of a checkpoint; None if it is not known."""
         return self._locations.get(key)
 
     async def locate(self, key: str, path: ShardFile) -> Location:
@@ -79,7 +79,7 @@ class Locations:
         return location is not None
 
     def clear(self) -> None:
-        """Forget all."""
+        """Forget the files of all checkpoints."""
         for key in list(self._locations):
             self.forget(key)
 
@@ -87,16 +87,18 @@ class Locations:
 async def file_with(
     location: Location, name: str, shard_at: Callable[[str], Awaitable[OpenedFile]], sources: Sources
 ) -> str | None:
-    """Return the path of the file that holds a tensor, or what its name may be tied to; None where there is none.
+    """Return the path of the file that holds a tensor, or the tensor to which its name may be tied; None for no file.
 
     Parameters
     ----------
     location : Location
+        The files of the checkpoint.
     name : str
+        Name of the tensor.
     shard_at : callable
-        Opens the file of a path.
+        Function that opens the file at a path.
     sources : Sources
-        Where the folder of the files is open.
+        The open folders.
     """
     file = location.file_of(name) or location.tied.get(name)
     if file is None and location.weight_map is None:

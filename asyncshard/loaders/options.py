@@ -1,4 +1,4 @@
-"""The tuning keywords that every loader takes: what each means, checked and inherited."""
+"""The tuning options that every loader takes: their meanings, checks, and inheritance from a base loader."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ if TYPE_CHECKING:
     from asyncshard.stores.disk_cache.directory import DiskCache
 
 MIB = 1 << 20
+"""1 MiB has 1,048,576 bytes."""
 _ORDERS = ("plan", "completion")
 
 
 class CommonTuning(TypedDict, total=False):
-    """The keywords that are keywords everywhere; `Options` says what each means. None is as good as not given."""
+    """The options that every loader takes as keywords. `Options` explains them; None means the default."""
 
     budget: MemoryBudget | None
     chunk_size: int | None
@@ -38,55 +39,57 @@ class CommonTuning(TypedDict, total=False):
 
 
 class KeywordTuning(CommonTuning, total=False):
-    """With the size of the budget."""
+    """The common options, and the size of the memory budget."""
 
     memory_budget_mb: float | None
 
 
 class ReadTuning(CommonTuning, total=False):
-    """With how reads run."""
+    """The common options, and the numbers of concurrent reads."""
 
     prefetch_count: int | None
     max_workers: int | None
 
 
 class Tuning(KeywordTuning, ReadTuning, total=False):
-    """All tuning keywords, for type checkers."""
+    """All tuning options, for type checkers."""
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How loads run; None stands for a default that is found when a load begins."""
+    """The tuning options of a loader. For an option that is None, the default is chosen when a load begins."""
 
     memory_budget_mb: float | None = None
-    """Bytes that the loader may hold, in MiB; by default the smaller of 2048 and a quarter of the free memory."""
+    """Size of the memory budget in MiB; by default 2048, or a quarter of the free memory if that is less."""
     budget: MemoryBudget | None = None
-    """A budget shared with other loaders, instead of one of its own."""
+    """A memory budget that is shared with other loaders; by default the loader has a budget of its own."""
     prefetch_count: int | None = None
-    """Read items ahead of the consumer; by default the store's own number. With 8 MiB for each of these in buffers, no
-    further one is begun."""
+    """The number of read items that are read ahead of the consumer; by default the store's number. Reading ahead also
+    stops at 8 MiB in buffers for each of them."""
     max_workers: int | None = None
-    """Reads in flight; by default the store's own number."""
+    """The number of reads in flight; by default the store's number."""
     chunk_size: int | None = None
-    """Bytes of one read at most; smaller tensors are read together up to it. By default the store's own number."""
+    """The largest number of bytes of one read; smaller tensors are read together up to it. By default the store's
+    number."""
     framework: str = "np"
-    """What tensors are: "np" for NumPy arrays, "pt" for torch tensors."""
+    """The library of the tensors: "np" for NumPy arrays, "pt" for torch tensors."""
     page_cache: str = "keep"
     """Whether the kernel keeps local files in its page cache after they were read: "keep" or "drop"."""
     strict_budget: bool = False
-    """Raise BudgetError, rather than let tensors that the consumer keeps leave the budget."""
+    """Whether BudgetError is raised instead of letting tensors that the consumer keeps leave the budget."""
     order: str = "plan"
-    """The order of delivery: "plan", or "completion" for as the reads complete."""
+    """The order in which tensors are delivered: "plan", or "completion" for the order in which the reads complete."""
     max_header_bytes: int | None = None
-    """Refuse a file with a larger header; by default the format's limit of 100,000,000."""
+    """A file with a larger header is an error; by default the limit of the format, 100,000,000 bytes."""
     max_tensors: int | None = None
-    """Refuse a file with more tensors."""
+    """A file with more tensors is an error; by default there is no limit."""
     cache_dir: str | os.PathLike[str] | None = None
-    """A directory on this machine's disk where remote objects are kept as they are read, shared by its processes."""
+    """The directory of a disk cache, which keeps remote objects when they are read. All processes of the machine may
+    share it."""
     cache_max_gb: float | None = None
-    """Size of that directory, in GiB, above which the objects used longest ago are removed; by default 100."""
+    """Size of the disk cache in GiB; by default 100. Above it, the objects that were used longest ago are removed."""
     storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False)  # it may hold secrets
-    """The store's constructor arguments."""
+    """Arguments for the constructor of the store."""
 
     def __post_init__(self) -> None:
         for name, least in (("prefetch_count", 1), ("chunk_size", GRAIN)):
@@ -114,23 +117,23 @@ class Options:
                 raise ValueError("cache_max_gb bounds a cache: pass cache_dir too")
         if not isinstance(self.storage_options, Mapping):
             raise TypeError(f"storage_options must be a mapping, not a {type(self.storage_options).__name__}")
-        object.__setattr__(self, "storage_options", dict(self.storage_options))  # the caller's own may change
+        object.__setattr__(self, "storage_options", dict(self.storage_options))  # the caller may change the mapping
 
-    def override(self, given: Mapping[str, Any]) -> Self:
-        """Return these options with those that were given (are not None) in their place.
+    def override(self, values: Mapping[str, Any]) -> Self:
+        """Return these options, with the values that are not None in place of the old ones.
 
         Raises
         ------
         TypeError
-            An option that does not exist.
+            An option does not exist.
         """
-        unknown = sorted(set(given) - set(Options.__dataclass_fields__))
+        unknown = sorted(set(values) - set(Options.__dataclass_fields__))
         if unknown:
             raise TypeError(
                 f"unknown option{'s' * (len(unknown) > 1)} {', '.join(unknown)}; "
                 f"loaders take {', '.join(Options.__dataclass_fields__)}"
             )
-        changes = {name: value for name, value in given.items() if value is not None}
+        changes = {name: value for name, value in values.items() if value is not None}
         if "budget" in changes and "memory_budget_mb" not in changes:
             changes["memory_budget_mb"] = None
         elif "memory_budget_mb" in changes and "budget" not in changes:
@@ -139,16 +142,16 @@ class Options:
 
     @property
     def header_limits(self) -> HeaderLimits:
-        """How large the header of a file may be."""
+        """The limits of a file's header."""
         return HeaderLimits(self.max_header_bytes, self.max_tensors)
 
     def access(self, cache: DiskCache | None = None, write_buffer_bytes: int = 0) -> StoreAccess:
-        """Return how stores are opened with these options, and through a cache on disk where one is given."""
+        """Return how stores are opened with these options, and through a disk cache if one is given."""
         return StoreAccess(self.max_workers, self.page_cache, self.storage_options, cache, write_buffer_bytes)
 
 
 def require_int(name: str, value: Any, least: int) -> None:
-    """Raise TypeError or ValueError for anything but an int of `least` or more."""
+    """Raise TypeError or ValueError unless the value is an int of `least` or more."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, not {value!r}")
     if value < least:

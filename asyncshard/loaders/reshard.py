@@ -1,4 +1,4 @@
-"""Move a checkpoint to another number of ranks."""
+"""Write a checkpoint anew for another number of ranks."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from asyncshard.stores.opening import ModelPath
 from asyncshard.tasks.threads import wait_to_end
 
 DEFAULT_MAX_SHARD_SIZE = 5 * 10**9
+"""A written file has at most 5,000,000,000 bytes of tensors, unless the caller chooses another limit."""
 
 
 async def reshard(
@@ -39,65 +40,65 @@ async def reshard(
     chunk_size: int | None = None,
     storage_options: Mapping[str, Any] | None = None,
 ) -> ReshardReport:
-    """Write a checkpoint anew, for another number of ranks, in a stream and off the event loop.
+    """Write a checkpoint anew for another number of ranks, off the event loop and within a memory budget.
 
-    A Hugging Face checkpoint, or the rank shards of n ranks, become the shards of m ranks or a Hugging Face checkpoint.
-    Each byte is read once and written once, to each rank that is to have it. Tensors keep their names, which are the
-    checkpoint's: vLLM's ``sharded_state`` looks its own fused names up, and reads what comes out only where the source
-    had these.
+    The source is a Hugging Face checkpoint or the rank shards of n ranks. The target is a Hugging Face checkpoint or
+    the rank shards of m ranks. Each byte is read once, and written once for each rank that holds it. Tensors keep the
+    names that they have in the source. vLLM's ``sharded_state`` needs its own fused names, so it reads the target only
+    if the source has these names.
 
-    All that can be known to be wrong is raised, in one error, before anything is written: missing ranks and parts,
-    names and dtypes on which ranks disagree, shapes that do not add up, and tensors of which several ranks hold
-    copies that are not alike (these are read for it, unless their files have digests).
+    Every error that can be found before anything is written is raised, all together in one error: missing ranks and
+    parts, names and dtypes on which ranks disagree, shapes that do not add up, and replicas that differ between ranks.
+    Replicas are read for this, unless their files have digests.
 
-    Files get their names when all are complete and on the disk, the index last; until then, and where a run is killed,
-    ``asyncshard.incomplete`` stands in the target, and loaders refuse it. A failed or cancelled run removes what it has
-    written. When cancelled it ends the writes that are under way; from the moment when files get their names it goes on
-    to the end.
+    The files get their names when all of them are complete and on the disk; the index gets its name last. Until then,
+    and if the process is killed, the file ``asyncshard.incomplete`` stands in the target, and loaders refuse the
+    directory. A run that fails or is cancelled removes everything that it has written. A cancelled run waits for the
+    writes in flight. Once the files begin to get their names, a cancel does not interrupt the run.
+
+    Files beside the source's weights that end in ``.json``, ``.txt``, ``.model`` or ``.jinja`` are copied. The metadata
+    of the source's files is kept, including ties; digests are not kept.
 
     Parameters
     ----------
     source : str, path or Store
-        A local path or URL. A store of one's own is left open.
+        A local path or URL, or a store of your own, which stays open.
     target : str or path
-        A local directory other than the source; made if it does not exist.
+        A local directory other than the source. It is made if it does not exist.
     world_size : int
-        Ranks of the target.
+        Number of ranks of the target.
     tp_plan : mapping, TpPlan or "auto", optional
-        How the target is divided. Rank shards whose files do not say how they are divided (the metadata
-        ``asyncshard.placement``, which is written here) are taken to be divided by it too. None divides the target as
-        the source is; a Hugging Face checkpoint needs a plan to become several ranks. With "auto" the source's
-        ``config.json`` chooses.
+        How the target is divided. A source of rank shards is taken to be divided by the same plan, unless its files say
+        how they are divided (in the metadata ``asyncshard.placement``, which `reshard` writes). None divides the target
+        like the source; a Hugging Face checkpoint needs a plan to become several ranks. "auto" takes the plan for the
+        model in the source's ``config.json``.
     layout : {"auto", "hf", "ranks"}
         What is written: rank shards, or a Hugging Face checkpoint, with an index if it has several files. "auto" is
-        "hf" for one rank.
+        "hf" for one rank, and "ranks" for more.
     max_shard_size : int
-        Bytes of tensors in a file at most, of each rank; a larger tensor has a file of its own.
+        The largest number of bytes of tensors in a file. A larger tensor has a file of its own.
     memory_budget_mb : float, optional
-        MiB for headers and for what is read and not yet written; by default the smaller of 2048 and a quarter of the
-        free memory.
+        MiB for headers, and for data that was read and not written yet; by default 2048, or a quarter of the free
+        memory if that is less.
     budget : MemoryBudget, optional
-        One that is shared with loaders, instead.
+        A budget that is shared with loaders, instead of `memory_budget_mb`.
     overwrite : bool
-        Replace the weights in the target. Otherwise it must be empty, or left by a run that was killed.
+        Replace the weights in the target. If it is False, the target must be empty, or left by a run that was killed.
     pattern : str or ShardPattern, optional
-        Names of rank shards, in the source where it has such names, and in the target.
+        Names of rank shards in the target, and in the source if it has rank shards.
     max_workers, storage_options
         As for `ShardedStateLoader`.
     chunk_size : int, optional
-        Bytes that are moved at once, at most.
-
-    Files of the source beside its weights that end in ``.json``, ``.txt``, ``.model`` or ``.jinja`` are copied. The
-    metadata of its files is kept, among it what ties a tensor to another one; digests are not.
+        The largest number of bytes that are moved at once.
 
     Raises
     ------
     CheckpointError
-        The source is not whole, cannot be divided so, or is the target.
+        The source is not complete, cannot be divided by the plan, or is the target.
     TargetExistsError
         The target is not empty, and `overwrite` is False.
     BudgetError
-        The headers leave no room to copy anything.
+        The headers leave no room in the budget for data.
     NamesError
         A rule of the plan matches no tensor.
     ValueError, TypeError
@@ -110,17 +111,17 @@ async def reshard(
         raise ValueError(f"layout must be 'auto', 'hf' or 'ranks', not {layout!r}")
     if layout == "hf" and world_size != 1:
         raise ValueError(f"layout='hf' is of one rank: pass world_size=1, not {world_size}")
-    given = {
+    values = {
         "memory_budget_mb": memory_budget_mb,
         "budget": budget,
         "max_workers": max_workers,
         "chunk_size": chunk_size,
         "storage_options": storage_options,
     }
-    options = Options().override(given)
+    options = Options().override(values)
     names = ShardPattern(pattern) if isinstance(pattern, str) else pattern
     is_ranks = layout == "ranks" or (layout == "auto" and world_size > 1)
-    wanted = ReshardRequest(world_size, max_shard_size, is_ranks, names, plan_of(tp_plan), chunk_size)
+    request = ReshardRequest(world_size, max_shard_size, is_ranks, names, plan_of(tp_plan), chunk_size)
     directory = _local_directory(target)
     budget = budget or MemoryBudget(memory_budget_mb or default_budget_mb())
     output = Target(directory, names, overwrite=overwrite)
@@ -128,7 +129,7 @@ async def reshard(
         try:
             await opening.threads.run(output.require_other_than, opening.store.url)
             await opening.threads.run(output.check)
-            return await Reshard(opening, output, wanted).run()
+            return await Reshard(opening, output, request).run()
         finally:
             await wait_to_end(asyncio.ensure_future(opening.threads.run(output.clean_up)))
 

@@ -1,4 +1,4 @@
-"""Load the files of one rank."""
+"""The loader of one rank's tensors into a state dict."""
 
 from __future__ import annotations
 
@@ -22,37 +22,37 @@ StateDict = TypeVar("StateDict", bound=Mapping[str, Any])
 
 
 class ShardedStateLoader(Loader):
-    """Which files are mine, how they are reached, and loading them into a state dict.
+    """Loads the tensors of one rank into a state dict, or as a dict of new tensors.
 
-    A path names a directory of rank shards (only this rank's files are opened), a Hugging Face directory
+    A path may name a directory of rank shards (only this rank's files are opened), a Hugging Face directory
     (``model.safetensors.index.json``, or one ``model.safetensors``), or one file.
 
     Parameters
     ----------
     pattern : str or ShardPattern, optional
-        Names of rank shards; by default ``model-rank-{rank}-part-{part}.safetensors`` and vLLM's names for pipeline
-        parallel ranks.
+        Names of rank shards; by default ``model-rank-{rank}-part-{part}.safetensors``, and vLLM's names for
+        pipeline-parallel ranks.
     rank, world_size : int
-        Which rank of how many.
+        The rank, counted from 0, and the number of ranks.
     pp_rank : int
         The pipeline-parallel rank, for patterns that have one.
     tp_plan : mapping of str to placement, TpPlan, or "auto", optional
-        How the tensors of a checkpoint that was not cut for ranks are divided among them: this rank's slices are
-        loaded. "auto" takes our own plan for the model that ``config.json`` names.
+        How the tensors of a checkpoint that was not cut for ranks are divided among ranks: the loader reads this rank's
+        slices. "auto" takes asyncshard's plan for the model in ``config.json``.
     unmatched : {"replicate", "error"}
-        What becomes of tensors that no rule of a mapping matches.
+        Whether a tensor that no rule of a mapping matches is loaded whole by every rank, or is an error.
     tensor_filter : str, iterable of str, or callable, optional
-        Which tensors are wanted: names, globs, or a predicate of a name. Others are not read, and files of an index
-        without a wanted one are not opened.
+        The tensors that are wanted: names, globs, or a predicate of a name. Other tensors are not read, and files of an
+        index without a wanted tensor are not opened.
     **tuning
-        See `Options`.
+        Further options: see `Options`.
 
     Raises
     ------
     ValueError
-        A rank outside the world, a pattern without its placeholders, or an option out of range.
+        The rank is not below the world size, the pattern lacks a placeholder, or an option is out of range.
     TypeError
-        An option that does not exist.
+        An option does not exist.
     """
 
     def __init__(
@@ -80,18 +80,15 @@ class ShardedStateLoader(Loader):
         )
         super().__init__(selection, options)
 
-    def __repr__(self) -> str:
-        return f"ShardedStateLoader(rank={self._selection.rank}, world_size={self._selection.world_size})"
-
     async def discover_shards(self, path: ModelPath) -> list[str]:
-        """Return the full paths of the files to load, in delivery order: parts by number, 2 before 10.
+        """Return the full paths of the files to load, in delivery order: parts are ordered by number, 2 before 10.
 
         Raises
         ------
         ObjectNotFoundError
-            Nothing there, or no file for this rank; the message says which ranks are there.
+            There is no checkpoint, or no file of this rank; the message says which ranks have files.
         CheckpointError
-            A gap in the parts, a rank outside the world, or a file that the index names and the directory lacks.
+            A part is missing, a file's rank is not below the world size, or the index names a file that does not exist.
         """
         async with Opening.of(path, self.access, self.budget) as opening:
             found = await choose_files(opening.store, self._selection, opening.threads)
@@ -110,29 +107,30 @@ class ShardedStateLoader(Loader):
     async def load_weights(
         self, path: ModelPath, state_dict: Any = None, strict: bool = True, cast: bool = False
     ) -> Any:
-        """Load all of this rank's tensors, into `state_dict` in place, or as a dict of new ones.
+        """Load all tensors of this rank, into the arrays of `state_dict`, or as a dict of new ones.
 
-        Bytes go straight into the arrays' own memory: no other copy, and no budget for contiguous ones. A tensor that
-        is smaller than its array fills its first corner, with a warning. What does not fit raises before a byte is
-        written. A read error, or a cancel, leaves the arrays partly written; the exception's ``filled`` and ``torn``
-        say which are whole and which are not.
+        Bytes are read straight into the memory of the arrays, without another copy; contiguous arrays need no memory of
+        the budget. A tensor that is smaller than its array fills the array's first corner, with a warning. If a tensor
+        does not fit its array, an error is raised before a byte is written. A read error or a cancel leaves the arrays
+        partly written: the exception's attributes ``filled`` and ``torn`` name the arrays that are complete, and those
+        that are partly written.
 
         Parameters
         ----------
         path : str, path or Store
-            A local path or URL.
+            A local path or URL, or a store of your own, which stays open.
         state_dict : mapping of str to array, tensor or Sink, optional
-            Destinations: NumPy arrays or torch tensors, views and strided ones too.
+            The destinations: NumPy arrays, torch tensors, and sinks. Arrays may be views, and may be strided.
         strict : bool
-            Raise when names are missing or unexpected. Otherwise they are logged, and unexpected ones are not read.
-            `last_report` lists them.
+            Whether missing or unexpected names are an error. Otherwise they are logged, and unexpected tensors are not
+            read. `last_report` lists them.
         cast : bool
-            Convert differing dtypes, through buffers of the budget.
+            Whether elements are converted to the array's dtype if it differs, through buffers of the budget.
 
         Returns
         -------
         mapping
-            `state_dict`, or the new dict, which the caller owns and which does not count against the budget.
+            `state_dict`, or a new dict, which the caller owns and which does not count against the budget.
 
         Raises
         ------

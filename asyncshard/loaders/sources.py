@@ -1,4 +1,4 @@
-"""Stores that stay open between reads, one for each folder."""
+"""Open stores, one for each folder, which several reads share and which may stay open between reads."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ ShardFile = str | os.PathLike[str]
 
 @dataclass(slots=True, eq=False)
 class _Source:
-    """An open folder, and how many read from it."""
+    """An open folder."""
 
     opening: Opening
     users: int = 0
+    """The number of reads that use the folder."""
 
 
 class Sources:
-    """Open stores, one for each folder. One that nobody uses is closed, unless `are_kept`."""
+    """The open stores, one for each folder. A store that no read uses is closed, unless `are_kept`."""
 
     def __init__(self, access: StoreAccess, framework: str, budget: MemoryBudget) -> None:
         self._access = access
@@ -35,11 +36,11 @@ class Sources:
         self._budget = budget
         self._sources: dict[str, _Source] = {}
         self.are_kept = False
-        """Whether stores stay open when nobody uses them."""
+        """Whether stores stay open when no read uses them."""
 
     @asynccontextmanager
     async def opened(self, path: ShardFile) -> AsyncIterator[OpenedFolder]:
-        """Open the store of a file's folder, or use the one that is open."""
+        """Open the store of a file's folder, unless it is open, for the duration of the ``async with``."""
         folder = key_of(path).rpartition("/")[0]
         source = self._sources.get(folder)
         if source is None:
@@ -60,7 +61,7 @@ class Sources:
                 await source.opening.aclose()
 
     async def aclose(self) -> None:
-        """Close what nobody uses; the others are closed by their last user."""
+        """Close the stores that no read uses. The last read that uses a store closes it, unless `are_kept`."""
         for folder, source in list(self._sources.items()):
             if not source.users:
                 del self._sources[folder]
@@ -68,6 +69,6 @@ class Sources:
 
 
 def key_of(path: ShardFile) -> str:
-    """Return what a file or directory is called here: its URL, or its absolute path."""
+    """Return the key of a file or directory: its URL without a slash at the end, or its absolute path."""
     text = os.fspath(path)
     return text.rstrip("/") if "://" in text else os.path.abspath(text)

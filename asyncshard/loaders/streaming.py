@@ -1,4 +1,4 @@
-"""Stream a checkpoint with prefetch."""
+"""The loader that streams a checkpoint and reads ahead of the consumer."""
 
 from __future__ import annotations
 
@@ -14,24 +14,26 @@ from asyncshard.stores.opening import ModelPath
 
 
 class AsyncShardLoader(Loader):
-    """Stream the tensors of a checkpoint, reading ahead of the consumer within a memory budget.
+    """Streams the tensors of a checkpoint, and reads ahead of the consumer within a memory budget.
 
     Parameters
     ----------
     base_loader : loader, optional
-        Which files, and the options that are not given here; the budget is shared with it. By default a
-        `ShardedStateLoader` for rank 0 of 1.
+        A loader whose selection of files, options and memory budget this loader takes over. Options that are passed
+        here replace those of the other loader. By default the loader is built on a `ShardedStateLoader` for rank 0
+        of 1.
     prefetch_count : int
-        Read items ahead of the consumer. A read item is a large tensor, or smaller ones of `chunk_size` in sum.
+        The number of read items that are read ahead of the consumer. A read item is a large tensor, or several smaller
+        tensors of together at most `chunk_size` bytes.
     max_workers : int
-        Reads in flight.
+        The number of reads in flight.
     **tuning
-        See `Options`.
+        Further options: see `Options`.
 
     Raises
     ------
     ValueError, TypeError
-        An option out of range, or one that does not exist.
+        An option is out of range or does not exist.
     """
 
     def __init__(
@@ -41,28 +43,29 @@ class AsyncShardLoader(Loader):
         max_workers: int | None = None,
         **tuning: Unpack[KeywordTuning],
     ) -> None:
-        given = {"prefetch_count": prefetch_count, "max_workers": max_workers, **tuning}
-        super().__init__(*inherited(base_loader, given))
+        keywords = {"prefetch_count": prefetch_count, "max_workers": max_workers, **tuning}
+        super().__init__(*inherited(base_loader, keywords))
 
     def stream(
         self, path: ModelPath, into: Mapping[str, Any] | None = None, *, strict: bool = True, cast: bool = False
     ) -> Stream:
-        """Return the stream over a checkpoint: awaitable, an async context manager and an async iterator.
+        """Return a stream over a checkpoint: an awaitable, an async context manager and an async iterator.
 
         Parameters
         ----------
         path : str, path or Store
-            A local path or URL.
+            A local path or URL, or a store of your own, which stays open.
         into : mapping of str to array, tensor or Sink, optional
-            Destinations. The stream then yields ``(name, destination)`` as each is filled; views of one fused
-            parameter, strided ones and sinks may be among them.
+            Destinations of the tensors. The stream then yields ``(name, destination)`` when a destination is filled.
+            Views of one fused parameter, strided views and sinks are allowed.
         strict, cast : bool
             With `into`: as for `ShardedStateLoader.load_weights`.
 
         Raises
         ------
         NamesError, DestinationError, CheckpointError, FormatError, BudgetError, StoreError
-            When the stream is awaited or entered, or, for read errors, at the tensor that could not be read.
+            They are raised when the stream is awaited or entered. A read error is raised when the tensor that could not
+            be read is due.
         """
         delivery = ToBuffers() if into is None else ToDestinations(into, strict=strict, cast=cast)
         return Stream(self._load(path), delivery)

@@ -11,11 +11,30 @@ import asyncio
 import queue
 import threading
 from collections.abc import Callable
-from concurrent.futures import Executor, Future
+from concurrent.futures import CancelledError, Executor, Future
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-_Job = tuple[Future[Any], Callable[..., Any], tuple[Any, ...], dict[str, Any]]
+
+
+class _Call(Future[T]):
+    """The future of a call."""
+
+    is_abandoned = False
+    """Whether the caller that waited for the call was cancelled."""
+
+
+_Job = tuple[_Call[Any], Callable[..., Any], tuple[Any, ...], dict[str, Any]]
+
+_running = threading.local()
+"""The attribute ``call`` is the `_Call` that the current thread runs, or None between two calls."""
+
+
+def raise_if_abandoned() -> None:
+    """Raise CancelledError if this thread runs a call of `DaemonThreads.run` whose caller was cancelled."""
+    call = getattr(_running, "call", None)
+    if call is not None and call.is_abandoned:
+        raise CancelledError("whoever waited for this call was cancelled")
 
 
 class DaemonThreads(Executor):
@@ -34,9 +53,9 @@ class DaemonThreads(Executor):
         self._lock = threading.Lock()
         self._is_shut = False
 
-    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
+    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> _Call[T]:
         """Queue a call, and return its future, which can be cancelled until a thread begins the call."""
-        future: Future[T] = Future()
+        future: _Call[T] = _Call()
         with self._lock:
             if self._is_shut:
                 raise RuntimeError(f"the threads {self._name} have been shut down")
@@ -56,6 +75,7 @@ class DaemonThreads(Executor):
             # the memory that the caller then releases would still be in use.
             del job
             if future.set_running_or_notify_cancel():
+                _running.call = future
                 try:
                     result = fn(*args, **kwargs)
                 except BaseException as error:
@@ -68,6 +88,7 @@ class DaemonThreads(Executor):
                     del result
             else:
                 del fn, args, kwargs
+            _running.call = None
             del future
 
     def _next_job(self) -> _Job | None:
@@ -83,12 +104,14 @@ class DaemonThreads(Executor):
 
         A cancellation drops the call if it has not begun. Otherwise the cancellation is raised only after the call has
         ended, even if `run` is cancelled again: a thread cannot be stopped, and the call may be writing into the
-        caller's memory. `on_cancel` is called on each cancellation, and may make the call end sooner.
+        caller's memory. A call that iterates by `yielding_gil` ends at its next yield. `on_cancel` is called on each
+        cancellation, and may make the call end sooner.
         """
         job = self.submit(fn, *args)
 
         def stop() -> None:
             job.cancel()
+            job.is_abandoned = True
             if on_cancel is not None:
                 on_cancel()
 

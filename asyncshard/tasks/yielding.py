@@ -7,6 +7,8 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
+from asyncshard.tasks.threads import raise_if_abandoned
+
 T = TypeVar("T")
 
 SLICE_S = 0.0005
@@ -33,10 +35,17 @@ class LoopYield:
 
 
 def yielding_gil(items: Iterable[T]) -> Iterator[T]:
-    """Yield the items unchanged, and release the GIL every 0.5 ms: for a thread that iterates over very many items."""
+    """Yield the items unchanged, and release the GIL every 0.5 ms: for a thread that iterates over very many items.
+
+    Raises
+    ------
+    concurrent.futures.CancelledError
+        In a call of `DaemonThreads.run`, when the caller was cancelled: the call ends here.
+    """
     due = time.perf_counter() + SLICE_S
     for item in items:
         yield item
         if time.perf_counter() >= due:
             time.sleep(0)
+            raise_if_abandoned()
             due = time.perf_counter() + SLICE_S

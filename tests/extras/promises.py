@@ -157,6 +157,7 @@ def _example(name: str, *arguments: str | Path) -> Iterator[Iterator[str]]:
             raise ImportError(first.strip())
         yield itertools.chain([first], process.stdout)
         process.terminate()
+        process.stdout.read()  # it says goodbye, which fails where nobody listens any more
     assert process.returncode in (0, -signal.SIGTERM), f"{name} ended with {process.returncode}"
 
 

@@ -1,5 +1,6 @@
 import asyncio
 import gc
+import itertools
 import subprocess
 import sys
 import threading
@@ -9,6 +10,7 @@ from concurrent.futures import Future
 import pytest
 
 from asyncshard.tasks.threads import DaemonThreads, wait_to_end
+from asyncshard.tasks.yielding import yielding_gil
 
 
 @pytest.fixture
@@ -187,3 +189,24 @@ async def test_wait_to_end_raises_at_once_when_its_future_is_cancelled():
     source.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
+
+
+async def test_a_cancelled_call_that_yields_the_gil_ends_at_its_next_yield():
+    begun = threading.Event()
+    reached = []
+
+    def endless():
+        for number in yielding_gil(itertools.count()):
+            begun.set()
+            reached.append(number)
+
+    threads = DaemonThreads(1, "asyncshard-test")
+    call = asyncio.create_task(threads.run(endless))
+    await asyncio.to_thread(begun.wait, 30)
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    count = len(reached)
+    assert await threads.run(lambda: [*yielding_gil(range(3))]) == [0, 1, 2]  # the next call is another one
+    assert len(reached) == count
+    await threads.aclose()

@@ -5,7 +5,7 @@ No tensor data is read here. All that can be known to be wrong without it is rai
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from asyncshard._core import WeightMap, duplicate_names
@@ -20,7 +20,7 @@ from asyncshard.plan.check.judgement import index_disagreement
 from asyncshard.plan.files.layout import choose_layout, index_files, is_rank_shard, is_whole_model
 from asyncshard.plan.tensor_filter import TensorFilter
 from asyncshard.plan.text import LISTED, enumerate_names
-from asyncshard.plan.ties import may_need
+from asyncshard.plan.ties import EMBEDDING, OUTPUT, may_need
 from asyncshard.plan.tp.plan import TpPlan
 from asyncshard.stores.base import Store
 from asyncshard.tasks.bounded import run_bounded
@@ -79,6 +79,9 @@ class Checkpoint(NamedTuple):
     """Which names are wanted, of tied tensors too; None for all."""
     is_whole: bool = False
     """Whether its tensors are all that the model has on this rank: neither one file of several nor one stage's."""
+
+    ends: tuple[str, ...] | None = None
+    """The names that are an embedding's or an output layer's (`names_at_ends`); None where nobody has looked."""
 
     def with_tied(self) -> Checkpoint:
         """Return the same with the tied tensors as shards after the others."""
@@ -170,11 +173,15 @@ async def choose_files(store: Store, selection: Selection, threads: DaemonThread
     (index_name,) = layout.files
     path = store.path_of(index_name)
     data = await store.read(index_name, max_bytes=MAX_INDEX_BYTES)
-    weight_map = await threads.run(lambda: parse_index(data, path=path))
-    files = weight_map.files
-    if selection.tensor_filter is not None:
-        files = await threads.run(wanted_files, weight_map, selection.tensor_filter, path)
-    return ShardNames(tuple(index_files(files, listing.names, path)), weight_map, len(data), is_whole=True)
+
+    def choose() -> ShardNames:
+        weight_map = parse_index(data, path=path)
+        files = weight_map.files
+        if selection.tensor_filter is not None:
+            files = wanted_files(weight_map, selection.tensor_filter, path)
+        return ShardNames(tuple(index_files(files, listing.names, path)), weight_map, len(data), is_whole=True)
+
+    return await threads.run(choose)
 
 
 async def open_checkpoint(store: Store, selection: Selection, threads: DaemonThreads, account: Account) -> Checkpoint:
@@ -192,12 +199,23 @@ async def open_checkpoint(store: Store, selection: Selection, threads: DaemonThr
 async def open_files(
     store: Store, found: ShardNames, selection: Selection, threads: DaemonThreads, account: Account
 ) -> Checkpoint:
-    """Do so for files that have been found; their tensors are whole."""
-    shards = await _open_shards(store, found, selection, threads, account)
-    if found.are_of_rank:
-        await threads.run(require_one_save, shards, store.url)
-    await threads.run(_check_names, shards, found, store.url)
-    return Checkpoint(tuple(shards), FileReader(store), is_whole=found.is_whole)
+    """Open files that have been chosen; their tensors are whole. Errors are those of `open_checkpoint`."""
+    files = await _open_shards(store, found, selection, threads, account)
+
+    def complete() -> Checkpoint:
+        if found.are_of_rank:
+            require_one_save(files, store.url)
+        _check_names(files, found, store.url)
+        return Checkpoint(tuple(files), FileReader(store), is_whole=found.is_whole, ends=names_at_ends(files))
+
+    return await threads.run(complete)
+
+
+def names_at_ends(files: Iterable[OpenedFile]) -> tuple[str, ...]:
+    """Return the names of files' tensors that are an embedding's or an output layer's. Slow for many tensors."""
+    tables = (file.header.table for file in files)
+    names = (table.name(index) for table in tables for index in yielding_gil(range(len(table))))
+    return tuple(name for name in names if name.endswith((EMBEDDING, OUTPUT)))
 
 
 def _check_names(shards: Sequence[OpenedFile], found: ShardNames, path: str) -> None:

@@ -1,4 +1,4 @@
-"""A store, threads, and an account of the budget, opened and closed together: what looking into a checkpoint takes."""
+"""An opening: the store, the threads and the memory account with which a checkpoint is read, closed together."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from asyncshard.tasks.threads import DaemonThreads, wait_to_end
 
 
 class Opening:
-    """A store that is open, threads for what must not run on the event loop, and an account of the memory in use.
+    """An open store, threads for work that must not run on the event loop, and an account of the memory budget.
 
-    ``async with Opening(...) as opening`` closes all three at its end, whoever cancels what meanwhile.
+    The end of ``async with Opening(...) as opening`` closes all three, and a cancel does not interrupt that.
 
     Parameters
     ----------
     store : Store
     budget : MemoryBudget
     closes_store : bool
-        False leaves the store open.
+        Whether the store is closed, too. A store of the user's own is not.
     threads : int
-        How many threads there are at most; each starts when it is first needed.
+        The largest number of threads. Each starts when it is first needed.
 
     Raises
     ------
     BudgetError
-        The budget cannot hold what the store takes; nothing has been read, and the store is as good as closed.
+        The memory that the store holds exceeds the budget. Nothing has been opened.
     """
 
     def __init__(self, store: Store, budget: MemoryBudget, *, closes_store: bool = True, threads: int = 1) -> None:
@@ -45,14 +45,14 @@ class Opening:
 
     @classmethod
     def of(cls, path: ModelPath, access: StoreAccess, budget: MemoryBudget, *, threads: int = 1) -> Self:
-        """Return the opening of a path or URL, or of the user's own store, which stays open.
+        """Return the opening of a path or URL, or of the user's own store, which is not closed.
 
         Raises
         ------
         ValueError, TypeError, ImportError
-            There is no store for such a path; nothing has been opened.
+            There is no store for such a path. Nothing has been opened.
         BudgetError
-            The budget cannot hold what the store takes.
+            The memory that the store holds exceeds the budget.
         """
         store = access.open(path)
         return cls(store, budget, closes_store=store is not path, threads=threads)
@@ -64,7 +64,7 @@ class Opening:
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Close the store, the account and the threads; to the end, even when cancelled."""
+        """Close the store, the account and the threads. A cancel does not interrupt it."""
         await wait_to_end(asyncio.ensure_future(self._close()))
 
     async def _close(self) -> None:

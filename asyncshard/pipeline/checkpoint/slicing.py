@@ -8,6 +8,7 @@ from asyncshard.pipeline.checkpoint.checkpoint import (
     Selection,
     TiedShard,
     choose_files,
+    names_at_ends,
     open_files,
     require_wanted,
 )
@@ -41,22 +42,35 @@ async def open_sliced(
     plan = await find_plan(store, selection, threads)
     whole = await open_files(store, found, selection, threads, account)
     ties: dict[str, str] = {}
-    tied: tuple[TiedShard, ...] = ()
-    if plan is not None and selection.tp_plan != "auto":
-        tables = [shard.header.table for shard in whole.shards] if found.weight_map is None else [found.weight_map]
+    tables = [file.header.table for file in whole.shards] if found.weight_map is None else [found.weight_map]
+    has_own_plan = plan is not None and selection.tp_plan != "auto"
+    if plan is not None and has_own_plan:
         ties = await ties_with_rules(store, whole, tables, plan, threads)
-        await threads.run(lambda: plan.check(tables, ties, path=store.url, yielding_gil=yielding_gil))
-        tied = tuple(await threads.run(lambda: list(place_ties(whole, ties, selection, plan))))
-    shards = [await threads.run(slice_shard, shard, selection, plan) for shard in whole.shards]
-    if selection.tensor_filter is not None and found.weight_map is None:
-        wanted = selection.tensor_filter.names
-        missing = [name for name in wanted if not any(name in shard.header for shard in whole.shards)]
-        require_wanted(sum(len(shard.header) for shard in shards), missing, store.url)
-    kept = tuple(shard for shard in shards if len(shard.header) or shard.slice is None)
-    checkpoint = whole._replace(shards=kept, tied=tied, ties=tuple(ties.items()), tensor_filter=selection.tensor_filter)
-    before, after = (sum(shard.nbytes for shard in each.with_tied().shards) for each in (whole, checkpoint))
+
+    def cut() -> tuple[Checkpoint, bool]:
+        tied: tuple[TiedShard, ...] = ()
+        if plan is not None and has_own_plan:
+            plan.check(tables, ties, path=store.url, yielding_gil=yielding_gil)
+            tied = tuple(place_ties(whole, ties, selection, plan))
+        files = [slice_shard(file, selection, plan) for file in whole.shards]
+        if selection.tensor_filter is not None and found.weight_map is None:
+            wanted = selection.tensor_filter.names
+            missing = [name for name in wanted if not any(name in file.header for file in whole.shards)]
+            require_wanted(sum(len(file.header) for file in files), missing, store.url)
+        needed = tuple(file for file in files if len(file.header) or file.slice is None)
+        checkpoint = whole._replace(
+            shards=needed,
+            tied=tied,
+            ties=tuple(ties.items()),
+            tensor_filter=selection.tensor_filter,
+            ends=names_at_ends(needed),
+        )
+        return checkpoint, covers_gaps(checkpoint, store.pacing.max_gap_bytes)
+
+    checkpoint, is_covering = await threads.run(cut)
+    before, after = (sum(file.nbytes for file in each.with_tied().shards) for each in (whole, checkpoint))
     account.charge_headers(after - before, store.url)
-    return await with_slice_reader(checkpoint, threads, account, chunk_size=chunk_size)
+    return with_slice_reader(checkpoint, threads, account, chunk_size=chunk_size, is_covering=is_covering)
 
 
 async def find_plan(store: Store, selection: Selection, threads: DaemonThreads) -> TpPlan | None:
@@ -110,23 +124,28 @@ def slice_shard(shard: OpenedFile, selection: Selection, plan: TpPlan | None) ->
     return shard if part is None else shard._replace(header=part.header, slice=part)
 
 
-async def with_slice_reader(
-    checkpoint: Checkpoint, threads: DaemonThreads, account: Account, *, chunk_size: int
+def with_slice_reader(
+    checkpoint: Checkpoint, threads: DaemonThreads, account: Account, *, chunk_size: int, is_covering: bool
 ) -> Checkpoint:
     """Return the checkpoint with a reader of slices, whose scratch is charged like headers, which never wait.
+
+    Parameters
+    ----------
+    is_covering : bool
+        Whether unwanted bytes are read too (`covers_gaps`), for which the reader needs scratch memory.
 
     Raises
     ------
     BudgetError
     """
     store = checkpoint.reader.store
-    if store.has_own_scratch or not await threads.run(_is_covering, checkpoint, store.pacing.max_gap_bytes):
+    if store.has_own_scratch or not is_covering:
         return checkpoint._replace(reader=SliceReader(store, threads, Scratch(threads, chunk_size, 1)))
     scratch = charge_scratch(account, threads, chunk_size=chunk_size, path=store.url)
     return checkpoint._replace(reader=SliceReader(store, threads, scratch), scratch_bytes=scratch.nbytes)
 
 
-def _is_covering(checkpoint: Checkpoint, max_gap: int) -> bool:
-    """Return whether something is read that is not wanted."""
-    slices = (shard.slice for shard in checkpoint.with_tied().shards)
+def covers_gaps(checkpoint: Checkpoint, max_gap: int) -> bool:
+    """Return whether gaps between slices are read too. Slow for many tensors."""
+    slices = (file.slice for file in checkpoint.with_tied().shards)
     return any(each.bytes_read(max_gap) > each.bytes_needed for each in slices if each is not None)

@@ -15,12 +15,12 @@ from asyncshard._core import HeaderTable, WeightMap
 from asyncshard.arrays.base import ArrayLibrary
 from asyncshard.arrays.memory import Within, is_sink, within
 from asyncshard.errors import AccessDeniedError, CheckpointError, DestinationError, FormatError, ObjectNotFoundError
-from asyncshard.pipeline.checkpoint.checkpoint import Checkpoint, CheckpointInfo, Selection, TiedShard
+from asyncshard.pipeline.checkpoint.checkpoint import Checkpoint, CheckpointInfo, Selection, TiedShard, names_at_ends
 from asyncshard.pipeline.checkpoint.config import CONFIG_NAME, read_config
-from asyncshard.pipeline.checkpoint.opened_file import FileReader, OpenedFile
+from asyncshard.pipeline.checkpoint.opened_file import OpenedFile
 from asyncshard.pipeline.checkpoint.slice_reader import SliceReader
 from asyncshard.plan.file_slices.planner import alias_slice, alias_slice_by_plan
-from asyncshard.plan.ties import EMBEDDING, OUTPUT, config_tie, only_embedding, output_names, ties_embeddings, told_ties
+from asyncshard.plan.ties import OUTPUT, config_tie, only_embedding, output_names, ties_embeddings, told_ties
 from asyncshard.plan.tp.plan import TpPlan
 from asyncshard.stores.base import Store
 from asyncshard.stores.ranges import Scratch
@@ -54,7 +54,7 @@ async def find_ties(checkpoint: Checkpoint, threads: DaemonThreads) -> Checkpoin
     """
     if not checkpoint.is_whole:
         return checkpoint
-    names = await threads.run(_names_at_ends, checkpoint)
+    names = checkpoint.ends if checkpoint.ends is not None else await threads.run(names_at_ends, checkpoint.shards)
     if config_tie({"tie_word_embeddings": True}, names) is None:
         return checkpoint
     store = checkpoint.reader.store
@@ -65,41 +65,55 @@ async def find_ties(checkpoint: Checkpoint, threads: DaemonThreads) -> Checkpoin
     return checkpoint if tie is None else checkpoint._replace(ties=(*checkpoint.ties, tie))
 
 
-async def add_ties(
+class AskedTies(NamedTuple):
+    """The ties of a checkpoint whose missing names have a destination."""
+
+    ties: dict[str, str]
+    """The stored name of each missing name, by what the files' metadata and the plan say."""
+    missing_output: tuple[str, str] | None
+    """The output layer that is tied to an embedding if ``config.json`` says so, and that embedding."""
+
+
+def asked_ties(checkpoint: Checkpoint, destinations: Mapping[str, Any]) -> AskedTies:
+    """Return the ties that destinations ask for. Slow for many tensors: not for the event loop."""
+    ties = ties_of(checkpoint, destinations.__contains__)
+    missing_output = missing_output_of(checkpoint, destinations)
+    if missing_output is not None and missing_output[0] in ties:
+        missing_output = None
+    return AskedTies(ties, missing_output)
+
+
+def with_asked_ties(
     checkpoint: Checkpoint,
+    asked: AskedTies,
     destinations: Mapping[str, Any],
     library: ArrayLibrary,
     threads: DaemonThreads,
 ) -> Checkpoint:
-    """Add the missing tensors that have a destination of their own.
+    """Return the checkpoint with the missing tensors that have a destination of their own. For a thread.
 
-    A destination that shares the memory of the stored tensor's needs nothing. ``config.json`` is only read where the
-    output layer is missing; one that cannot be read ties nothing.
-
-    Raises
-    ------
-    StoreError
+    A destination that shares the memory of the stored tensor's needs nothing. `asked.missing_output` is tied: the
+    caller has read ``config.json`` for it.
     """
-    reader = checkpoint.reader
-    ties = await threads.run(ties_of, checkpoint, destinations.__contains__)
-    missing_output = await threads.run(_missing_output, checkpoint, destinations)
-    if missing_output is not None and missing_output[0] not in ties and await _ties_embeddings(reader.store, threads):
-        ties.update([missing_output])
-        checkpoint = checkpoint._replace(ties=(*checkpoint.ties, missing_output))
-    ties.update({tied.name: tied.stored_name for tied in checkpoint.tied})
+    ties = asked.ties
+    if asked.missing_output is not None:
+        ties = {**ties, asked.missing_output[0]: asked.missing_output[1]}
+        checkpoint = checkpoint._replace(ties=(*checkpoint.ties, asked.missing_output))
     tied = {each.name: each for each in checkpoint.tied}
+    ties = {**ties, **{name: each.stored_name for name, each in tied.items()}}
     info = CheckpointInfo(checkpoint)
 
     def is_there(name: str, stored_name: str) -> bool:
         inner = _within(library, destinations[name], destinations.get(stored_name))
         return inner is not None and (name not in tied or _is_right(inner, tied[name], info))
 
-    asked = {name: stored_name for name, stored_name in ties.items() if name in destinations}
-    to_read = {name: stored_name for name, stored_name in asked.items() if not is_there(name, stored_name)}
+    wanted = {name: stored_name for name, stored_name in ties.items() if name in destinations}
+    to_read = {name: stored_name for name, stored_name in wanted.items() if not is_there(name, stored_name)}
     if not to_read:
         return checkpoint
     shards = tuple(tied[name].shard for name in tied if to_read.pop(name, None) is not None)
-    shards += await threads.run(lambda: tuple(_tied_shards(checkpoint, to_read)))
+    shards += tuple(_tied_shards(checkpoint, to_read))
+    reader = checkpoint.reader
     if not isinstance(reader, SliceReader):
         reader = SliceReader(reader.store, threads, Scratch(threads, reader.store.pacing.chunk_size, 1))
     return checkpoint._replace(shards=checkpoint.shards + shards, reader=reader, tied=())
@@ -118,11 +132,12 @@ async def ties_with_rules(
     ------
     StoreError
     """
-    ties = await threads.run(ties_of, checkpoint, plan.has_rule)
-    missing_output = await threads.run(_output_with_rule, tables, plan)
+    ties, missing_output = await threads.run(
+        lambda: (ties_of(checkpoint, plan.has_rule), _output_with_rule(tables, plan))
+    )
     if missing_output is not None and missing_output[0] not in ties:
         is_opened = any(missing_output[1] in shard.header for shard in checkpoint.shards)
-        if not is_opened or await _ties_embeddings(store, threads):
+        if not is_opened or await config_ties_embeddings(store, threads):
             ties.update([missing_output])
     return {name: stored_name for name, stored_name in ties.items() if plan.has_rule(name)}
 
@@ -143,76 +158,12 @@ def place_ties(
     for shard in checkpoint.shards:
         for name, stored_name in ties.items():
             if stored_name in shard.header and is_wanted(name):
-                alone, is_alike = _place_tie(shard, name, stored_name, selection, plan)
+                alone, is_alike = place_tie(shard, name, stored_name, selection, plan)
                 if not is_alike or not is_wanted(stored_name):
                     yield TiedShard(name, stored_name, shard.header[stored_name].nbytes, alone)
 
 
-class TiedTensor(NamedTuple):
-    """A tensor of one file that somebody asks for by a name that the file does not hold."""
-
-    stored_name: str
-    alone: OpenedFile | None
-    """What is read of the file for it; None where that is what is read of the stored tensor."""
-
-
-async def find_tied(
-    store: Store, whole: OpenedFile, name: str, selection: Selection, threads: DaemonThreads, *, is_whole_model: bool
-) -> TiedTensor | None:
-    """Return the tensor of a file that a missing name is tied to, by its metadata or by ``config.json``.
-
-    `whole` has all tensors of the file; the plan and the filter of the selection say how it is read. ``config.json`` is
-    asked if the file `is_whole_model`, or the caller knows that no other file holds the name.
-
-    Raises
-    ------
-    CheckpointError
-        It cannot be divided as the rule of the plan says.
-    StoreError
-    """
-    checkpoint = Checkpoint((whole,), FileReader(store), tensor_filter=selection.tensor_filter)
-    tie = await threads.run(possible_tie, checkpoint, name)
-    if tie is None or not (tie.is_told or (is_whole_model and await _ties_embeddings(store, threads))):
-        return None
-    plan = selection.tp_plan
-    if isinstance(plan, TpPlan) and plan.has_rule(name):
-        alone, _ = await threads.run(_place_tie, whole, name, tie.stored_name, selection, plan)
-        return TiedTensor(tie.stored_name, alone)
-    return TiedTensor(tie.stored_name, None) if checkpoint.is_wanted(tie.stored_name) else None
-
-
-class PossibleTie(NamedTuple):
-    """What a missing name may be tied to."""
-
-    stored_name: str
-    is_told: bool
-    """Whether the metadata says so; otherwise ``config.json`` may."""
-
-
-def possible_tie(checkpoint: Checkpoint, name: str) -> PossibleTie | None:
-    """Return what a missing name may be tied to, if somebody asks for it. Slow for many tensors."""
-    stored_name = ties_of(checkpoint, name.__eq__).get(name)
-    if stored_name is not None:
-        return PossibleTie(stored_name, is_told=True)
-    missing_output = _missing_output(checkpoint, {name: None})
-    return None if missing_output is None else PossibleTie(missing_output[1], is_told=False)
-
-
-def embedding_beside(table: HeaderTable | WeightMap, output: str) -> str | None:
-    """Return the one embedding of a table, if the name is that of an output layer. Slow for many tensors."""
-    return only_embedding(_names_in([table])) if output.endswith(OUTPUT) else None
-
-
-def ties_of_file(checkpoint: Checkpoint, selection: Selection) -> dict[str, str]:
-    """Return the ties that a file's metadata tells, but for names that the plan divides by themselves. For a thread."""
-    ties = ties_of(checkpoint._replace(tensor_filter=selection.tensor_filter))
-    plan = selection.tp_plan
-    if isinstance(plan, TpPlan):
-        return {name: stored_name for name, stored_name in ties.items() if not plan.has_rule(name)}
-    return ties
-
-
-def _place_tie(
+def place_tie(
     shard: OpenedFile, name: str, stored_name: str, selection: Selection, plan: TpPlan
 ) -> tuple[OpenedFile, bool]:
     """Return a stored tensor, alone and under a missing name, divided by the rule for that.
@@ -230,7 +181,7 @@ def _output_with_rule(tables: Tables, plan: TpPlan) -> tuple[str, str] | None:
     """Return the output layer that is in no table and has a rule, and the one embedding beside which it would be."""
     if not any(_OUTPUT_MODULE in key for key in plan.rules):
         return None
-    embedding = only_embedding(_names_in(tables))
+    embedding = only_embedding(names_in(tables))
     if embedding is None:
         return None
     for name in output_names(embedding):
@@ -239,28 +190,30 @@ def _output_with_rule(tables: Tables, plan: TpPlan) -> tuple[str, str] | None:
     return None
 
 
-def _missing_output(checkpoint: Checkpoint, destinations: Mapping[str, Any]) -> tuple[str, str] | None:
+def missing_output_of(checkpoint: Checkpoint, destinations: Mapping[str, Any]) -> tuple[str, str] | None:
     """Return the one output layer that has a destination and no tensor, and the one embedding that is stored."""
     info = CheckpointInfo(checkpoint)
     outputs = [name for name in yielding_gil(destinations) if name.endswith(OUTPUT) and name not in info]
     if len(outputs) != 1 or not checkpoint.is_wanted(outputs[0]):
         return None
-    embedding = only_embedding(_names_in([shard.header.table for shard in checkpoint.shards]))
+    names = names_at_ends(checkpoint.shards) if checkpoint.ends is None else checkpoint.ends
+    embedding = only_embedding(names)
     return None if embedding is None else (outputs[0], embedding)
 
 
-def _names_at_ends(checkpoint: Checkpoint) -> list[str]:
-    """Return the names of a checkpoint that are an embedding's or an output layer's. Slow for many tensors."""
-    names = _names_in([shard.header.table for shard in checkpoint.shards])
-    return [name for name in names if name.endswith((EMBEDDING, OUTPUT))]
-
-
-def _names_in(tables: Tables) -> Iterator[str]:
+def names_in(tables: Tables) -> Iterator[str]:
     return (table.name(index) for table in tables for index in yielding_gil(range(len(table))))
 
 
-async def _ties_embeddings(store: Store, threads: DaemonThreads) -> bool:
-    """Return whether config.json says that the output layer is the embedding."""
+async def config_ties_embeddings(store: Store, threads: DaemonThreads) -> bool:
+    """Return whether ``config.json`` says that the output layer, which somebody asks for, is the embedding.
+
+    A config that is not there, or is no JSON, does not.
+
+    Raises
+    ------
+    AccessDeniedError, StoreError
+    """
     try:
         return ties_embeddings(await read_config(store, threads))
     except (ObjectNotFoundError, FormatError, CheckpointError):

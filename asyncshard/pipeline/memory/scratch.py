@@ -1,4 +1,4 @@
-"""Memory of the budget for reads that cover several ranges."""
+"""Scratch within the memory budget: memory for reads that cover several byte ranges."""
 
 from __future__ import annotations
 
@@ -7,19 +7,22 @@ from asyncshard.stores.ranges import Scratch
 from asyncshard.tasks.threads import DaemonThreads
 
 _SHARE = 8
-"""The scratch takes an eighth of the budget at most."""
+"""A scratch takes at most 1/8 of the budget."""
 _SLABS = 16
+"""A scratch has 16 slabs of the chunk size, if the budget allows so much."""
 _LEAST_SLABS = 4
+"""A scratch has at least 4 slabs, which are smaller if the budget is small."""
 _LEAST_SLAB = 4 << 10
+"""A slab has at least 4 KiB; then there may be fewer than 4 slabs."""
 
 
 def charge_scratch(account: Account, threads: DaemonThreads, *, chunk_size: int, path: str) -> Scratch:
-    """Return a scratch that is charged like headers, which never wait; its slabs are of `chunk_size` bytes at most.
+    """Return a scratch with slabs of at most `chunk_size` bytes. It is charged like headers, which never wait.
 
     Raises
     ------
     BudgetError
-        It exceeds the budget together with what the account has; `path` is for the message.
+        The scratch and the headers of the account exceed the budget. The message names `path`.
     """
     total = min(account.budget.nbytes // _SHARE, _SLABS * chunk_size)
     slab = max(min(chunk_size, total // _LEAST_SLABS), _LEAST_SLAB)

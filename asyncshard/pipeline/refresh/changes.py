@@ -1,4 +1,4 @@
-"""Tensors that have changed: where they wait, and how they get to where they go."""
+"""Changed tensors: where they are staged, and how they are copied to their destinations."""
 
 from __future__ import annotations
 
@@ -19,47 +19,50 @@ from asyncshard.pipeline.transfer.matching import fit
 from asyncshard.tasks.yielding import yielding_gil
 
 _SPLIT_BYTES = 2 << 20
-"""A tensor of so many takes much more time to copy than to look up."""
+"""A tensor of 2 MiB or more is copied in parts by all threads: copying it takes much longer than looking it up."""
 
 
 class StagingLayout(NamedTuple):
-    """Where tensors are staged."""
+    """The positions of changed tensors in the memory where they are staged."""
 
     nbytes: int
+    """The bytes of that memory."""
     offsets: list[Int64Array]
-    """For each shard, of each tensor; of no meaning for one that has not changed."""
+    """For each shard, the offset of each tensor. The offset of a tensor that has not changed means nothing."""
 
 
 class ChangedTensor(NamedTuple):
     """A tensor that has changed."""
 
     path: str
+    """The path of the file that holds the tensor."""
     name: str
     dtype: Dtype
     shape: tuple[int, ...]
     offset: int
-    """Where it is in the staged memory."""
+    """Offset of the tensor in the memory where it is staged."""
     nbytes: int
     target: Any
-    """Its destination."""
+    """The destination of the tensor."""
 
 
 class CopyJob:
-    """What one thread copies. In two lists: a tuple for each tensor would set off the garbage collector."""
+    """The copies that one thread makes. They are in two lists: a tuple for each would trigger the garbage collector."""
 
     def __init__(self) -> None:
         self.nbytes = 0
+        """The bytes that the job copies."""
         self._targets: list[NDArray[Any] | StridedTarget] = []
         self._sources: list[NDArray[np.uint8]] = []
 
     def add(self, target: NDArray[Any] | StridedTarget, source: NDArray[np.uint8]) -> None:
-        """Append a copy of bytes into flat memory, or of elements into a strided view."""
+        """Append a copy: of bytes into an array of bytes, or of elements into a strided target."""
         self.nbytes += len(source)
         self._targets.append(target)
         self._sources.append(source)
 
     def run(self) -> None:
-        """Copy without the GIL, and forget everything."""
+        """Make all copies, without the GIL, and drop them."""
         for target, source in yielding_gil(zip(self._targets, self._sources, strict=True)):
             if isinstance(target, StridedTarget):
                 target.store(0, source.data)
@@ -68,14 +71,14 @@ class CopyJob:
         self.clear()
 
     def clear(self) -> None:
-        """Forget everything; slow for very many tensors."""
+        """Drop all copies. This is slow for very many tensors."""
         self.nbytes = 0
         self._targets.clear()
         self._sources.clear()
 
 
 class ChangedTensors:
-    """The tensors that have changed, where they are staged, and where they go."""
+    """The tensors that have changed, the memory where they are staged, and their destinations."""
 
     def __init__(
         self,
@@ -93,10 +96,12 @@ class ChangedTensors:
         self.chunk_size = chunk_size
         self.cast = cast
         self.lease: Lease | None = None
+        """The memory where the tensors are staged; None if they are not staged, or no longer."""
         self.offsets: list[Int64Array] = [np.zeros(len(mask), np.int64) for mask in self._wanted]
+        """For each shard, the offset of each tensor in the lease."""
 
     def lay_out(self, spacing: int) -> StagingLayout:
-        """Place the tensors one after the other, each at a multiple of `spacing` bytes."""
+        """Return a layout with one tensor after the other, each at a multiple of `spacing` bytes."""
         offsets, end = [], 0
         for shard, wanted in zip(self._checkpoint.shards, self._wanted, strict=True):
             sizes = np.where(wanted, shard.header.table.stops - shard.header.table.starts, 0)
@@ -106,10 +111,10 @@ class ChangedTensors:
         return StagingLayout(end, offsets)
 
     def names(self) -> tuple[str, ...]:
-        """Return the names in plan order."""
-        return tuple(row.name for row in self.rows())
+        """Return the names of the tensors in plan order."""
+        return tuple(tensor.name for tensor in self.tensors())
 
-    def rows(self) -> Iterator[ChangedTensor]:
+    def tensors(self) -> Iterator[ChangedTensor]:
         """Yield the tensors in plan order."""
         for shard, destinations, wanted, offsets in zip(
             self._checkpoint.shards, self._destinations, self._wanted, self.offsets, strict=True
@@ -126,52 +131,60 @@ class ChangedTensors:
                     destinations.targets[index],
                 )
 
-    def view(self, row: ChangedTensor) -> Any:
-        """Return a tensor as a view of the staged memory."""
+    def view(self, tensor: ChangedTensor) -> Any:
+        """Return a staged tensor as an array of the library, which is a view of the lease."""
         return make_view(
-            self.library, self.lease, row.offset, row.dtype, row.shape, row.nbytes, name=row.name, path=row.path
+            self.library,
+            self.lease,
+            tensor.offset,
+            tensor.dtype,
+            tensor.shape,
+            tensor.nbytes,
+            name=tensor.name,
+            path=tensor.path,
         )
 
-    def share(self, shares: Sequence[CopyJob]) -> list[ChangedTensor]:
-        """Append what has to be copied: a part of each large contiguous array to every share, others to the first.
+    def add_copies(self, jobs: Sequence[CopyJob]) -> list[ChangedTensor]:
+        """Add the copies of all tensors to jobs; return the tensors whose destinations are sinks.
 
-        Returns the tensors that go to sinks. The arrays' memory is looked up anew: it may have moved since.
+        A large contiguous array is divided among all jobs; other arrays are copied by the first job. The memory of each
+        destination is looked up again, since it may have moved.
 
         Raises
         ------
         DestinationError
-            A destination does not fit any more.
+            A destination no longer fits its tensor.
         """
         sinks = []
-        for row in self.rows():
-            if is_sink(row.target):
-                sinks.append(row)
+        for tensor in self.tensors():
+            if is_sink(tensor.target):
+                sinks.append(tensor)
             else:
-                self._share_one(row, shares)
+                self._add_copy(tensor, jobs)
         return sinks
 
-    def _share_one(self, row: ChangedTensor, shares: Sequence[CopyJob]) -> None:
-        shape = self.library.shape_of(row.dtype, row.shape, row.nbytes)
-        memory, strided, _ = fit(self.library, row.name, row.dtype, shape, row.target, cast=self.cast)
-        if not row.nbytes:
+    def _add_copy(self, tensor: ChangedTensor, jobs: Sequence[CopyJob]) -> None:
+        shape = self.library.shape_of(tensor.dtype, tensor.shape, tensor.nbytes)
+        memory, strided, _ = fit(self.library, tensor.name, tensor.dtype, shape, tensor.target, cast=self.cast)
+        if not tensor.nbytes:
             return
         # Not before the destination fits: an error refers to this frame, and would keep the memory alive.
         staged: Any = self.lease
-        source = np.ndarray((row.nbytes,), np.uint8, staged, row.offset)
+        source = np.ndarray((tensor.nbytes,), np.uint8, staged, tensor.offset)
         if strided is not None:
-            shares[0].add(strided, source)
-        elif row.nbytes < _SPLIT_BYTES:
-            # Two threads that take turns with the GIL at small copies would leave none of it to the event loop.
-            shares[0].add(_flat(memory), source)
+            jobs[0].add(strided, source)
+        elif tensor.nbytes < _SPLIT_BYTES:
+            # Two threads that took turns with the GIL for small copies would leave none of it to the event loop.
+            jobs[0].add(_flat(memory), source)
         else:
-            targets, sources = np.array_split(_flat(memory), len(shares)), np.array_split(source, len(shares))
-            for share, target, part in zip(shares, targets, sources, strict=True):
-                share.add(target, part)
+            targets, sources = np.array_split(_flat(memory), len(jobs)), np.array_split(source, len(jobs))
+            for job, target, part in zip(jobs, targets, sources, strict=True):
+                job.add(target, part)
 
-    def bytes_of(self, row: ChangedTensor, start: int, stop: int) -> memoryview:
-        """Return staged bytes of a tensor."""
+    def bytes_of(self, tensor: ChangedTensor, start: int, stop: int) -> memoryview:
+        """Return the bytes [start, stop) of a staged tensor."""
         assert self.lease is not None
-        return memoryview(self.lease)[row.offset + start : row.offset + stop]
+        return memoryview(self.lease)[tensor.offset + start : tensor.offset + stop]
 
 
 def _flat(memory: NDArray[Any]) -> NDArray[np.uint8]:

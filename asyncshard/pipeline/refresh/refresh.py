@@ -1,4 +1,4 @@
-"""What a refresh reads: tensors that differ from a version, into memory of the budget or into their destinations."""
+"""A refresh reads the tensors that differ from a version, into memory of the budget or into their destinations."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from asyncshard.errors import BudgetError, ChecksumError
 from asyncshard.format.digests import Digest, digests_of, load_digest
 from asyncshard.pipeline.checkpoint.version import CheckpointVersion, changes_since, version_of
 from asyncshard.pipeline.memory.budget import Account, MemoryBudget, charge_of
-from asyncshard.pipeline.refresh.changes import ChangedTensors
+from asyncshard.pipeline.refresh.changes import ChangedTensors, StagingLayout
 from asyncshard.pipeline.refresh.update import Update
 from asyncshard.pipeline.transfer.destinations import MatchedDestinations, ShardDestinations, are_equal
 from asyncshard.pipeline.transfer.load import Delivery, OpenedCheckpoint
@@ -26,24 +26,24 @@ from asyncshard.plan.items import ReadItem
 from asyncshard.tasks.yielding import yielding_gil
 
 _SPACING = 64
-"""Staged tensors begin at multiples of this, a cache line."""
+"""Staged tensors begin at multiples of 64 bytes, a cache line."""
 _EMPTY: Any = object()
-"""Stands for the memory of tensors without bytes."""
+"""The owner of the staged memory if all staged tensors have no bytes, so that there is no lease."""
 
 
 class Refresh(Delivery):
-    """One `prepare_refresh`: it plans the transfer, and makes the update when that has ended.
+    """The delivery of one `prepare_refresh`: it plans the transfer, and makes the update after the transfer's end.
 
     Parameters
     ----------
     since : CheckpointVersion or None
-        What the destinations hold; None reads everything.
+        The version that the destinations hold; None reads everything.
     destinations : mapping of str to array, tensor or Sink
         The live weights.
     strict, cast : bool
         As for `ToDestinations`.
     is_staged : bool
-        Whether to read into memory of the budget, rather than into the destinations.
+        Whether tensors are read into memory of the budget, rather than into the destinations.
     """
 
     def __init__(
@@ -65,48 +65,45 @@ class Refresh(Delivery):
         self._transfer: RefreshTransfer | None = None
 
     async def plan(self, opened: OpenedCheckpoint) -> RefreshTransfer:
-        """Compare, reserve memory for all that differs, and plan how it is read.
+        """Find the tensors that have changed, reserve memory for them, and plan how they are read.
 
         Raises
         ------
         BudgetError
-            It exceeds the budget.
+            The changed tensors exceed the budget.
         FormatError
             A shard's digests are malformed.
         ImportError
             There are digests, and the package that computes them is not installed.
         """
-        budget = opened.load.budget
-        matched = await self._into.match(opened)
-        reading = matched.reading
-        changes = await reading.threads.run(self._compare, matched)
-        into: list[ShardDestinations] | None = None
+        budget, threads = opened.load.budget, opened.reading.threads
+        matched, changes, layout = await self._into.match(opened, self._compare)
+        lease = None
         if self._is_staged:
-            layout = await reading.threads.run(changes.lay_out, _SPACING)
-            lease = await self._allocate(layout.nbytes, reading, budget)
-            into = await reading.threads.run(_stage, matched.destinations, layout.offsets, lease)
+            lease = await self._allocate(layout.nbytes, matched.reading, budget)
             changes.lease, changes.offsets = lease, layout.offsets
         self._changes = changes
-        # What lies between changed tensors is left out, however narrow: the point is to read little.
-        reading = reading._replace(pacing=reading.pacing._replace(max_gap_bytes=0))
 
         def make() -> RefreshTransfer:
-            transfer = RefreshTransfer(reading, matched.destinations, into)
+            # What lies between changed tensors is left out, however narrow: the point is to read little.
+            pacing = matched.reading.pacing._replace(max_gap_bytes=0)
+            into = _stage(matched.destinations, layout.offsets, lease) if self._is_staged else None
+            transfer = RefreshTransfer(matched.reading._replace(pacing=pacing), matched.destinations, into)
             transfer.plan(budget)
             return transfer
 
-        self._transfer = await reading.threads.run(make)
+        self._transfer = await threads.run(make)
         return self._transfer
 
-    def _compare(self, matched: Matched) -> ChangedTensors:
-        """Leave of the destinations those of tensors that have changed."""
+    def _compare(self, matched: Matched) -> tuple[Matched, ChangedTensors, StagingLayout]:
+        """Leave of the destinations those of tensors that have changed, and lay these out in memory."""
         checkpoint, pacing, _ = matched.reading
         shards = matched.destinations.shards
         if self._since is not None:
             matched.destinations.keep(list(changes_since(self._since, checkpoint, version_of(checkpoint))))
         changes = ChangedTensors(checkpoint, shards, matched.library, pacing.chunk_size, cast=self._cast)
         self._changed = changes.names()
-        return changes
+        return matched, changes, changes.lay_out(_SPACING)
 
     async def _allocate(self, nbytes: int, reading: Reading, budget: MemoryBudget) -> Lease | None:
         if not nbytes:
@@ -126,7 +123,7 @@ class Refresh(Delivery):
         return await self._account.allocate_alone(nbytes)
 
     def finish(self) -> Update:
-        """Return the update, which owns the memory from now on. All has been read."""
+        """Return the update, after everything was read. From now on it owns the memory."""
         transfer, changes, account = self._transfer, self._changes, self._account
         assert transfer is not None
         assert changes is not None
@@ -137,7 +134,7 @@ class Refresh(Delivery):
         )
 
     async def abandon(self) -> None:
-        """Give the memory back, to the end even when cancelled. Nothing is being read any more."""
+        """Give the memory back, after all reads have stopped. A cancel does not interrupt it."""
         if self._changes is not None:
             self._changes.lease = None
         if self._transfer is not None:
@@ -148,23 +145,23 @@ class Refresh(Delivery):
 
 
 def _stage(matched: MatchedDestinations, offsets: list[Int64Array], lease: Lease | None) -> list[ShardDestinations]:
-    """Return the places in a lease of the tensors that have a destination."""
+    """Return destinations within a lease for the tensors that have a destination."""
     base = 0 if lease is None else lease.address
     owner = _EMPTY if lease is None else lease
     staged = []
-    for shard, places in zip(matched.shards, offsets, strict=True):
+    for shard, shard_offsets in zip(matched.shards, offsets, strict=True):
         destinations = ShardDestinations.empty()
         destinations.targets = [None if target is None else owner for target in shard.targets]
-        destinations.addresses.frombytes((places + base).astype(np.uint64).tobytes())
+        destinations.addresses.frombytes((shard_offsets + base).astype(np.uint64).tobytes())
         destinations.firsts = shard.firsts
         staged.append(destinations)
     return staged
 
 
 class RefreshTransfer(PlacedTransfer):
-    """Read as a placed transfer does, and compare what was read with the digests in the headers.
+    """Reads like `PlacedTransfer`, and compares the tensors that were read with the digests in the headers.
 
-    Not so what goes to a strided destination, one of another dtype or a sink without being staged.
+    Without staging, tensors for strided destinations, for destinations of another dtype and for sinks are not compared.
     """
 
     def __init__(
@@ -185,7 +182,7 @@ class RefreshTransfer(PlacedTransfer):
         self._parts_unread = Counter((item.shard, item.first) for item in self.items if item.last - item.first == 1)
 
     def let_go(self) -> None:
-        """Forget the destinations, so that they do not live as long as an error that refers to this."""
+        """Drop the destinations, so that an error that refers to this transfer does not keep them alive."""
         self._destinations = []
 
     async def read(self, item: ReadItem, lease: Lease | None) -> None:
@@ -205,7 +202,7 @@ class RefreshTransfer(PlacedTransfer):
             raise
 
     async def _compare_copies(self, item: ReadItem) -> None:
-        """Compare the second copies in an item with the first ones; both are staged."""
+        """Compare the second copies in an item with their first copies. All of them are staged."""
         shard, destinations = self.checkpoint.shards[item.shard], self._destinations[item.shard]
         for index in range(item.first, item.last):
             first = destinations.firsts.get(index)
@@ -220,7 +217,7 @@ class RefreshTransfer(PlacedTransfer):
                 raise copies_differ(shard.path, self.checkpoint.shards[first[0]].header.at(first[1]).name, name)
 
     def _verify(self, item: ReadItem) -> None:
-        """Compare the tensors that are whole with this item."""
+        """Compare the tensors that this item completes with their digests."""
         shard, destinations, digests = (
             self.checkpoint.shards[item.shard],
             self._destinations[item.shard],

@@ -1,4 +1,4 @@
-"""What has changed in a checkpoint, read and waiting: to be iterated over, or applied to the live weights at once."""
+"""An update: the changed tensors of a checkpoint, which are iterated over, or applied to the live weights at once."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from asyncshard.tasks.threads import DaemonThreads, wait_to_end
 from asyncshard.tasks.yielding import LoopYield
 
 _COPYING_THREADS = 2
-"""As many saturate memory bandwidth on most machines."""
+"""An update is copied by at most 2 threads, which saturate the memory bandwidth of most machines."""
 _TWO_THREADS_BYTES = 32 << 20
-"""So many take much more time to copy than a further thread takes to start."""
+"""An update of 32 MiB or more is copied by 2 threads: the copy takes much longer than the start of a thread."""
 
 
 class Update:
-    """The tensors of a checkpoint that differ from those loaded. Made by ``await loader.prepare_refresh(...)``.
+    """The tensors of a checkpoint that differ from the loaded ones. ``await loader.prepare_refresh(...)`` returns it.
 
-    They are read, checked, and in memory of the budget; nothing live has been touched. ``async for name, tensor in
-    update`` gives views of that memory, in plan order, as often as is asked, until `apply` copies them into the state
-    dict. The memory goes back to the budget after that, at the end of ``async with update``, at `aclose`, or when the
-    object is dropped; views that are still alive then count as held.
+    The tensors are read, checked against their digests, and staged in memory of the budget; the live weights are
+    unchanged. ``async for name, tensor in update`` yields views of that memory in plan order. It may be repeated until
+    `apply` copies the tensors into the state dict. The memory goes back to the budget after `apply`, at the end of
+    ``async with update``, at `aclose`, or when the object is dropped. Views that are alive by then count as held.
 
-    With ``stage=False`` they are in the state dict already: iterating yields ``(name, destination)``.
+    With ``stage=False`` the tensors are in the state dict already, and iterating yields ``(name, destination)``.
     """
 
     def __init__(
         self,
         version: CheckpointVersion,
-        contents: ChangedTensors,
+        changes: ChangedTensors,
         changed: tuple[str, ...],
         account: Account | None,
         bytes_read: int,
@@ -45,7 +45,7 @@ class Update:
         self._version = version
         self._changed = changed
         self._bytes_read = bytes_read
-        self._contents: ChangedTensors | None = contents
+        self._changes: ChangedTensors | None = changes
         self._account = account
         self._is_staged = is_staged
         self._is_applied = False
@@ -57,7 +57,7 @@ class Update:
 
     @property
     def version(self) -> CheckpointVersion:
-        """What the checkpoint was when it was read: that of the weights once the update has been applied."""
+        """The version of the checkpoint that was read. After `apply` it is the version of the weights."""
         return self._version
 
     @property
@@ -67,7 +67,7 @@ class Update:
 
     @property
     def bytes_read(self) -> int:
-        """Bytes of tensor data that were read; headers are not counted."""
+        """The bytes of tensor data that were read, without headers."""
         return self._bytes_read
 
     def __repr__(self) -> str:
@@ -85,89 +85,93 @@ class Update:
         return _Tensors(self)
 
     async def apply(self) -> None:
-        """Copy everything into the state dict, in threads, and give the memory back: from now on nobody iterates.
+        """Copy all tensors into the state dict, in threads, and give the memory back. Iterating is an error afterwards.
 
-        It cannot be interrupted half way: when cancelled it finishes, and then raises. Sinks are written to first.
-        Tensors may have got other memory since `prepare_refresh`, of the same shape and dtype. After ``stage=False``
-        there is nothing left to do.
+        A cancel does not interrupt it: it finishes, and then raises. Sinks are written before arrays. The memory of a
+        destination may have moved since `prepare_refresh`, if its shape and dtype are unchanged. With ``stage=False``
+        it does nothing.
 
         Raises
         ------
         RuntimeError
-            It has been applied before.
+            The update has been applied before.
         StreamClosedError
-            It has been closed.
+            The update has been closed.
         DestinationError
-            A destination does not fit any more; nothing was written.
+            A destination no longer fits its tensor; nothing was written.
         Exception
-            What a sink raised; ``filled`` and ``torn`` say which destinations are whole and which partly written.
+            The error of a sink. Its attributes ``filled`` and ``torn`` name the destinations that are complete, and the
+            one that is partly written.
         """
         if self._is_applied:
             raise RuntimeError("the update has been applied; prepare another one for later changes")
-        contents = self._open_contents()
+        changes = self._open_changes()
         self._is_applied = True
         if not self._is_staged:
             return
-        self._contents = None  # its memory goes back in a thread: no more views of it
-        self._applying = asyncio.ensure_future(self._apply(contents))
-        del contents
+        self._changes = None  # a thread gives the memory back: from now on nobody gets a view of it
+        self._applying = asyncio.ensure_future(self._apply(changes))
+        del changes
         try:
             await wait_to_end(self._applying)
         finally:
             self._applying = None
 
     async def aclose(self) -> None:
-        """Give the memory back, after an `apply` that is running. From any task, any number of times."""
+        """Give the memory back. If `apply` is running, wait for its end first.
+
+        Any task may call it, any number of times.
+        """
         if self._applying is not None:
             await asyncio.wait([self._applying])
         account = self._let_go()
         if account is not None:
             await account.aclose()
 
-    def _open_contents(self) -> ChangedTensors:
-        if self._contents is None:
+    def _open_changes(self) -> ChangedTensors:
+        if self._changes is None:
             raise StreamClosedError("the update has been applied or closed; prepare another one")
-        return self._contents
+        return self._changes
 
-    async def _apply(self, contents: ChangedTensors) -> None:
+    async def _apply(self, changes: ChangedTensors) -> None:
         threads = DaemonThreads(_COPYING_THREADS, "asyncshard-apply")
         count = _COPYING_THREADS if self._bytes_read >= _TWO_THREADS_BYTES else 1
-        copying = _Copying(contents, threads, count, self._release)
+        copier = _Copier(changes, threads, count, self._release)
         try:
-            sinks = await threads.run(copying.find_and_copy)
+            sinks = await threads.run(copier.find_and_copy)
             if sinks:
-                await _write_sinks(contents, sinks)
-                await threads.run(copying.copy)
+                await _write_sinks(changes, sinks)
+                await threads.run(copier.copy)
         except BaseException:
-            await threads.run(copying.end)
+            await threads.run(copier.end)
             raise
         finally:
             await threads.aclose()
 
     def _release(self) -> None:
-        """Give the memory back, unused pages to the system; for a thread."""
+        """Give the memory back to the budget, and unused pages to the system. Call it in a thread."""
         account = self._let_go()
         if account is not None:
             account.close()
             account.budget.trim()
 
     def _let_go(self) -> Account | None:
-        """Let go of the memory; return the account, which the caller closes."""
-        contents, self._contents = self._contents, None
+        """Drop the memory; return its account, which the caller closes."""
+        changes, self._changes = self._changes, None
         account, self._account = self._account, None
-        if contents is not None:
-            contents.lease = None
+        if changes is not None:
+            changes.lease = None
         if self._finalizer is not None:
             self._finalizer.detach()
         return account
 
 
 class _Tensors:
-    """The iterator of an update; it keeps no memory alive."""
+    """The iterator over an update. It keeps no memory alive."""
 
     def __init__(self, update: Update) -> None:
         self._update = update
-        self._rows = update._open_contents().rows()
+        self._tensors = update._open_changes().tensors()
         self._pace = LoopYield()
 
     def __aiter__(self) -> Self:
@@ -176,56 +180,56 @@ class _Tensors:
     async def __anext__(self) -> tuple[str, Any]:
         if self._pace.is_due():
             await self._pace.give_way()
-        contents = self._update._open_contents()
-        for row in self._rows:
-            return row.name, contents.view(row) if self._update._is_staged else row.target
+        changes = self._update._open_changes()
+        for tensor in self._tensors:
+            return tensor.name, changes.view(tensor) if self._update._is_staged else tensor.target
         raise StopAsyncIteration
 
 
-class _Copying:
-    """Copies what has changed to where it goes. Every method is for a thread."""
+class _Copier:
+    """Copies changed tensors to their destinations. Every method must be called in a thread."""
 
     def __init__(
-        self, contents: ChangedTensors, threads: DaemonThreads, count: int, release: Callable[[], None]
+        self, changes: ChangedTensors, threads: DaemonThreads, count: int, release: Callable[[], None]
     ) -> None:
-        self.contents = contents
+        self._changes = changes
         self._threads = threads
-        self._shares = [CopyJob() for _ in range(count)]
+        self._jobs = [CopyJob() for _ in range(count)]
         self._release = release
 
     def find_and_copy(self) -> list[ChangedTensor]:
-        """Find all destinations, then copy and `end`; where some are sinks return these, and copy nothing yet."""
-        sinks = self.contents.share(self._shares)
+        """Find all destinations. If some are sinks, return their tensors; otherwise `copy`, and return no tensors."""
+        sinks = self._changes.add_copies(self._jobs)
         if not sinks:
             self.copy()
         return sinks
 
     def copy(self) -> None:
-        """Copy the first share here, and the others in further threads; then `end`."""
-        others = [self._threads.submit(share.run) for share in self._shares[1:] if share.nbytes]
+        """Run the first job here and the others in further threads, then `end`."""
+        others = [self._threads.submit(job.run) for job in self._jobs[1:] if job.nbytes]
         try:
-            self._shares[0].run()
+            self._jobs[0].run()
         finally:
             for other in others:
                 other.result()
         self.end()
 
     def end(self) -> None:
-        """Forget everything, and give the memory back; once more does nothing."""
-        for share in self._shares:  # an error refers to their frames, and would keep the memory alive
-            share.clear()
-        self.contents.lease = None
+        """Drop all jobs, and give the memory back. A second call does nothing."""
+        for job in self._jobs:  # an error refers to their frames, which would keep the memory alive
+            job.clear()
+        self._changes.lease = None
         self._release()
 
 
-async def _write_sinks(contents: ChangedTensors, rows: list[ChangedTensor]) -> None:
+async def _write_sinks(changes: ChangedTensors, tensors: list[ChangedTensor]) -> None:
     filled: list[str] = []
-    for row in rows:
+    for tensor in tensors:
         try:
-            for start in range(0, row.nbytes, contents.chunk_size):
-                stop = min(start + contents.chunk_size, row.nbytes)
-                await row.target.write(start, contents.bytes_of(row, start, stop))
+            for start in range(0, tensor.nbytes, changes.chunk_size):
+                stop = min(start + changes.chunk_size, tensor.nbytes)
+                await tensor.target.write(start, changes.bytes_of(tensor, start, stop))
         except BaseException as error:
-            error.filled, error.torn = tuple(filled), (row.name,)  # type: ignore[attr-defined]
+            error.filled, error.torn = tuple(filled), (tensor.name,)  # type: ignore[attr-defined]
             raise
-        filled.append(row.name)
+        filled.append(tensor.name)

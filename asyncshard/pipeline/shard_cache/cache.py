@@ -1,8 +1,8 @@
-"""Shards in memory, least recently used first to go, within a memory budget that others may share.
+"""The shard cache: shards in memory, within a memory budget that it may share with loads.
 
-A file's bytes, its header included, have one account of the budget. While a request waits, the least recently used file
-is evicted. What somebody still uses of it stays in the budget until it dies, or until nothing else is left to evict:
-then it is handed over, the oldest first.
+Each cached file has an account of the budget, for its header and its tensors. While a request waits for the budget, the
+least recently used file is evicted. Tensors of an evicted file that somebody still uses stay in the budget until they
+die. If nothing is left to evict, they are handed over, those that were evicted first.
 """
 
 from __future__ import annotations
@@ -22,67 +22,71 @@ from asyncshard.pipeline.shard_cache.tensors import ShardTensors
 
 @dataclass(frozen=True, slots=True)
 class CacheStatistics:
-    """A snapshot of a cache; sizes in bytes, as the memory budget counts them: headers, and whole pages of tensors."""
+    """A snapshot of a shard cache. Sizes are bytes as the budget counts them: headers, and tensors in whole pages."""
 
     hits: int
-    """Requests answered from memory."""
+    """The number of requests that were answered from memory."""
     misses: int
-    """Requests that had to read, or to wait for a read that others had begun."""
+    """The number of requests that read a file, or waited for a read that another request had begun."""
     evictions: int
-    """Shards that gave way to others; not those of `evict` and `clear`."""
+    """The number of shards that were evicted to free memory; `evict` and `clear` do not count."""
     shards_cached: int
-    """Files of which tensors are in memory."""
+    """The number of shards that have tensors in memory."""
     bytes_cached: int
-    """Bytes of the shards in memory, and of those being read."""
+    """The bytes of the shards that are in memory or being read."""
     bytes_held: int
-    """Bytes of tensors that are no longer cached, and still in use."""
+    """The bytes of tensors that are no longer cached, and are alive."""
     reads_in_flight: int
-    """Shards and tensors being read now."""
+    """The number of shards and tensors that are being read now."""
 
 
 @dataclass(slots=True, eq=False)
 class CachedFile:
-    """What is in memory of one file."""
+    """The header and the tensors of one file that are in memory."""
 
     shard: OpenedFile
+    """The file as it was opened, with its header."""
     account: Account
+    """The account of the budget for the header and the tensors."""
     tensors: ShardTensors | None = None
-    """All of them, once the file was read whole."""
-    lone: dict[str, ShardTensors] = field(default_factory=dict)
-    """Those that were read one by one."""
+    """All tensors of the file, if the whole file was read."""
+    single_tensors: dict[str, ShardTensors] = field(default_factory=dict)
+    """Tensors that were read one by one: for each name, a mapping with this tensor."""
     pins: int = 0
-    """Reads in flight: it is not evicted meanwhile."""
+    """The number of reads in flight. A file with pins is not evicted."""
 
     def with_name(self, name: str) -> ShardTensors | None:
-        """Return what has a tensor of this name, if that is in memory."""
-        held = (self.tensors, self.lone.get(name))
-        return next((tensors for tensors in held if tensors is not None and name in tensors), None)
+        """Return a mapping in memory that has a tensor of this name; None if there is none."""
+        mappings = (self.tensors, self.single_tensors.get(name))
+        return next((tensors for tensors in mappings if tensors is not None and name in tensors), None)
 
     @property
     def has_tensors(self) -> bool:
-        return self.tensors is not None or bool(self.lone)
+        """Whether tensors of the file are in memory."""
+        return self.tensors is not None or bool(self.single_tensors)
 
 
 class ShardCache:
-    """Files by key. May be used from several threads; reads are the business of whoever uses it.
+    """The cached files by key. Several threads may use it. It reads nothing: `ShardReader` reads files into it.
 
     Parameters
     ----------
     budget : MemoryBudget
     max_shards : int or None
-        How many files may have tensors in memory.
+        The largest number of files that may have tensors in memory; None for no limit.
     is_strict : bool
-        Whether tensors in use never leave the budget: what they block is an error (`require_room`).
+        Whether tensors in use never leave the budget: a read for which they leave no room fails (`require_room`).
     """
 
     def __init__(self, budget: MemoryBudget, max_shards: int | None, *, is_strict: bool) -> None:
         self.budget = budget
         self._max_shards = max_shards
         self._is_strict = is_strict
-        self._lock = threading.RLock()  # never held while the budget asks reclaimers: those have locks of their own
+        # Never held while the budget calls reclaimers: these have locks of their own.
+        self._lock = threading.RLock()
         self._files: OrderedDict[str, CachedFile] = OrderedDict()
         self._evicted: list[Account] = []
-        """Accounts of files that are gone, of which something is alive; handed over or not."""
+        """The accounts of evicted files that have tensors alive, handed over or not, in the order of their eviction."""
         self._open_accounts: set[Account] = set()
         self._finalizer = weakref.finalize(self, _abandon, budget, self._open_accounts)
         self._finalizer.atexit = False
@@ -90,7 +94,7 @@ class ShardCache:
         budget.add_reclaimer(self)
 
     def find(self, key: str) -> CachedFile | None:
-        """Return a file, which is the most recently used one from now on."""
+        """Return a file, and make it the most recently used one; None if it is not cached."""
         with self._lock:
             file = self._files.get(key)
             if file is not None:
@@ -98,17 +102,17 @@ class ShardCache:
             return file
 
     def peek(self, key: str) -> CachedFile | None:
-        """Return a file without using it."""
+        """Return a file, without making it the most recently used one; None if it is not cached."""
         return self._files.get(key)
 
     def open_account(self) -> Account:
-        """Begin to count for something beside the files, until `discard`; it ends with the cache, too."""
+        """Return a new account for memory that belongs to no cached file. `discard` closes it, or the cache's end."""
         account = self.budget.open_account()
         self._open_accounts.add(account)
         return account
 
     def discard(self, account: Account) -> None:
-        """End a count; what is in use of it leaves the budget."""
+        """Close an account. Its buffers that are still alive leave the budget."""
         with self._lock:
             if account in self._open_accounts:
                 self._open_accounts.remove(account)
@@ -116,12 +120,14 @@ class ShardCache:
 
     @contextmanager
     def pinned(self, key: str, shard: OpenedFile) -> Iterator[CachedFile]:
-        """Keep a file from being evicted while it is read. It is added where it is not there, or another is.
+        """Add a file to the cache, unless it is there, and keep it from being evicted during the ``with`` block.
+
+        If another version of the file is cached, it is evicted first.
 
         Raises
         ------
         BudgetError
-            Its header exceeds the budget.
+            The file's header exceeds the budget.
         """
         file = self._pin(key, shard)
         try:
@@ -151,7 +157,7 @@ class ShardCache:
             return file
 
     def _bound(self) -> None:
-        """Evict until no more than `max_shards` have tensors."""
+        """Evict files until at most `max_shards` have tensors in memory."""
         if self._max_shards is None:
             return
         surplus = sum(file.has_tensors for file in self._files.values()) - self._max_shards
@@ -159,6 +165,7 @@ class ShardCache:
             surplus -= 1
 
     def reclaim(self, kind: Reclaimable) -> bool:
+        """Evict the least recently used file, or hand over the tensors in use of one evicted file."""
         with self._lock:
             if kind is Reclaimable.CACHED:
                 return self._evict_oldest(with_tensors=False)
@@ -179,24 +186,27 @@ class ShardCache:
         return False
 
     def _let_go(self, file: CachedFile) -> None:
-        """Drop what the cache has of a file that is no longer in it; reads in flight keep theirs until they end."""
+        """Drop the tensors and the header of a file that is no longer cached, unless a read is in flight."""
         if file.pins:
             return
         file.tensors = None
-        file.lone.clear()
+        file.single_tensors.clear()
         self._evicted.append(file.account)
         file.account.charge_headers(-file.account.header_bytes, file.shard.path)
         self._sweep()
 
     def _sweep(self) -> None:
-        """Forget the accounts of which nothing is alive."""
+        """Close the accounts of evicted files that have no tensor alive."""
         for account in self._evicted.copy():
             if not account.bytes_alive():
                 self._evicted.remove(account)
                 self.discard(account)
 
     def require_room(self, nbytes: int, path: str) -> None:
-        """Raise BudgetError for a request that waits and that tensors in use will never let through."""
+        """Raise BudgetError if a waiting request of `nbytes` can never be granted beside the tensors in use.
+
+        Without `is_strict` it never raises: tensors in use leave the budget.
+        """
         with self._lock:
             in_use = sum(account.used for account in self._evicted if account in self._open_accounts)
         if self._is_strict and in_use and in_use + nbytes > self.budget.nbytes:
@@ -210,7 +220,7 @@ class ShardCache:
             )
 
     def evict(self, key: str) -> bool:
-        """Drop a file; whether it was there."""
+        """Drop a file; return whether it was cached."""
         with self._lock:
             file = self._files.pop(key, None)
             if file is None:
@@ -225,14 +235,14 @@ class ShardCache:
             self.evict(key)
 
     def release(self) -> None:
-        """Drop all files, and let what is in use leave the budget."""
+        """Drop all files, and let their tensors that are in use leave the budget."""
         with self._lock:
             self.clear()
             for account in self._evicted:
                 self.discard(account)
 
     def statistics(self, reads_in_flight: int) -> CacheStatistics:
-        """Return a snapshot."""
+        """Return a snapshot of the cache."""
         with self._lock:
             self._sweep()
             files = self._files.values()

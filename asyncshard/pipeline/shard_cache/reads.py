@@ -1,4 +1,4 @@
-"""Read a file, or one tensor of it, into memory of its account in a cache."""
+"""Read a whole file, or one tensor of it, into the shard cache."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from asyncshard.errors import BudgetError, NamesError
 from asyncshard.pipeline.checkpoint.checkpoint import Selection
-from asyncshard.pipeline.checkpoint.ties import TiedTensor, ties_of_file
+from asyncshard.pipeline.checkpoint.tied_tensor import TiedTensor, ties_of_file
 from asyncshard.pipeline.memory.budget import charge_of
 from asyncshard.pipeline.shard_cache.cache import CachedFile, ShardCache
 from asyncshard.pipeline.shard_cache.tensors import ShardTensors
@@ -19,31 +19,31 @@ from asyncshard.tasks.threads import DaemonThreads
 async def read_whole(
     transfer: BufferedTransfer, file: CachedFile, cache: ShardCache, threads: DaemonThreads, selection: Selection
 ) -> ShardTensors:
-    """Read all tensors of a file, which is pinned, unless they are there; they replace those read one by one.
+    """Return all tensors of a pinned file; read them, unless they are in memory.
 
-    What the file's metadata ties to one of them is among them.
+    Tensors that were read one by one are dropped. Names that the file's metadata ties to its tensors are included.
 
     Raises
     ------
     BudgetError
-        The file exceeds the budget; or, where that is strict, what is in use leaves it no room.
+        The file exceeds the budget; or, in a strict cache, tensors in use leave no room for it.
     StoreError
     """
     if file.tensors is None:
         await threads.run(lambda: transfer.plan(cache.budget, is_strict=False))
         tensors = await _read_items(transfer, file, cache, transfer.items)
         file.tensors = tensors.with_ties(await threads.run(ties_of_file, transfer.checkpoint, selection))
-        file.lone.clear()
+        file.single_tensors.clear()
     return file.tensors
 
 
 async def read_one(transfer: BufferedTransfer, file: CachedFile, cache: ShardCache, name: str) -> ShardTensors:
-    """Read one tensor of a file, which is pinned; return a mapping of just that.
+    """Read one tensor of a pinned file; return a mapping with this tensor alone.
 
     Raises
     ------
     NamesError
-        There is no such tensor.
+        The file has no tensor of this name.
     BudgetError, StoreError
         As for `read_whole`.
     """
@@ -53,16 +53,17 @@ async def read_one(transfer: BufferedTransfer, file: CachedFile, cache: ShardCac
         raise unknown(file.shard.path, name)
     info = header.at(index)
     item = ReadItem(0, info.start, info.stop, index, index + 1)
-    file.lone[name] = tensors = await _read_items(transfer, file, cache, [item])
+    file.single_tensors[name] = tensors = await _read_items(transfer, file, cache, [item])
     return tensors
 
 
 async def read_tied(
     transfer: BufferedTransfer, file: CachedFile, cache: ShardCache, name: str, tied: TiedTensor
 ) -> ShardTensors:
-    """Read one tensor of a file, which is pinned, that the file holds under another name; return a mapping that has it.
+    """Read a tensor that a pinned file holds under another name; return a mapping with the tensor under `name`.
 
-    It is the stored tensor, in the same memory, unless it is divided by itself; `transfer` is of that then.
+    It shares the memory of the stored tensor, unless the tp plan has a rule of its own for `name`: then ``tied.alone``
+    is what `transfer` reads.
 
     Raises
     ------
@@ -72,7 +73,7 @@ async def read_tied(
     if tied.alone is not None:
         return await read_one(transfer, file, cache, name)
     stored = file.with_name(tied.stored_name) or await read_one(transfer, file, cache, tied.stored_name)
-    file.lone[name] = tensors = stored.with_ties({name: tied.stored_name})
+    file.single_tensors[name] = tensors = stored.with_ties({name: tied.stored_name})
     return tensors
 
 
@@ -89,14 +90,14 @@ async def _read_items(
             [size for size in sizes if size], on_wait=lambda: cache.require_room(needed, path)
         )
     )
-    placed = [(item, next(leases) if size else None) for item, size in zip(items, sizes, strict=True)]
-    reads = (transfer.read(item, lease) for item, lease in placed)
-    await run_bounded(min(transfer.pacing.prefetch_count, len(placed)), reads, on_failure="cancel")
-    return ShardTensors(transfer, items, [lease for _, lease in placed])
+    buffers = [next(leases) if size else None for size in sizes]
+    reads = (transfer.read(item, lease) for item, lease in zip(items, buffers, strict=True))
+    await run_bounded(min(transfer.pacing.prefetch_count, len(items)), reads, on_failure="cancel")
+    return ShardTensors(transfer, items, buffers)
 
 
 def unknown(path: str, name: str) -> NamesError:
-    """Return the error for a tensor that is not there."""
+    """Return the error for a name that no tensor has."""
     return NamesError(f"{path}: there is no tensor {name!r}", path=path, missing=(name,))
 
 

@@ -1,4 +1,4 @@
-"""How the shards of an open folder are read into a cache: headers, whole files, single tensors."""
+"""Read shards of an open folder into the shard cache: their headers, whole files, and single tensors."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from asyncshard.arrays.base import ArrayLibrary
 from asyncshard.errors import ObjectChangedError
 from asyncshard.pipeline.checkpoint.checkpoint import Checkpoint, Selection, refuse_second_cut
 from asyncshard.pipeline.checkpoint.opened_file import FileReader, OpenedFile, read_header_of
-from asyncshard.pipeline.checkpoint.slicing import find_plan, slice_shard, with_slice_reader
-from asyncshard.pipeline.checkpoint.ties import find_tied
+from asyncshard.pipeline.checkpoint.slicing import covers_gaps, find_plan, slice_shard, with_slice_reader
+from asyncshard.pipeline.checkpoint.tied_tensor import find_tied
 from asyncshard.pipeline.shard_cache.cache import CachedFile, ShardCache
 from asyncshard.pipeline.shard_cache.reads import read_one, read_tied, read_whole, unknown
 from asyncshard.pipeline.shard_cache.tensors import ShardTensors
@@ -23,24 +23,25 @@ from asyncshard.tasks.threads import DaemonThreads
 
 
 class OpenedFolder(NamedTuple):
-    """What reading one file of a folder takes."""
+    """One file of a folder whose store is open, and what is needed to read it."""
 
     store: Store
     name: str
-    """The file's, in the store."""
+    """The file's name in the store."""
     threads: DaemonThreads
     library: ArrayLibrary
+    """The array library that makes the tensors."""
 
 
 class ShardReader:
-    """Reads files into a cache, as a selection wants them. The files that it gets from the cache are pinned.
+    """Reads files into a cache, sliced as a selection says. Its callers pin each `CachedFile` during a read.
 
     Parameters
     ----------
     cache : ShardCache
     selection : Selection
     chunk_size, prefetch_count : int or None
-        Bytes of one read, and read items in flight; None for the store's own numbers.
+        The bytes of one read, and the number of read items in flight; None for the store's defaults.
     """
 
     def __init__(
@@ -52,12 +53,12 @@ class ShardReader:
         self._prefetch_count = prefetch_count
 
     async def read_header(self, opened: OpenedFolder) -> OpenedFile:
-        """Open a file and read its header; leave of it what is the rank's and wanted.
+        """Open a file and read its header; return it with the slice that the selection wants of it.
 
         Raises
         ------
         CheckpointError
-            A tensor cannot be divided as the plan says, or the file is a rank's already.
+            A tensor cannot be divided as the tp plan says, or the file is a rank shard, which must not be cut again.
         FormatError, BudgetError, StoreError
         """
         return await self._read_header(opened, is_sliced=self._selection.is_sliced)
@@ -65,7 +66,7 @@ class ShardReader:
     async def _read_header(self, opened: OpenedFolder, *, is_sliced: bool) -> OpenedFile:
         if is_rank_shard(opened.name, self._selection.pattern):
             refuse_second_cut(self._selection, opened.store.path_of(opened.name))
-        account = self._cache.open_account()  # while it is parsed
+        account = self._cache.open_account()  # for the header while it is parsed
         try:
             shard = await read_header_of(opened.store, opened.name, opened.threads, self._selection.limits, account)
             if is_sliced:
@@ -76,22 +77,22 @@ class ShardReader:
             self._cache.discard(account)
 
     async def read_file(self, opened: OpenedFolder, file: CachedFile) -> ShardTensors:
-        """Read all tensors of a file; see `read_whole`."""
+        """Return all tensors of a file; see `read_whole`."""
         async with self._transfer(opened, file.shard) as transfer:
             return await read_whole(transfer, file, self._cache, opened.threads, self._selection)
 
     async def read_tensor(
         self, opened: OpenedFolder, file: CachedFile, name: str, *, is_whole_model: bool
     ) -> ShardTensors:
-        """Read one tensor of a file, or the one that its name is tied to; return a mapping that has it.
+        """Read one tensor of a file, or the tensor to which its name is tied; return a mapping that has the name.
 
-        ``config.json`` is asked for ties if the file `is_whole_model`: if no other file may hold the name, as the
-        caller knows or the file's own name tells.
+        If no other file may hold the name, ``config.json`` is read for ties, too. That is so if the caller knows it
+        (`is_whole_model`), or if the file's name is not that of one file of several.
 
         Raises
         ------
         NamesError
-            There is no such tensor.
+            There is no such tensor, and no tie.
         ObjectChangedError
             The file has been replaced since its header was read.
         CheckpointError, BudgetError, StoreError
@@ -100,7 +101,7 @@ class ShardReader:
             async with self._transfer(opened, file.shard) as transfer:
                 return await read_one(transfer, file, self._cache, name)
         whole = file.shard
-        if self._selection.is_sliced:  # the plan may divide it otherwise, or the filter want just it
+        if self._selection.is_sliced:  # the plan may have another rule for the name, or the filter may want it alone
             whole = await self._read_header(opened, is_sliced=False)
             if whole.meta != file.shard.meta:
                 raise ObjectChangedError(f"{whole.path}: the file was replaced meanwhile", path=whole.path)
@@ -117,10 +118,13 @@ class ShardReader:
     async def _transfer(self, opened: OpenedFolder, shard: OpenedFile) -> AsyncIterator[BufferedTransfer]:
         checkpoint = Checkpoint((shard,), FileReader(opened.store))
         pacing = opened.store.pacing.override(self._chunk_size, self._prefetch_count)
-        account = self._cache.open_account()  # of the scratch for slices
+        account = self._cache.open_account()  # for the scratch with which slices are read
         try:
             if shard.slice is not None:
-                checkpoint = await with_slice_reader(checkpoint, opened.threads, account, chunk_size=pacing.chunk_size)
+                is_covering = await opened.threads.run(covers_gaps, checkpoint, pacing.max_gap_bytes)
+                checkpoint = with_slice_reader(
+                    checkpoint, opened.threads, account, chunk_size=pacing.chunk_size, is_covering=is_covering
+                )
             yield BufferedTransfer(Reading(checkpoint, pacing, opened.threads), opened.library)
         finally:
             self._cache.discard(account)

@@ -1,4 +1,4 @@
-"""The tensors of one shard in memory, made when they are asked for."""
+"""The tensors of one shard in memory, as a mapping that makes an array when its name is looked up."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from asyncshard.plan.items import ReadItem
 
 
 class ShardTensors(Mapping[str, Any]):
-    """Tensors by name, in the order of their bytes, and after them tied ones.
+    """A read-only mapping of name to tensor: the tensors in the order of their bytes, and after them tied names.
 
-    Immutable; NumPy arrays of it are read-only, since all share them.
+    Each look-up returns a new view of the same memory. NumPy arrays are read-only, since all users share the memory.
 
-    Each look-up makes a new view of the same memory. This mapping keeps all of its shard's memory alive; a tensor keeps
-    that of its read item: its own, or, for small ones, that of their neighbours too.
+    The mapping keeps the memory of all its tensors alive. A tensor keeps the memory of its read item alive: a small
+    tensor shares it with the tensors beside it.
     """
 
     __slots__ = ("_firsts", "_items", "_leases", "_table", "_ties", "_transfer")
@@ -38,10 +38,10 @@ class ShardTensors(Mapping[str, Any]):
         self._leases = leases
         self._firsts = [item.first for item in items]
         self._ties = ties or {}
-        """Further names of these tensors, each with the one that the shard holds."""
+        """Further names of these tensors: for each, the name under which the shard stores the tensor."""
 
     def with_ties(self, ties: Mapping[str, str]) -> ShardTensors:
-        """Return the same tensors, in the same memory, under further names: each with the one that the shard holds."""
+        """Return a mapping of these tensors with further names: `ties` has the stored name of each."""
         return ShardTensors(self._transfer, self._items, self._leases, ties)
 
     def __getitem__(self, name: str) -> Any:
@@ -51,11 +51,11 @@ class ShardTensors(Mapping[str, Any]):
         return self._at(index)
 
     def _at(self, index: int) -> Any:
-        place = bisect_right(self._firsts, index) - 1
-        return frozen(self._transfer.view(self._items[place], self._leases[place], index))
+        number = bisect_right(self._firsts, index) - 1
+        return frozen(self._transfer.view(self._items[number], self._leases[number], index))
 
     def _find(self, name: str) -> int:
-        """Return the index of a tensor in the shard, -1 where it is not among these."""
+        """Return the index in the shard of a tensor of this mapping; -1 if the mapping does not have it."""
         index = self._table.find(self._ties.get(name, name))
         return index if self._items and self._items[0].first <= index < self._items[-1].last else -1
 
@@ -74,7 +74,7 @@ class ShardTensors(Mapping[str, Any]):
 
 
 def frozen(tensor: Any) -> Any:
-    """Return the tensor, read-only where it is a NumPy array; torch has no such thing."""
+    """Return the tensor, made read-only if it is a NumPy array. A torch tensor cannot be read-only."""
     if isinstance(tensor, np.ndarray):
         tensor.flags.writeable = False
     return tensor

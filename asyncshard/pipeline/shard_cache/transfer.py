@@ -1,4 +1,4 @@
-"""Tensors through buffers of the budget, but for shards that are in memory already."""
+"""Transfer through buffers of the budget, except for shards in the shard cache, which are delivered from there."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from asyncshard.plan.items import ReadItem
 
 
 class ThroughCache(ToBuffers):
-    """Deliver tensors in buffers of the budget, and those of cached shards from the cache's memory."""
+    """Delivers tensors in buffers of the budget, and the tensors of cached shards from the cache."""
 
     def __init__(self, cache: ShardCache) -> None:
         self._cache = cache
@@ -25,27 +25,29 @@ class ThroughCache(ToBuffers):
 
 
 class CachedTransfer(BufferedTransfer):
-    """Deliver tensors of a cached shard from memory, where it is the same object still; read the others past the cache.
+    """Delivers tensors of cached shards from memory, and reads the others without caching them.
 
-    What is cached is looked up when an item's turn comes, and kept alive until the item is delivered.
+    The cache is asked when the read of an item is to begin. A shard counts as cached only if it is the same version of
+    the file. The cached tensors are kept alive until the item is delivered.
     """
 
     def __init__(self, reading: Reading, library: ArrayLibrary, cache: ShardCache) -> None:
         super().__init__(reading, library)
         self._cache = cache
-        self._found: dict[ReadItem, ShardTensors] = {}
+        self._cached_tensors: dict[ReadItem, ShardTensors] = {}
+        """The cached tensors of items that are to be delivered from memory."""
 
     def prepare(self, item: ReadItem) -> int:
         shard = self.checkpoint.shards[item.shard]
         file = self._cache.peek(shard.path)
         if file is None or file.tensors is None or not file.shard.is_same(shard):
-            self._found.pop(item, None)
+            self._cached_tensors.pop(item, None)
             return super().prepare(item)
-        self._found[item] = file.tensors
+        self._cached_tensors[item] = file.tensors
         return 0
 
     def deliver(self, item: ReadItem, lease: Lease | None) -> Iterator[tuple[str, Any, int]]:
-        cached = self._found.pop(item, None)
+        cached = self._cached_tensors.pop(item, None)
         if cached is None:
             for name, tensor, nbytes in super().deliver(item, lease):
                 yield name, frozen(tensor), nbytes

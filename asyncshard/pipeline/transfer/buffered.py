@@ -1,4 +1,4 @@
-"""Tensors through buffers of the budget: what a plain stream delivers."""
+"""Transfer through buffers of the memory budget: a stream without destinations delivers its tensors in this way."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ from asyncshard.pipeline.transfer.transfer import Reading, Transfer
 from asyncshard.plan.items import ReadItem, whole_tensors
 
 _ALIGNMENT = 8
-"""The widest element of the format has 8 bytes."""
+"""Tensors are aligned to 8 bytes, the size of the widest element of the format."""
 _MAX_TENSORS = 4096
-"""In one item: what `deliver` looks at before the first of them, on the event loop, in about 0.1 ms."""
+"""A read item has at most 4,096 tensors: `deliver` looks at all of them first, on the event loop, in about 0.1 ms."""
 _ITEM_BYTES = np.array([max(dtype.bits // 8, 1) for dtype in DTYPES], np.int64)
+"""For each dtype, by its code: the bytes of one element, at least 1."""
 
 
 class ToBuffers(Delivery):
-    """Deliver tensors in buffers of the budget: what a stream without destinations does."""
+    """Delivers tensors in buffers of the budget, as a stream without destinations does."""
 
     async def plan(self, opened: OpenedCheckpoint) -> BufferedTransfer:
         load, reading = opened
@@ -41,10 +42,10 @@ class ToBuffers(Delivery):
 
 
 class BufferedTransfer(Transfer):
-    """Read items of whole tensors into leased buffers; a tensor is a view of its item's buffer.
+    """Reads items of whole tensors into leased buffers. A tensor is a view of its item's buffer.
 
-    Tensors that were read together share a lease, which is charged until the last of them dies. Where one would not be
-    aligned for its type, the item's tensors are spread within their buffer.
+    The tensors of one item share a lease, which is charged to the budget until the last of them dies. If a tensor of an
+    item would not be aligned for its dtype, all tensors of the item are moved apart within the buffer after the read.
     """
 
     is_in_place = False
@@ -57,14 +58,14 @@ class BufferedTransfer(Transfer):
         self._misaligned: frozenset[ReadItem] = frozenset()
 
     def plan(self, budget: MemoryBudget, *, is_strict: bool) -> None:
-        """Make the items. Slow for large checkpoints: not for the event loop.
+        """Make the read items. This is slow for large checkpoints: call it off the event loop.
 
         Raises
         ------
         BudgetError
-            The largest tensor exceeds the budget; in strict mode, two neighbouring items and the headers do.
+            A tensor is larger than the budget; or, with `is_strict`, two neighbouring items and the headers are.
         """
-        # Several items must fit the budget at once, or nothing could be read ahead.
+        # Four items fit into the budget, so that some can be read ahead.
         limit = max(min(self.pacing.chunk_size, budget.nbytes // 4), 1)
         items: list[ReadItem] = []
         for number, shard in enumerate(self.checkpoint.shards):
@@ -126,10 +127,10 @@ class BufferedTransfer(Transfer):
         return bool(np.any(offsets % _ITEM_BYTES[table.dtype_codes[item.first : item.last]]))
 
     def _offsets(self, item: ReadItem) -> Int64Array:
-        """Return where each tensor of an item begins in its buffer."""
+        """Return for each tensor of an item the offset in the item's buffer at which it begins."""
         offsets = self.checkpoint.shards[item.shard].header.table.starts[item.first : item.last] - item.start
         if self._is_misaligned(item):
-            # One alignment more for each tensor, so that none begins before the end of the one before it.
+            # Each tensor is moved by 8 bytes more than the one before it, so that they never overlap.
             offsets = -(-offsets // _ALIGNMENT) * _ALIGNMENT + _ALIGNMENT * np.arange(len(offsets))
         return offsets
 
@@ -145,7 +146,7 @@ class BufferedTransfer(Transfer):
             await self._threads.run(spread, buffer, starts - item.start, self._offsets(item), lengths)
 
     def view(self, item: ReadItem, lease: Lease | None, index: int) -> Any:
-        """Return one tensor of an item that was read: the one at `index` of its shard. It keeps the lease alive."""
+        """Return the tensor at `index` of the shard, from an item that was read. The tensor keeps the lease alive."""
         shard = self.checkpoint.shards[item.shard]
         name, code, shape, start, stop = shard.header.table.row(index)
         offset = start - item.start
@@ -159,7 +160,7 @@ class BufferedTransfer(Transfer):
         library = self._library
         for index, offset in zip(range(item.first, item.last), self._offsets(item).tolist(), strict=True):
             name, code, shape, start, stop = row(index)
-            # Nothing here may keep the tensor alive while the consumer has it, hence no variable for it.
+            # No variable refers to the tensor: it would keep it alive while the consumer has it.
             yield (
                 name,
                 make_view(library, lease, offset, DTYPES[code], shape, stop - start, name=name, path=shard.path),

@@ -1,4 +1,4 @@
-"""Where tensors go when the caller says where: arrays, parameters, views of fused ones, sinks, or new arrays."""
+"""Destinations of tensors: arrays and parameters of the caller, views of fused parameters, sinks, and new arrays."""
 
 from __future__ import annotations
 
@@ -22,33 +22,37 @@ from asyncshard.plan.items import TensorKey
 from asyncshard.tasks.yielding import yielding_gil
 
 _CAST_ELEMENTS = 1 << 17
-"""Elements converted at once: NumPy converts the types of `ml_dtypes` with the GIL held."""
+"""At most 131,072 elements are converted at once: NumPy holds the GIL while it converts the dtypes of `ml_dtypes`."""
 _COMPARED_BYTES = 1 << 20
-"""Compared at once: NumPy makes a truth value for each."""
+"""At most 1 MiB is compared at once: NumPy allocates one truth value for each byte."""
 _SPACING = 64
-"""New arrays begin at multiples of this, a cache line."""
+"""New arrays begin at multiples of 64 bytes, a cache line."""
 
 
 @dataclass(slots=True, frozen=True)
 class StridedTarget:
-    """An array whose elements have to be copied in: a strided view, or one of another dtype."""
+    """A destination that cannot take the file's bytes as they are: a strided view, or an array of another dtype."""
 
     target: NDArray[Any]
+    """The array into which elements are copied."""
     source: np.dtype[Any]
     """The dtype of the file's elements."""
 
     def store(self, first: int, data: memoryview) -> None:
-        """Copy elements in, from index `first` on in the file's order. Slow: not for the event loop."""
+        """Copy the elements in `data` into the array. This is slow: call it off the event loop.
+
+        The element at index `first`, in C order, is the first that is written.
+        """
         elements = np.frombuffer(data, self.source)
         is_cast = elements.dtype != self.target.dtype
         for box, part in self._parts(first, elements, _CAST_ELEMENTS if is_cast else len(elements)):
-            with np.errstate(all="ignore"):  # a conversion that overflows gives what the dtype gives: inf
+            with np.errstate(all="ignore"):  # a conversion that overflows gives inf, without a warning
                 box[...] = part
             if is_cast:
-                time.sleep(0)  # lets go of the GIL
+                time.sleep(0)  # another thread may take the GIL
 
     def holds(self, first: int, data: memoryview) -> bool:
-        """Return whether `store` would change nothing. Slow: not for the event loop."""
+        """Return whether the array has these elements already. This is slow: call it off the event loop."""
         unsigned = f"u{self.target.itemsize}"
         for box, part in self._parts(first, np.frombuffer(data, self.source), _CAST_ELEMENTS):
             with np.errstate(all="ignore"):
@@ -59,7 +63,7 @@ class StridedTarget:
         return True
 
     def _parts(self, first: int, elements: NDArray[Any], step: int) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
-        """Yield boxes of the target, each with the elements that belong there, at most `step`."""
+        """Yield boxes of the target, each with the elements that belong into it, at most `step` elements at a time."""
         for begin in range(0, len(elements), step):
             piece = elements[begin : begin + step]
             at = first + begin
@@ -70,23 +74,24 @@ class StridedTarget:
 
 @dataclass(slots=True, frozen=True)
 class SecondCopy:
-    """A destination that another tensor fills: what is read for it is compared with what is there."""
+    """A destination that another tensor fills. The bytes that are read for it are compared with that tensor."""
 
     first: TensorKey
-    """The tensor that fills it."""
+    """The tensor that fills the destination."""
     first_name: str
+    """The name of the tensor that fills the destination."""
     target: StridedTarget | NDArray[np.uint8]
-    """The destination; bytes where it takes those of the file as they are."""
+    """The destination. It is an array of bytes if it has the file's bytes as they are."""
 
     def holds(self, start: int, data: memoryview) -> bool:
-        """Return whether the destination has these bytes of the tensor, from `start` on. Slow: not for the loop."""
+        """Return whether the destination has the bytes `data` at offset `start`. Slow: call it off the event loop."""
         if isinstance(self.target, StridedTarget):
             return self.target.holds(start // self.target.source.itemsize, data)
         return are_equal(self.target[start : start + data.nbytes].data, data)
 
 
 def are_equal(one: memoryview, other: memoryview) -> bool:
-    """Return whether two buffers have the same bytes. Slow for large ones: not for the event loop."""
+    """Return whether two buffers have the same bytes. This is slow for large buffers: call it off the event loop."""
     ours, theirs = np.frombuffer(one, np.uint8), np.frombuffer(other, np.uint8)
     return len(ours) == len(theirs) and all(
         np.array_equal(ours[start : start + _COMPARED_BYTES], theirs[start : start + _COMPARED_BYTES])
@@ -95,9 +100,9 @@ def are_equal(one: memoryview, other: memoryview) -> bool:
 
 
 def boxes(shape: tuple[int, ...], first: int, last: int) -> Iterator[tuple[tuple[Any, ...], int, int]]:
-    """Cut the elements [first, last), counted in C order, into boxes of an array.
+    """Yield boxes that together have the elements [first, last) of an array, counted in C order.
 
-    Reclaimable the index of each box, which keeps it a view, and the range of elements in it.
+    A box is given as an index, with which an array returns a view, and as the range of its elements.
     """
     if first >= last:
         return
@@ -124,50 +129,53 @@ def boxes(shape: tuple[int, ...], first: int, last: int) -> Iterator[tuple[tuple
 
 @dataclass(slots=True)
 class ShardDestinations:
-    """Where the tensors of one shard go, in columns: an object for each would set off the garbage collector."""
+    """The destinations of one shard's tensors, in columns: one object a tensor would trigger the garbage collector."""
 
     targets: list[Any]
-    """What the caller gave and gets back when it is filled; None for a tensor that nobody wants."""
+    """For each tensor, the caller's object, which is delivered when it is filled; None if nobody wants the tensor."""
     addresses: array[int]
-    """Of the memory that takes the file's bytes as they are; 0 for all others."""
+    """For each tensor, the address of memory that takes the file's bytes as they are; 0 if there is no such memory."""
     indirect: dict[int, StridedTarget | Sink | SecondCopy]
-    """The others, by the tensor's index."""
+    """The destinations that get their tensor through a buffer, by the tensor's index."""
     firsts: dict[int, TensorKey] = field(default_factory=dict)
-    """Of a second copy, by its index, the tensor that is to be the same."""
+    """For each second copy, by its index, the first copy: the tensor that must have the same bytes."""
 
     @classmethod
     def empty(cls) -> ShardDestinations:
+        """Return the destinations of no tensors, to which `add` appends."""
         return cls([], array("Q"), {})
 
     def add(self, target: Any, address: int = 0, indirect: StridedTarget | Sink | None = None) -> None:
-        """Append the next tensor's destination."""
+        """Append the destination of the next tensor."""
         if indirect is not None:
             self.indirect[len(self.targets)] = indirect
         self.targets.append(target)
         self.addresses.append(address)
 
     def is_wanted(self) -> NDArray[np.bool_]:
+        """Return for each tensor whether somebody wants it."""
         return np.fromiter((target is not None for target in self.targets), np.bool_, len(self.targets))
 
     def is_indirect(self) -> NDArray[np.bool_]:
+        """Return for each tensor whether its destination gets it through a buffer."""
         mask = np.zeros(len(self.targets), np.bool_)
         mask[list(self.indirect)] = True
         return mask
 
     def keep(self, mask: NDArray[np.bool_]) -> None:
-        """Let go of the destinations where `mask` is false, as if nobody wanted these tensors."""
+        """Drop the destinations for which `mask` is false, as if nobody wanted these tensors."""
         for index in np.flatnonzero(~mask).tolist():
             self.drop(index)
 
     def drop(self, index: int) -> None:
-        """Let go of one destination, as if nobody wanted the tensor."""
+        """Drop the destination of one tensor, as if nobody wanted it."""
         self.targets[index] = None
         self.addresses[index] = 0
         self.indirect.pop(index, None)
         self.firsts.pop(index, None)
 
     def compare_with_first(self, index: int, second: SecondCopy) -> None:
-        """Have a tensor compared with another one, which fills its destination, rather than stored there too."""
+        """Make a tensor a second copy: it is compared with the tensor that fills its destination, and not stored."""
         self.addresses[index] = 0
         self.indirect[index] = second
         self.firsts[index] = second.first
@@ -179,16 +187,18 @@ class ShardDestinations:
 
 @dataclass(slots=True)
 class MatchedDestinations:
-    """The destinations of a checkpoint's tensors, and what did not match."""
+    """The destinations of all tensors of a checkpoint, and the names that did not match."""
 
     shards: list[ShardDestinations] = field(default_factory=list)
     missing: tuple[str, ...] = ()
+    """Names of destinations for which the checkpoint has no tensor."""
     unexpected: tuple[str, ...] = ()
+    """Names of tensors that have no destination."""
     narrowed: tuple[str, ...] = ()
     """Names of destinations that are larger than their tensor, which fills their first corner."""
 
     def keep(self, masks: list[NDArray[np.bool_]]) -> None:
-        """Let go of the destinations where the mask of their shard is false. Of two copies both are kept, or none."""
+        """Drop the destinations for which the mask of their shard is false. Of two copies, both are kept or none."""
         for mask, shard in zip(masks, self.shards, strict=True):
             for index, (first_shard, first_index) in shard.firsts.items():
                 mask[index] = masks[first_shard][first_index] = mask[index] or masks[first_shard][first_index]
@@ -197,7 +207,7 @@ class MatchedDestinations:
 
 
 def new_destinations(checkpoint: Checkpoint, library: ArrayLibrary) -> MatchedDestinations:
-    """Make an array for every tensor, in fresh memory that each gives back when it dies. For a thread."""
+    """Return new arrays for all tensors. Each array gives its memory back when it dies. Call it in a thread."""
     matched = MatchedDestinations()
     region = Region(max(sum(map(_spaced_size, checkpoint.shards)), 1))
     returns = ReturnList()

@@ -1,4 +1,4 @@
-"""A load as it was asked for, and how its checkpoint is opened and its transfer planned.
+"""A load: its arguments, how its checkpoint is opened, and how its transfer is planned.
 
 Load ─► Opening ─► choose files ─► read headers ─► Delivery.plan ─► Transfer
 """
@@ -26,22 +26,26 @@ from asyncshard.stores.opening import ModelPath, StoreAccess
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """One load: which files of a checkpoint, how they are read, and within which budget."""
+    """The arguments of one load: the files of a checkpoint, how they are read, and the memory budget."""
 
     path: ModelPath
+    """A local path or URL, or a store of the user's own."""
     access: StoreAccess
+    """How stores are opened."""
     selection: Selection
+    """The wanted files and tensors."""
     budget: MemoryBudget
+    """The budget for all memory of the load."""
     chunk_size: int | None
-    """Bytes of one read at most; None for the store's own number."""
+    """The largest number of bytes of one read; None for the store's default."""
     prefetch_count: int | None
-    """Read items ahead of the consumer; None for the store's own number."""
+    """The number of read items that are read ahead of the consumer; None for the store's default."""
     framework: str
-    """Which array library makes the tensors: "np" or "pt"."""
+    """The array library that makes the tensors: "np" or "pt"."""
     is_strict: bool
-    """Whether delivered tensors that stay alive are an error once they block the next one."""
+    """Whether it is an error if delivered tensors that stay alive leave no memory for the next one."""
     is_ordered: bool
-    """Whether items are delivered in plan order, rather than as they complete."""
+    """Whether items are delivered in plan order, rather than in the order in which their reads complete."""
 
     @property
     def url(self) -> str:
@@ -49,11 +53,11 @@ class Load:
         return self.path.url if isinstance(self.path, Store) else os.fspath(self.path)
 
     def open(self) -> Opening:
-        """Return what the checkpoint is opened with; entered, it is open until the end of the ``async with``."""
+        """Return the opening of the checkpoint: its store, threads, and account of the budget."""
         return Opening.of(self.path, self.access, self.budget)
 
     async def open_checkpoint(self, opening: Opening) -> OpenedCheckpoint:
-        """Choose the files, read and validate their headers, and cut them to what the selection wants.
+        """Choose the files, read and validate their headers, and slice them as the selection says.
 
         Raises
         ------
@@ -70,32 +74,35 @@ class Load:
         return OpenedCheckpoint(self, Reading(checkpoint, pacing, opening.threads))
 
     def library(self, destinations: Mapping[str, Any] | None = None) -> ArrayLibrary:
-        """Return the array library; for a thread, since it may import a framework."""
+        """Return the array library. It may import a framework: call it in a thread."""
         return load_library(self.framework, destinations)
 
 
 class OpenedCheckpoint(NamedTuple):
-    """A checkpoint whose headers have been read, for a delivery to plan its transfer."""
+    """A load and its checkpoint, whose headers have been read. A delivery plans the transfer from it."""
 
     load: Load
     reading: Reading
 
 
 class Delivery(ABC):
-    """Where the tensors of a load go: into buffers, new arrays, the caller's memory, or an update of live weights."""
+    """How the tensors of a load are delivered.
+
+    They are delivered in buffers, in new arrays, in the caller's memory, or in an update of live weights.
+    """
 
     @abstractmethod
     async def plan(self, opened: OpenedCheckpoint) -> Transfer:
-        """Plan the transfer; all that can be known to be wrong before tensors are read is raised here."""
+        """Plan the transfer. Every error that can be found before tensor data is read is raised here."""
 
 
 @asynccontextmanager
 async def open_transfer(
     load: Load, opening: Opening, delivery: Delivery, listener: Listener
 ) -> AsyncIterator[Transfer]:
-    """Open the checkpoint of a load and plan its transfer, which may run until the end of the ``async with``.
+    """Open the checkpoint of a load, and plan its transfer. The checkpoint is closed at the end of the ``async with``.
 
-    The store's events go to `listener` meanwhile.
+    Until then `listener` gets the store's events.
     """
     async with opening:
         with opening.store.reporting_to(listener):

@@ -1,7 +1,7 @@
 """Match a checkpoint's tensors with the caller's destinations.
 
-All that can be known to be wrong (names, shapes, dtypes, memory that cannot be written or is shared) is raised here,
-before a byte is written.
+Every error that can be found before a byte is written is raised here: names, shapes, dtypes, memory that cannot be
+written, and memory that two destinations share.
 """
 
 from __future__ import annotations
@@ -42,18 +42,18 @@ def match_destinations(
     cast: bool,
     path: str,
 ) -> MatchedDestinations:
-    """Find the destination of every tensor that is wanted. Slow for many: not for the event loop.
+    """Find the destination of every wanted tensor. This is slow for many tensors: call it off the event loop.
 
-    Names that do not match are logged where they are no error.
+    Names that do not match are logged if they are not an error.
 
     Raises
     ------
     NamesError
-        With `strict`: names are missing or unexpected. A name is not missing if its memory is covered by a destination
-        that is filled (tied weights), or if it has no elements.
+        With `strict`: names are missing or unexpected. A destination without a tensor is not missing if the memory of
+        another destination, which is filled, covers it (tied weights), or if it has no elements.
     DestinationError
-        Shape, dtype or layout do not fit, or two destinations share memory; not so if they are the same memory, and
-        their tensors are alike: the second one is compared with the first when it is read.
+        A shape, dtype or layout does not fit, or two destinations share memory. Two destinations may be the same memory
+        if their tensors have the same dtype and shape: the second tensor is compared with the first when it is read.
     """
     matching = _Matching(checkpoint, mapping, library, cast=cast)
     for shard in checkpoint.shards:
@@ -65,10 +65,9 @@ def match_destinations(
     matching.finish()
     matched = matching.matched
     if strict and (matched.missing or matched.unexpected):
-        raise _names_error(path, matched, matching.faults)
-    faults = matching.faults
-    if faults:
-        listed = enumerate_names(faults, separator="; ")
+        raise _names_error(path, matched, matching.problems)
+    if matching.problems:
+        listed = enumerate_names(matching.problems, separator="; ")
         raise DestinationError(f"{path}: {listed}. Nothing was written.", path=path)
     _warn(path, matched)
     return matched
@@ -85,7 +84,7 @@ def _warn(path: str, matched: MatchedDestinations) -> None:
 
 
 class _Matching:
-    """The state of matching, tensor by tensor."""
+    """The state of matching: what has been found for the tensors so far."""
 
     def __init__(
         self, checkpoint: Checkpoint, mapping: Mapping[str, Any], library: ArrayLibrary, *, cast: bool
@@ -96,15 +95,16 @@ class _Matching:
         self._cast = cast
         self._covered = CoveredMemory()
         self._unfit = CoveredMemory()
-        """The memory of destinations that do not fit: what lies within it is not missing as well."""
+        """The memory of destinations that do not fit. A destination within it is not reported as missing, too."""
         self._found: set[str] = set()
         self._unexpected: list[str] = []
         self._narrowed: list[str] = []
-        self.faults: list[str] = []
+        self.problems: list[str] = []
+        """A sentence for each tensor that does not fit its destination."""
         self.matched = MatchedDestinations()
 
     def add(self, name: str, dtype: Dtype, shape: tuple[int, ...], nbytes: int) -> None:
-        """Find the next tensor's destination; what is wrong with it goes to `faults`."""
+        """Find the destination of the next tensor. If it does not fit, add a sentence to `problems`."""
         destinations = self.matched.shards[-1]
         if name not in self._mapping:
             self._unexpected.append(name)
@@ -114,7 +114,7 @@ class _Matching:
         try:
             self._fit(destinations, name, dtype, self._library.shape_of(dtype, shape, nbytes), self._mapping[name])
         except DestinationError as error:
-            self.faults.append(str(error))
+            self.problems.append(str(error))
             self._note_unfit(name)
             destinations.add(None)
 
@@ -139,7 +139,7 @@ class _Matching:
         destinations.add(target, low if strided is None else 0, strided)
 
     def finish(self) -> None:
-        """Check what needs all of them. Slow for many: not for the event loop."""
+        """Check the destinations together: shared memory, and missing names. Slow: call it off the event loop."""
         self._covered.sort()
         self._unfit.sort()
         self._find_second_copies()
@@ -149,20 +149,23 @@ class _Matching:
         self.matched.narrowed = tuple(self._narrowed)
 
     def _find_second_copies(self) -> None:
-        """Compare, or have compared, what shares a destination; other memory that is shared is a fault."""
+        """Compare tensors that share one destination, or mark the second to be compared when it is read.
+
+        Other memory that two destinations share is a problem.
+        """
         digests = CopyDigests(self._checkpoint)
         for first, second, is_exact in self._covered.overlaps(self._are_alike):
             names = self._name(first), self._name(second)
             are_equal = digests.are_equal(first, second) if is_exact else None
             if not is_exact:
                 one, other = sorted(names)
-                self.faults.append(f"the destinations of {one!r} and {other!r} share memory")
+                self.problems.append(f"the destinations of {one!r} and {other!r} share memory")
             elif are_equal is None:
                 self.matched.shards[second[0]].compare_with_first(second[1], self._second_copy(first, second))
             elif are_equal:
                 self.matched.shards[second[0]].drop(second[1])
             else:
-                self.faults.append(difference(*names))
+                self.problems.append(difference(*names))
 
     def _second_copy(self, first: TensorKey, second: TensorKey) -> SecondCopy:
         name, code, shape, start, stop = self._checkpoint.shards[second[0]].header.table.row(second[1])
@@ -180,7 +183,7 @@ class _Matching:
         return self._checkpoint.shards[key[0]].header.table.name(key[1])
 
     def _is_filled_anyway(self, name: str) -> bool:
-        """Return whether a destination without a tensor is filled by another one, or has nothing to fill."""
+        """Return whether a destination without a tensor lies within another one, or has no elements."""
         target = self._mapping[name]
         if is_sink(target):
             return False
@@ -195,19 +198,22 @@ class Fit(NamedTuple):
     """How a tensor fits its destination."""
 
     memory: NDArray[Any]
-    """The elements that it fills, as unsigned integers; it keeps the memory alive."""
+    """The elements that the tensor fills, as unsigned integers. This array keeps the memory alive."""
     strided: StridedTarget | None
-    """How they are copied in; None where the memory takes the file's bytes as they are."""
+    """How the elements are copied into the destination; None if it takes the file's bytes as they are."""
     is_narrowed: bool
-    """Whether the destination is larger."""
+    """Whether the destination is larger than the tensor."""
 
 
 def fit(library: ArrayLibrary, name: str, dtype: Dtype, shape: tuple[int, ...], target: Any, *, cast: bool) -> Fit:
-    """Find the memory of an array that a tensor of this dtype, and of this shape in the library, fills.
+    """Return how a tensor fits the array `target`, which is its destination.
+
+    `dtype` is the tensor's dtype in the file, and `shape` its shape in the array library.
 
     Raises
     ------
     DestinationError
+        The tensor does not fit.
     """
     raw = library.memory_of(name, target)
     memory: NDArray[Any] = raw.array
@@ -234,7 +240,7 @@ def _narrow(name: str, memory: NDArray[Any], shape: tuple[int, ...]) -> NDArray[
 
 
 def _is_cast(name: str, ours: Dtype, raw: RawArray, may_cast: bool) -> bool:
-    """Return whether elements have to be converted; raise where they may not or cannot be."""
+    """Return whether elements have to be converted; raise DestinationError if they must not or cannot be."""
     theirs = raw.dtype
     if theirs is not None and (ours is theirs or (ours.numpy is None and theirs.name == "U8")):
         return False
@@ -248,15 +254,15 @@ def _is_cast(name: str, ours: Dtype, raw: RawArray, may_cast: bool) -> bool:
         or ours.numpy is None
         or theirs.numpy is None
         or ours.name == "C64"
-        or not np.can_cast(ours.numpy, theirs.numpy, "unsafe")  # F8_E8M0 and the other types of 8 bits
+        or not np.can_cast(ours.numpy, theirs.numpy, "unsafe")  # from F8_E8M0 to another dtype of 8 bits, say
     ):
         raise DestinationError(f"tensor {name!r} of dtype {ours.name} cannot be converted to {known}", tensor=name)
     return True
 
 
 def _require_no_self_overlap(name: str, memory: NDArray[Any]) -> None:
-    """Refuse a view whose elements may share memory: one with stride 0, or a hand-made one."""
-    # Where each stride clears all that the smaller ones span, no two elements meet.
+    """Raise DestinationError for a view whose elements may share memory, such as a view with a stride of 0."""
+    # If each stride is at least as large as all that the smaller strides span, no two elements overlap.
     reach = memory.itemsize
     for stride, size in sorted((abs(stride), size) for stride, size in zip(memory.strides, memory.shape, strict=True)):
         if size > 1 and memory.size:
@@ -268,15 +274,15 @@ def _require_no_self_overlap(name: str, memory: NDArray[Any]) -> None:
             reach += stride * (size - 1)
 
 
-def _names_error(path: str, matched: MatchedDestinations, faults: list[str]) -> NamesError:
+def _names_error(path: str, matched: MatchedDestinations, problems: list[str]) -> NamesError:
     parts = []
     if matched.missing:
         parts.append(f"missing from the checkpoint: {enumerate_names(matched.missing, is_quoted=True)}")
     if matched.unexpected:
         listed = enumerate_names(matched.unexpected, is_quoted=True)
         parts.append(f"in the checkpoint but not in the state dict: {listed}")
-    if faults:
-        parts.append(enumerate_names(faults, separator="; "))
+    if problems:
+        parts.append(enumerate_names(problems, separator="; "))
     return NamesError(
         f"{path}: the names do not match: {'; '.join(parts)}. Nothing was written; strict=False loads what matches.",
         path=path,

@@ -1,20 +1,20 @@
-"""Tensors straight into their destinations: one copy, from page cache or socket to the parameter.
+"""Transfer straight into destinations: bytes are copied once, from the page cache or the socket to the parameter.
 
-Contiguous destinations need no buffer and no budget. A strided one, one of another dtype, and a sink get their tensor
-in blocks of at most `chunk_size` through charged buffers.
+Contiguous destinations need no buffer and no budget. A strided destination, one of another dtype, and a sink get their
+tensor through charged buffers, in blocks of at most `chunk_size` bytes.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 from asyncshard._core import Lease
 from asyncshard.arrays.base import ArrayLibrary
 from asyncshard.arrays.memory import Sink
-from asyncshard.pipeline.checkpoint.ties import add_ties
+from asyncshard.pipeline.checkpoint.ties import AskedTies, asked_ties, config_ties_embeddings, with_asked_ties
 from asyncshard.pipeline.memory.budget import MemoryBudget
 from asyncshard.pipeline.transfer.destinations import (
     MatchedDestinations,
@@ -29,14 +29,16 @@ from asyncshard.pipeline.transfer.shared_memory import FirstCopies, copies_diffe
 from asyncshard.pipeline.transfer.transfer import Reading, Transfer
 from asyncshard.plan.items import GRAIN, ReadItem, TensorKey, placed_tensors
 
+T = TypeVar("T")
+
 _MAX_TENSORS = 4096
-"""In one item: what reading into separate buffers handles in one call without holding the GIL for long."""
+"""A read item has at most 4,096 tensors: one call that reads into so many buffers holds the GIL for a short time."""
 _MANY_TENSORS = 256
-"""From as many in an item on, their memory is looked up in a thread: it takes a microsecond for each."""
+"""If an item has 256 tensors or more, their memory is looked up in a thread: it takes 1 µs for each tensor."""
 
 
 class ToNewArrays(Delivery):
-    """Make a new array for every tensor, outside of the budget, and fill it."""
+    """Delivers every tensor in a new array, which does not count against the budget."""
 
     async def plan(self, opened: OpenedCheckpoint) -> PlacedTransfer:
         load, reading = opened
@@ -49,15 +51,16 @@ class ToNewArrays(Delivery):
 
 
 class ToDestinations(Delivery):
-    """Fill arrays, tensors and sinks of the caller.
+    """Delivers tensors in arrays, tensors and sinks of the caller.
 
     Parameters
     ----------
     destinations : mapping of str to array, tensor or Sink
+        The destination of each tensor by its name.
     strict : bool
-        Whether names that are missing or unexpected are an error.
+        Whether missing and unexpected names are an error.
     cast : bool
-        Whether dtypes may be converted.
+        Whether elements may be converted to the destination's dtype.
     """
 
     def __init__(self, destinations: Mapping[str, Any], *, strict: bool, cast: bool) -> None:
@@ -66,12 +69,10 @@ class ToDestinations(Delivery):
         self._cast = cast
 
     async def plan(self, opened: OpenedCheckpoint) -> PlacedTransfer:
-        load, reading = opened
-        matched = await self.match(opened)
-        return await reading.threads.run(self._place, matched, load.budget)
+        return await self.match(opened, lambda matched: self._place(matched, opened.load.budget))
 
-    async def match(self, opened: OpenedCheckpoint) -> Matched:
-        """Find the destination of every tensor, tied ones among them.
+    async def match(self, opened: OpenedCheckpoint, then: Callable[[Matched], T]) -> T:
+        """Find the destination of every tensor, tied ones among them; return what `then` makes of it in a thread.
 
         Raises
         ------
@@ -79,19 +80,28 @@ class ToDestinations(Delivery):
             See `match_destinations`.
         """
         load, reading = opened
-        library = await reading.threads.run(load.library, self._destinations)
-        checkpoint = await add_ties(reading.checkpoint, self._destinations, library, reading.threads)
-        destinations = await reading.threads.run(
-            lambda: match_destinations(
-                checkpoint,
+        checkpoint, threads = reading.checkpoint, reading.threads
+
+        def look() -> tuple[ArrayLibrary, AskedTies]:
+            return load.library(self._destinations), asked_ties(checkpoint, self._destinations)
+
+        library, asked = await threads.run(look)
+        if asked.missing_output is not None and not await config_ties_embeddings(checkpoint.reader.store, threads):
+            asked = asked._replace(missing_output=None)
+
+        def match() -> T:
+            whole = with_asked_ties(checkpoint, asked, self._destinations, library, threads)
+            destinations = match_destinations(
+                whole,
                 self._destinations,
                 library,
                 strict=self._strict,
                 cast=self._cast,
-                path=checkpoint.reader.store.url,
+                path=whole.reader.store.url,
             )
-        )
-        return Matched(reading._replace(checkpoint=checkpoint), destinations, library)
+            return then(Matched(reading._replace(checkpoint=whole), destinations, library))
+
+        return await threads.run(match)
 
     @staticmethod
     def _place(matched: Matched, budget: MemoryBudget) -> PlacedTransfer:
@@ -101,7 +111,7 @@ class ToDestinations(Delivery):
 
 
 class Matched(NamedTuple):
-    """A checkpoint whose tensors have their destinations."""
+    """A checkpoint, and the destinations of its tensors."""
 
     reading: Reading
     destinations: MatchedDestinations
@@ -109,14 +119,14 @@ class Matched(NamedTuple):
 
 
 class PlacedTransfer(Transfer):
-    """Read into the caller's memory, or into new arrays.
+    """Reads tensors into the caller's memory, or into new arrays.
 
     Parameters
     ----------
     reading : Reading
     matched : MatchedDestinations
     into : list of ShardDestinations, optional
-        Where the bytes go instead: memory in which they wait for the destinations.
+        Memory into which tensors are read instead, and where they wait until they are copied to their destinations.
     """
 
     is_in_place = True
@@ -132,16 +142,16 @@ class PlacedTransfer(Transfer):
         self._begun: set[ReadItem] = set()
         self._done: set[ReadItem] = set()
         self._parts_left: Counter[TensorKey] = Counter()
-        """Items still to be delivered of the tensors that are split."""
+        """For each tensor that is split into several items: the number of items that have not been delivered."""
         self._written: Counter[TensorKey] = Counter()
-        """Bytes that each sink has taken."""
+        """For each sink, the number of bytes that it has taken."""
         self._sink_advanced = asyncio.Condition()
         self._first_copies = FirstCopies()
         self._unwanted = memoryview(b"")
-        """Takes what lies between wanted tensors, of all reads at once: nobody looks at it."""
+        """Memory for bytes between wanted tensors. All reads write into it, and nobody reads it."""
 
     def plan(self, budget: MemoryBudget) -> None:
-        """Make the items. Slow for large checkpoints: not for the event loop."""
+        """Make the read items. This is slow for large checkpoints: call it off the event loop."""
         limit = self.pacing.chunk_size
         if any(shard.indirect for shard in self._destinations):
             limit = max(min(limit, budget.nbytes // 4), GRAIN)
@@ -173,7 +183,10 @@ class PlacedTransfer(Transfer):
         return item.nbytes if self._indirect(item) is not None else 0
 
     def _indirect(self, item: ReadItem) -> StridedTarget | Sink | SecondCopy | None:
-        """Return the destination of an item that goes through a buffer; such a tensor is alone in its items."""
+        """Return the destination of an item that is read through a buffer; None for others.
+
+        Such an item has one tensor, or a block of one.
+        """
         return self._destinations[item.shard].indirect.get(item.first)
 
     async def read(self, item: ReadItem, lease: Lease | None) -> None:
@@ -193,7 +206,7 @@ class PlacedTransfer(Transfer):
         await self._first_copies.note(item)
 
     def _memory(self, item: ReadItem) -> list[memoryview]:
-        """Return the destinations' memory that an item fills, in the file's order."""
+        """Return the memory that an item fills, in the order of the file."""
         memory = self._destinations[item.shard].memory
         if item.last - item.first == 1:
             return [memory(item.first, self._offset(item), item.nbytes)]
@@ -207,7 +220,7 @@ class PlacedTransfer(Transfer):
         ]
 
     def _offset(self, item: ReadItem) -> int:
-        """Return where in its tensor an item begins."""
+        """Return the offset in its tensor at which an item begins."""
         return item.start - int(self.checkpoint.shards[item.shard].header.table.starts[item.first])
 
     async def _pass_on(self, item: ReadItem, target: StridedTarget | Sink | SecondCopy, data: memoryview) -> None:

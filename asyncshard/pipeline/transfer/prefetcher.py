@@ -1,4 +1,4 @@
-"""Reads ahead of the consumer: as many items as the pacing and the memory budget allow."""
+"""The prefetcher reads items ahead of the consumer, as far as the prefetch count and the memory budget allow."""
 
 from __future__ import annotations
 
@@ -14,19 +14,22 @@ from asyncshard.pipeline.transfer.transfer import Transfer
 
 
 class Prefetcher:
-    """Fill the slots of one stream.
+    """Fills the slots of one stream.
 
     Parameters
     ----------
     transfer : Transfer
+        The plan of the items, and how each is read.
     slots : Slots
+        The queue to the consumer.
     account : Account
-        From which the items' buffers are reserved.
+        The account from which the buffers are allocated.
     is_strict : bool
-        Whether delivered tensors that stay alive are an error once they block the next one.
+        Whether it is an error if delivered tensors that stay alive leave no memory for the next one.
     report : Listener
+        Called with an event at the beginning and the end of each read.
     own_tasks : set of asyncio.Task
-        Gets the tasks that read, for as long as they run.
+        A set that contains each task that reads, while it runs.
     """
 
     def __init__(
@@ -46,10 +49,10 @@ class Prefetcher:
         self._report = report
         self._own_tasks = own_tasks
         self._needed_bytes = 0
-        """Bytes that the next item asks of the budget; 0 while it asks for nothing."""
+        """The bytes for which the next item waits; 0 while no item waits for the budget."""
 
     async def run(self) -> None:
-        """Read the items that were begun and stopped, then the others, until all are read or one has failed."""
+        """Read all items, first those whose read was stopped. It ends when all are read, or when one has failed."""
         async with asyncio.TaskGroup() as group:
             for slot in self._slots.unread():
                 group.create_task(self._read(slot))
@@ -67,12 +70,12 @@ class Prefetcher:
             except BudgetError as error:
                 slots.fail(error)
                 return
-            if index != slots.next_item:  # earlier ones were given back meanwhile
+            if index != slots.next_item:  # an earlier item was given back, and has to be read first
                 del lease
                 continue
             group.create_task(self._read(slots.begin(lease)))
             del lease
-        # With nothing in a checkpoint nobody else would tell the consumer.
+        # If there are no items, the consumer would wait for ever: no read tells it that it may go on.
         slots.slot_ready.set()
 
     async def _reserve(self, nbytes: int) -> Lease | None:
@@ -85,7 +88,7 @@ class Prefetcher:
             self._needed_bytes = 0
 
     def unblock(self) -> None:
-        """Hand tensors over to the consumer where the next item can be read in no other way."""
+        """If the next item cannot be read in any other way, hand over tensors to the consumer."""
         if not self._is_blocked():
             return
         self._account.budget.reclaim_for_waiters(is_urgent=True)
@@ -93,9 +96,10 @@ class Prefetcher:
             self._slots.fail(self._in_use_error())
 
     def _is_blocked(self) -> bool:
-        """Return whether only tensors that leave the budget let the next item be read.
+        """Return whether the next item can be read only if delivered tensors leave the budget.
 
-        The consumer waits, nothing of its stream is ready or in flight, and the budget cannot grant the next item.
+        That is so if the consumer waits, no item of its stream is ready or in flight, and the next item does not fit
+        into the budget.
         """
         is_waiting = self._account.is_waiting and bool(self._needed_bytes)
         return is_waiting and self._slots.is_consumer_waiting and not len(self._slots)
@@ -125,7 +129,7 @@ class Prefetcher:
         finally:
             self._report(ReadEnded(path, item.start, item.stop))
             self._own_tasks.discard(task)
-            del task  # a cycle of task, exception and frame would keep the buffer alive
+            del task  # otherwise a cycle of task, exception and frame would keep the buffer alive
         if transfer.is_in_place:
             slot.lease = None
         self._slots.finish(slot, failure)

@@ -1,4 +1,4 @@
-"""What a load has done so far, and how far it has to go."""
+"""Statistics of a load: how much has been read and delivered, and how much remains."""
 
 from __future__ import annotations
 
@@ -21,38 +21,40 @@ from asyncshard.events import (
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """A snapshot of one stream; sizes in bytes, times in seconds."""
+    """A snapshot of one stream, with sizes in bytes and times in seconds."""
 
     bytes_total: int
-    """Bytes of the tensors to be delivered."""
+    """The bytes of all tensors that the stream delivers."""
     bytes_done: int
-    """Bytes of those delivered, or filled in their destination."""
+    """The bytes of the tensors that were delivered."""
     tensors_total: int
+    """The number of tensors that the stream delivers."""
     tensors_done: int
+    """The number of tensors that were delivered."""
     bytes_in_flight: int
-    """Bytes being read now."""
+    """The bytes that are being read now."""
     bytes_held: int
-    """Bytes of delivered tensors that left the budget and are still alive."""
+    """The bytes of delivered tensors that have left the budget and are alive."""
     budget_wait_s: float
-    """Time that reads waited for the memory budget."""
+    """The time for which reads have waited for the memory budget."""
     retries: int
-    """Requests that were made again."""
+    """The number of requests that were repeated."""
     elapsed_s: float
-    """Since the stream was opened, until it ended."""
+    """The time since the stream was opened; after its end, the time that it took."""
     eta_s: float | None
-    """Expected until the end, at the mean speed so far; None while nothing is known."""
+    """The expected time until the end, at the mean speed so far; None if there is no speed yet."""
     missing: tuple[str, ...]
-    """Names that were asked for and that the checkpoint lacks."""
+    """Names of destinations for which the checkpoint has no tensor."""
     unexpected: tuple[str, ...]
-    """Names in the checkpoint that nobody asked for; they are not delivered."""
+    """Names of tensors that have no destination. They are not delivered."""
     verified: tuple[str, ...]
-    """Objects whose bytes were compared with a checksum of the whole object, where that was asked for."""
+    """Paths of the objects that were compared with their checksum, if the store was asked to verify them."""
     unverified: tuple[str, ...]
-    """Those for which it was asked for, and that could not be compared, or not yet."""
+    """Paths of the objects that the store was asked to verify, and could not compare, or has not compared yet."""
 
 
 class Counters:
-    """Statistics counted from the events of one load, which may come from several threads."""
+    """Counts the events of one load, which may come from several threads."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -61,10 +63,10 @@ class Counters:
         self._opened: Opened | None = None
         self._tensors_done = self._bytes_done = self._bytes_in_flight = self._retries = 0
         self._is_verified: dict[str, bool] = {}
-        """Whether an object matches its checksum, by its path, in the order in which the objects were opened."""
+        """For each object, by its path: whether it was verified. Objects are in the order in which they were opened."""
 
     def take(self, event: Event) -> None:
-        """Count an event: the listener of a load's store and pipeline."""
+        """Count an event. This method is the listener of a load's store and pipeline."""
         with self._lock:
             match event:
                 case ReadStarted():
@@ -84,7 +86,7 @@ class Counters:
                     self._ended = time.perf_counter()
 
     def statistics(self, *, bytes_held: int, budget_wait_s: float) -> Statistics:
-        """Return a snapshot of what was counted, with what the memory account knows."""
+        """Return a snapshot of the counts. The two arguments are figures of the load's memory account."""
         with self._lock:
             elapsed_s = (time.perf_counter() if self._ended is None else self._ended) - self._began
             opened = self._opened or _NOT_OPEN

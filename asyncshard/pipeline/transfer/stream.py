@@ -1,4 +1,4 @@
-"""What the consumer holds: one object that is awaitable, an async context manager and an async iterator."""
+"""The stream: one object that is awaitable, an async context manager and an async iterator. The consumer holds it."""
 
 from __future__ import annotations
 
@@ -22,17 +22,18 @@ from asyncshard.tasks.yielding import LoopYield
 
 
 class Stream:
-    """Tensors of a checkpoint, as they arrive.
+    """An asynchronous iterator over the tensors of a checkpoint, as they are read.
 
-    ``await stream`` and ``async with stream`` open it: they list the shards, validate every header, plan and check the
-    plan against the budget, and raise all that can be wrong before tensor data is read. A bare ``async for`` opens it
-    too. Iterating moves bytes, at most `prefetch_count` read items ahead of the consumer, and yields
-    ``(name, tensor)`` in plan order: shards by part, tensors by file offset.
+    ``await stream`` and ``async with stream`` open it: they list the shards, validate every header, plan the reads, and
+    check the plan against the budget. Every error that can be found before tensor data is read is raised there. A bare
+    ``async for`` opens the stream, too. Iterating reads tensor data, at most `prefetch_count` read items ahead of the
+    consumer, and yields ``(name, tensor)`` in plan order: shards by part, tensors by file offset.
 
     A delivered tensor belongs to the consumer. Its bytes return to the memory budget when its last view dies.
 
-    Leaving the ``async with``, or `aclose`, stops the reads and waits for them; nothing is left behind. Without either,
-    that happens soon after the object is dropped. A cancelled ``__anext__`` loses no item. One consumer at a time.
+    The end of the ``async with``, or `aclose`, stops the reads and waits for them; no task or thread is left.
+    A stream that is dropped without either is closed soon after. A cancelled ``__anext__`` loses no item. A stream has
+    one consumer at a time.
     """
 
     def __init__(self, load: Load, delivery: Delivery) -> None:
@@ -43,7 +44,7 @@ class Stream:
         self._batch: Iterator[tuple[str, Any, int]] = iter(())
         self._pace = LoopYield()
         self._delivered = self._delivered_bytes = 0
-        """Tensors that the consumer has taken and that have not been reported, and their bytes."""
+        """The number of tensors that the consumer has taken and that no event has reported yet, and their bytes."""
         self._is_asking = False
         self._is_closed = False
         self._is_at_end = False
@@ -104,7 +105,7 @@ class Stream:
             self._is_asking = False
 
     async def aclose(self) -> None:
-        """Stop the reads, wait for them and release everything. From any task, any number of times."""
+        """Stop the reads, wait for them, and release everything. Any task may call it, any number of times."""
         self._is_closed = True
         self._report_delivered()
         self._batch = iter(())
@@ -113,10 +114,10 @@ class Stream:
             self._forget()
 
     async def drain(self) -> Statistics:
-        """Run to the end, keeping nothing; for streams into destinations. Closes the stream, also when it fails."""
+        """Iterate to the end and drop what is delivered; for streams into destinations. An error closes the stream."""
         try:
             async for delivered in self:
-                del delivered  # or the last one would count as held
+                del delivered  # otherwise the last tensor would count as held
         except BaseException as error:
             await self.aclose()
             self._tell_progress(error)
@@ -125,26 +126,26 @@ class Stream:
 
     @property
     def is_open(self) -> bool:
-        """Whether it has been opened; it stays true after the end."""
+        """Whether the stream has been opened. It stays true after the end."""
         return self._supervisor is not None and self._supervisor.transfer is not None
 
     @property
     def info(self) -> Mapping[str, TensorInfo]:
-        """Facts of each tensor by name: dtype and shape as in the file, and its byte range there.
+        """The dtype and the shape of each tensor in the file, and its byte range there, by name.
 
-        Of slices, the shape is the rank's, and the range that in its part of the file, as if that were a file.
+        For sliced tensors these are the rank's shape, and the byte range within the rank's virtual file.
         """
         return CheckpointInfo(self._transfer().checkpoint)
 
     @property
     def plan(self) -> LoadPlan:
-        """What is read for it: how many bytes of which files."""
+        """The plan of the load: how many bytes are read of which files."""
         transfer = self._transfer()
         return LoadPlan.of(transfer.checkpoint, transfer.pacing.max_gap_bytes)
 
     @property
     def version(self) -> CheckpointVersion:
-        """What the checkpoint was when the stream was opened: that of the weights once it has come to its end."""
+        """The version of the checkpoint when the stream was opened. At the end, it is the version of the weights."""
         return self._transfer().version
 
     @property
@@ -156,7 +157,7 @@ class Stream:
         return self._transfer().ties
 
     def statistics(self) -> Statistics:
-        """Return what has been done so far; at any time, zeros before the stream is open."""
+        """Return a snapshot of the stream's progress. It may be called at any time; before opening, all is zero."""
         supervisor = self._supervisor
         if supervisor is None:
             return NOT_STARTED
@@ -170,7 +171,7 @@ class Stream:
         return self._transfer().narrowed
 
     def progress(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Return the names of destinations that are whole, and of those partly written."""
+        """Return the names of the destinations that are complete, and of those that are partly written."""
         return self._transfer().progress()
 
     async def _open(self) -> Self:
@@ -187,14 +188,14 @@ class Stream:
                 raise StreamClosedError("the stream has been closed")
             assert self._delivery is not None
             self._supervisor = Supervisor(self._load, self._delivery)
-            self._delivery = None  # it may hold the caller's destinations, which live no longer than the transfer
+            self._delivery = None  # it refers to the caller's destinations: the transfer alone keeps them alive
             self._finalizer = weakref.finalize(self, self._supervisor.abandon)
             self._finalizer.atexit = False
         self._require_loop(self._supervisor)
         return self._supervisor
 
     async def _next_batch(self) -> bool:
-        """Go on to the next item; False at the end."""
+        """Go on to the next item; return False at the end."""
         self._report_delivered()
         if self._is_at_end:
             return False
@@ -203,10 +204,10 @@ class Stream:
         supervisor = self._started()
         try:
             await supervisor.opened()
-        except Exception:  # a cancel does not close: whoever asks again waits on
+        except Exception:  # a cancel does not close the stream: the next call waits on
             await self.aclose()
             raise
-        self._batch = iter(())  # an item's buffer must not stay alive through what has been delivered of it
+        self._batch = iter(())  # the finished batch would keep its item's buffer alive
         slot = await supervisor.next_slot()
         if slot is None:
             self._is_at_end = True
@@ -222,20 +223,20 @@ class Stream:
         return True
 
     def _report_delivered(self) -> None:
-        """Report the tensors that the consumer has taken since the last call: one by one would cost more."""
+        """Report the tensors that the consumer has taken since the last report, in one event, which costs less."""
         if self._delivered and self._supervisor is not None:
             self._supervisor.report(Delivered(self._delivered, self._delivered_bytes))
             self._delivered = self._delivered_bytes = 0
 
     async def _halt(self, error: asyncio.CancelledError) -> None:
-        """Where reads go into the caller's memory, a cancelled caller must not go on before they have stopped."""
+        """Stop the reads if they write into the caller's memory: a cancelled caller must not go on before they stop."""
         supervisor = self._supervisor
         if supervisor is not None and supervisor.transfer is not None and supervisor.transfer.is_in_place:
             await supervisor.halt()
             self._tell_progress(error)
 
     def _tell_progress(self, error: BaseException) -> None:
-        """Say on an error which of the caller's tensors are whole and which partly written."""
+        """Set on an error ``filled`` and ``torn``: the destinations that are complete, and those partly written."""
         if self._supervisor is None or self._supervisor.transfer is None or not self._supervisor.transfer.is_in_place:
             return
         filled, torn = self._supervisor.transfer.progress()

@@ -1,7 +1,7 @@
-"""The pipeline's one task: it opens the checkpoint, reads ahead within the budget, and cleans up.
+"""The supervisor: the one task of a stream, which opens the checkpoint, reads ahead within the budget, and cleans up.
 
-A task group cannot live across the user's frames, so it lives here, and the stream object only talks to this task: it
-may be closed from any task, in any order.
+A task group must be entered and left by one task, and the consumer's task may change. So the task group belongs to the
+supervisor's task, and the stream only talks to this task: any task may close the stream, in any order.
 
     open ─► reserve ─► read ─► slots, in plan order ─► next_slot ─► consumer
               ▲ budget          ▲ at most `prefetch_count`
@@ -26,26 +26,30 @@ from asyncshard.pipeline.transfer.transfer import Transfer
 from asyncshard.tasks.threads import wait_to_end
 
 _TURNS_TO_READ = 3
-"""Turns of the loop from room for an item to its reads: the feeder's, the item's task's, its chunks'."""
+"""A read begins 3 turns of the event loop after a slot is freed: the feeder's turn, the item's, and its chunks'."""
 
 
 class State(Enum):
-    """How far a stream has come."""
+    """The states of a stream."""
 
     OPENING = "opening"
+    """The checkpoint is being opened, and the transfer planned."""
     OPEN = "open"
-    """Planned; the consumer has asked for nothing yet."""
+    """The transfer is planned, and the consumer has not asked for a tensor yet."""
     READING = "reading"
+    """The consumer has asked for tensors."""
     CLOSING = "closing"
+    """The reads are being stopped."""
     ENDED = "ended"
-    """All was delivered, and everything is closed."""
+    """All tensors were delivered, and everything is closed."""
     CLOSED = "closed"
-    """Closed before its end."""
+    """The stream was closed before its end."""
     FAILED = "failed"
+    """An error has ended the stream."""
 
 
 class Supervisor:
-    """Run one stream.
+    """Runs one stream. A supervisor is made, and its task started, within a running event loop.
 
     Parameters
     ----------
@@ -80,7 +84,7 @@ class Supervisor:
 
     @property
     def state(self) -> State:
-        """How far the stream has come."""
+        """The state of the stream."""
         if not self._task.done():
             if self._is_closing:
                 return State.CLOSING
@@ -97,13 +101,13 @@ class Supervisor:
     # For the consumer
 
     async def opened(self) -> None:
-        """Wait until the checkpoint is open and the transfer planned; raise what prevented it."""
+        """Wait until the checkpoint is open and the transfer planned; raise the error if that has failed."""
         if not self._opened.done():
             await asyncio.wait([self._opened])
         self._opened.result()
 
     async def next_slot(self) -> Slot | None:
-        """Return the next item that was read, or failed; None after the last. Cancelling it loses nothing."""
+        """Return the slot of the next item that is done; None after the last. A cancel loses no item."""
         slots = self._slots
         slots.demand.set()
         while True:
@@ -131,7 +135,7 @@ class Supervisor:
                 slots.is_consumer_waiting = False
 
     async def _let_reads_begin(self, slot: Slot) -> None:
-        """Let the reads begin that taking a slot makes room for, before the consumer occupies the loop with it."""
+        """Let the next reads begin, for which this slot makes room, before the consumer blocks the event loop."""
         self._slots.handing_over = slot
         self._slots.slot_freed.set()
         try:
@@ -141,7 +145,7 @@ class Supervisor:
             self._slots.handing_over = None
 
     async def halt(self) -> None:
-        """Stop the reads in flight and wait until none writes; the next `next_slot` starts them again."""
+        """Stop the reads in flight, and wait until none of them writes. The next `next_slot` starts them again."""
         reader = self._reader
         if reader is not None and not reader.done():
             self._is_halting = True
@@ -150,7 +154,10 @@ class Supervisor:
                 await wait_to_end(reader)
 
     async def aclose(self) -> None:
-        """Stop everything and wait for its end, even when cancelled meanwhile. From any task, any number of times."""
+        """Stop everything, and wait for its end, even if this call is cancelled.
+
+        Any task may call it, any number of times.
+        """
         self._cancel()
         if asyncio.current_task() not in self._own_tasks:  # a sink may close the stream that feeds it
             await self.join()
@@ -160,12 +167,12 @@ class Supervisor:
         await wait_to_end(self._task)
 
     def abandon(self) -> None:
-        """Stop everything, without waiting; from any thread, also after the loop has closed."""
+        """Stop everything, without waiting. Any thread may call it, even after the event loop has closed."""
         with contextlib.suppress(RuntimeError):
             self.loop.call_soon_threadsafe(self._cancel)
 
     def _cancel(self) -> None:
-        if not self._is_closing:  # once: a second cancel would interrupt the closing
+        if not self._is_closing:  # a second cancel would interrupt the closing
             self._is_closing = True
             self._work.cancel()
 
@@ -174,8 +181,8 @@ class Supervisor:
     def reclaim(self, kind: Reclaimable) -> bool:
         """Give back an item that was read ahead; it is read again later.
 
-        Only while the consumer is busy elsewhere: it may be the very one that waits, as when it asks a cache for a
-        shard from within its loop.
+        This is done only while the consumer is busy elsewhere. It may be the consumer that waits for the budget, for
+        example if it asks a cache for a shard between two tensors.
         """
         if kind is not Reclaimable.READ_AHEAD:
             return False
@@ -185,7 +192,7 @@ class Supervisor:
             is_here = False
         if is_here:
             return self._give_back()
-        with contextlib.suppress(RuntimeError):  # its loop has closed
+        with contextlib.suppress(RuntimeError):  # the event loop of the stream has closed
             self.loop.call_soon_threadsafe(self._give_back)
         return False
 
@@ -195,7 +202,7 @@ class Supervisor:
     # The task
 
     async def _run(self) -> None:
-        """See the work to its end, whoever cancels what."""
+        """Wait for the end of the work, even if this task is cancelled, and note how it ended."""
         self._own_tasks |= {asyncio.current_task(), self._work}
         try:
             await wait_to_end(self._work, self._cancel)
@@ -206,8 +213,8 @@ class Supervisor:
         self.report(Closed())
         if not self._opened.done():
             self._opened.set_exception(self._crash or StreamClosedError("the stream was closed before it was open"))
-            self._opened.exception()  # seen, should nobody wait for it
-        self._slots.slot_ready.set()  # as the last thing: who waits in `next_slot` has to find this task done
+            self._opened.exception()  # so that asyncio does not warn if nobody waits for it
+        self._slots.slot_ready.set()  # last of all: `next_slot` has to find this task done when it wakes up
 
     async def _serve(self, load: Load, delivery: Delivery, opening: Opening) -> None:
         async with open_transfer(load, opening, delivery, self.report) as transfer:
@@ -219,7 +226,7 @@ class Supervisor:
                     await self.account.set_floor(charge_of(largest))
                 await self._read_to_end(prefetcher)
             finally:
-                self._slots.clear()  # before the account is closed: what nobody has taken does not count as held
+                self._slots.clear()  # before the account is closed: slots that nobody has taken must not count as held
 
     def _begin(self, transfer: Transfer, *, is_strict: bool) -> Prefetcher:
         self.transfer = transfer
@@ -237,7 +244,7 @@ class Supervisor:
         return self._prefetcher
 
     async def _read_to_end(self, prefetcher: Prefetcher) -> None:
-        """Read until all is read and taken: what was read may be given back, and has to be read again then."""
+        """Read until every item has been taken. An item that was read may be given back, and is then read again."""
         slots = self._slots
         while True:
             if not (slots.is_fed or slots.has_failed):
@@ -248,7 +255,7 @@ class Supervisor:
                 return
 
     async def _read_round(self, prefetcher: Prefetcher) -> None:
-        """Read until all items are read, or until halted; then wait until the consumer asks again."""
+        """Read until all items are read. If `halt` stops the reads, wait until the consumer asks for an item."""
         self._is_halting = False
         self._reader = self.loop.create_task(prefetcher.run(), name="asyncshard-reader")
         self._own_tasks.add(self._reader)

@@ -1,4 +1,4 @@
-"""What the pipeline asks of a way to bring tensors in: staged through buffers, or placed where they belong."""
+"""The interface of a transfer: a way of reading tensors, through buffers or straight into their destinations."""
 
 from __future__ import annotations
 
@@ -17,23 +17,28 @@ from asyncshard.tasks.threads import DaemonThreads
 
 
 class Reading(NamedTuple):
-    """What a transfer reads, and how."""
+    """The checkpoint that a transfer reads, and how it is read."""
 
     checkpoint: Checkpoint
     pacing: Pacing
+    """Sizes and numbers of reads."""
     threads: DaemonThreads
+    """Threads for work that must not run on the event loop."""
 
     async def with_ties(self) -> Reading:
-        """Return the reading of all that there is: tied tensors too, and the ties of ``config.json``."""
+        """Return a reading whose checkpoint has also the tied tensors, and the ties that ``config.json`` tells."""
         checkpoint = await find_ties(self.checkpoint, self.threads)
         return self._replace(checkpoint=checkpoint.with_tied())
 
 
 class Transfer(ABC):
-    """A plan of read items, how each is read, and what it delivers. It looks at metadata: make it in a thread."""
+    """A plan of read items, with the functions that read an item and deliver its tensors.
+
+    A transfer looks at the metadata of all tensors when it is made: make it in a thread.
+    """
 
     is_in_place: bool
-    """Whether reads write into the caller's own memory: cancelled ones must end before the caller goes on."""
+    """Whether reads write into the caller's own memory: a cancelled read must end before the caller goes on."""
 
     def __init__(self, reading: Reading) -> None:
         self.checkpoint, self.pacing, self._threads = reading
@@ -49,26 +54,26 @@ class Transfer(ABC):
 
     @abstractmethod
     def buffer_bytes(self, item: ReadItem) -> int:
-        """Return how large a buffer an item needs, in bytes; 0 for none."""
+        """Return the bytes of the buffer that an item needs; 0 if it needs none."""
 
     def prepare(self, item: ReadItem) -> int:
-        """Return how large a buffer an item needs that is to be read now, never more than `buffer_bytes`."""
+        """Return the bytes of the buffer for an item that is to be read now: `buffer_bytes` or less."""
         return self.buffer_bytes(item)
 
     @abstractmethod
     async def read(self, item: ReadItem, lease: Lease | None) -> None:
-        """Read an item; nothing writes after it has returned or raised. It may be called again after a cancel."""
+        """Read an item. No write follows after it has returned or raised. It may be called again after a cancel."""
 
     @abstractmethod
     def deliver(self, item: ReadItem, lease: Lease | None) -> Iterator[tuple[str, Any, int]]:
-        """Yield name, tensor and bytes of each tensor that is complete with this item."""
+        """Yield each tensor that this item completes: its name, the tensor, and its number of bytes."""
 
     def progress(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Return the names of the caller's tensors that are whole, and of those partly written."""
+        """Return the names of the caller's tensors that are complete, and of those that are partly written."""
         return (), ()
 
     async def _read_range(self, item: ReadItem, buffer: memoryview) -> None:
-        """Read an item's bytes into one buffer, in chunks that are in flight together."""
+        """Read an item's bytes into one buffer, in chunks that are read concurrently."""
         file, read_into = self.checkpoint.shards[item.shard], self._reader.read_into
         chunk = self.pacing.chunk_size
         if item.nbytes <= chunk:
