@@ -99,19 +99,26 @@ class DaemonThreads(Executor):
                 self._idle += 1
             return self._jobs.get()
 
-    async def run(self, fn: Callable[..., T], *args: Any, on_cancel: Callable[[], object] | None = None) -> T:
+    async def run(
+        self,
+        fn: Callable[..., T],
+        *args: Any,
+        on_cancel: Callable[[], object] | None = None,
+        is_abandonable: bool = True,
+    ) -> T:
         """Run ``fn(*args)`` in a thread, and return its result.
 
         A cancellation drops the call if it has not begun. Otherwise the cancellation is raised only after the call has
         ended, even if `run` is cancelled again: a thread cannot be stopped, and the call may be writing into the
-        caller's memory. A call that iterates by `yielding_gil` ends at its next yield. `on_cancel` is called on each
-        cancellation, and may make the call end sooner.
+        caller's memory. A call that iterates by `yielding_gil` then ends at its next yield, unless it is not
+        `is_abandonable`: a call that must not stop half way. `on_cancel` is called on each cancellation, and may make
+        the call end sooner.
         """
         job = self.submit(fn, *args)
 
         def stop() -> None:
             job.cancel()
-            job.is_abandoned = True
+            job.is_abandoned = is_abandonable
             if on_cancel is not None:
                 on_cancel()
 

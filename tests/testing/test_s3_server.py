@@ -1,4 +1,4 @@
-"""The S3 server of `asyncshard.testing`: its right answers, and everything that it can do wrong."""
+"""The S3 server of `asyncshard.testing`: its right answers, and every scripted error. Also tests `s3_connection`."""
 
 import asyncio
 import hashlib

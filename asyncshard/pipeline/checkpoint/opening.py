@@ -35,6 +35,7 @@ class Opening:
     def __init__(self, store: Store, budget: MemoryBudget, *, closes_store: bool = True, threads: int = 1) -> None:
         self.store = store
         self._closes_store = closes_store
+        self._is_closed = False
         self.threads = DaemonThreads(threads, "asyncshard-work")
         self.account = budget.open_account()
         try:
@@ -64,8 +65,10 @@ class Opening:
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Close the store, the account and the threads. A cancel does not interrupt it."""
-        await wait_to_end(asyncio.ensure_future(self._close()))
+        """Close the store, the account and the threads. A cancel does not interrupt it; a second call does nothing."""
+        if not self._is_closed:
+            self._is_closed = True
+            await wait_to_end(asyncio.ensure_future(self._close()))
 
     async def _close(self) -> None:
         try:

@@ -138,12 +138,12 @@ class Update:
         count = _COPYING_THREADS if self._bytes_read >= _TWO_THREADS_BYTES else 1
         copier = _Copier(changes, threads, count, self._release)
         try:
-            sinks = await threads.run(copier.find_and_copy)
+            sinks = await threads.run(copier.find_and_copy, is_abandonable=False)
             if sinks:
                 await _write_sinks(changes, sinks)
-                await threads.run(copier.copy)
+                await threads.run(copier.copy, is_abandonable=False)
         except BaseException:
-            await threads.run(copier.end)
+            await threads.run(copier.end, is_abandonable=False)
             raise
         finally:
             await threads.aclose()

@@ -41,6 +41,8 @@ class Slots:
         self._is_ordered = is_ordered
         self._slots: deque[Slot] = deque()
         self._items: Sequence[ReadItem] = ()
+        self._taken = 0
+        """The number of items that the consumer has taken."""
         self.next_item = 0
         """The index of the item that is read next."""
         self.has_failed = False
@@ -65,8 +67,8 @@ class Slots:
 
     @property
     def is_exhausted(self) -> bool:
-        """Whether the consumer has taken the last item."""
-        return not self._slots and self.next_item == len(self._items)
+        """Whether the consumer has taken all items."""
+        return self._taken == len(self._items)
 
     @property
     def is_fed(self) -> bool:
@@ -109,6 +111,7 @@ class Slots:
         if slot not in self._slots:
             return False
         self._slots.remove(slot)
+        self._taken += slot.item is not None
         self.slot_freed.set()
         return True
 

@@ -80,7 +80,7 @@ class Supervisor:
         self._opened: asyncio.Future[None] = self.loop.create_future()
         self._work = self.loop.create_task(self._serve(load, delivery, opening), name="asyncshard-serve")
         self._reader: asyncio.Task[None] | None = None
-        self._task = self.loop.create_task(self._run(), name="asyncshard-stream")
+        self._task = self.loop.create_task(self._run(opening), name="asyncshard-stream")
 
     @property
     def state(self) -> State:
@@ -201,11 +201,14 @@ class Supervisor:
 
     # The task
 
-    async def _run(self) -> None:
+    async def _run(self, opening: Opening) -> None:
         """Wait for the end of the work, even if this task is cancelled, and note how it ended."""
         self._own_tasks |= {asyncio.current_task(), self._work}
         try:
-            await wait_to_end(self._work, self._cancel)
+            try:
+                await wait_to_end(self._work, self._cancel)
+            finally:
+                await opening.aclose()  # open still if the work was cancelled before its first step
         except asyncio.CancelledError:
             pass
         except Exception as error:

@@ -1,4 +1,4 @@
-"""Loading into the caller's own arrays: what fits, what is refused before a byte is written, what is in them then."""
+"""Loading into the caller's own arrays: what they hold afterwards. What is refused before: test_matching.py."""
 
 import ml_dtypes
 import numpy as np
@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from asyncshard import AsyncShardLoader
 from asyncshard.errors import DestinationError, NamesError
 from asyncshard.format.dtypes import DTYPES, by_name
-from asyncshard.pipeline.transfer.destinations import boxes
 from asyncshard.testing import FaultyStore, MemoryStore
 
 CASTABLE = [dtype.name for dtype in DTYPES if dtype.numpy is not None]
@@ -64,24 +63,6 @@ async def test_views_of_any_kind_receive_what_an_assignment_would_give_them(chec
     await fill(checkpoints.shard(tensors), into, chunk_size=chunk_size)
     for (base, _, _), whole in zip(targets, expected, strict=True):
         assert checkpoints.bytes_of(base) == checkpoints.bytes_of(whole)
-
-
-@given(st.lists(st.integers(0, 5), max_size=4), st.data())
-def test_boxes_cover_each_element_once_in_order(shape, data):
-    size = int(np.prod(shape, dtype=int))
-    first = data.draw(st.integers(0, size))
-    last = data.draw(st.integers(first, size))
-    array = np.zeros(shape, int)
-    at = first
-    for index, low, high in boxes(tuple(shape), first, last):
-        assert low == at
-        box = array[index]
-        assert box.base is array or box is array
-        box[...] = np.arange(low, high).reshape(box.shape)
-        at = high
-    assert at == max(last, first)
-    expected = np.arange(size)
-    assert np.array_equal(array.reshape(-1)[first:last], expected[first:last])
 
 
 async def test_every_dtype_goes_into_an_array_of_its_own_type(checkpoints):
@@ -163,106 +144,7 @@ async def test_a_cast_of_several_blocks_is_whole(checkpoints):
     assert checkpoints.bytes_of(target) == checkpoints.bytes_of(values.astype(ml_dtypes.bfloat16))
 
 
-# --- what is refused before a byte is written
-
-OVERLAPPING = np.zeros(100, "<f4")
-
-
-def windows(*, stride):
-    return np.lib.stride_tricks.as_strided(np.zeros(20, "<f4"), (4, 3), (stride, 4), writeable=True)
-
-
-def read_only():
-    array = np.zeros(4, "<f4")
-    array.flags.writeable = False
-    return array
-
-
-@pytest.mark.parametrize(
-    ("destination", "words"),
-    [
-        (read_only(), "read-only"),
-        (np.zeros(3, "<f4"), r"shape \[4\], its destination \[3\]"),
-        (np.zeros((2, 2), "<f4"), "shape"),
-        (np.zeros((4, 1), "<f4"), "shape"),
-        (np.zeros(4, "<i4"), "dtype F32, its destination I32; pass cast=True"),
-        (np.zeros(4, ">f4"), "a dtype the format does not have"),
-        (np.zeros(4, "O"), "dtype object"),
-        (np.zeros(4, "<c16"), "complex128"),
-        ([0.0] * 4, "list"),
-        (None, "NoneType"),
-        (np.broadcast_to(np.zeros(1, "<f4"), 4), "read-only"),
-        (np.lib.stride_tricks.as_strided(np.zeros(1, "<f4"), (4,), (0,), writeable=True), "elements share memory"),
-        (np.lib.stride_tricks.as_strided(np.zeros(4, "<f4"), (4,), (2,), writeable=True), "elements share memory"),
-    ],
-)
-async def test_a_destination_that_cannot_take_its_tensor_is_an_error_that_names_it(checkpoints, destination, words):
-    other = np.zeros(4, "<f4")
-    with pytest.raises(DestinationError, match=words) as caught:
-        await fill(
-            checkpoints.shard({"other": weights(4), "model.w": weights(4)}), {"other": other, "model.w": destination}
-        )
-    assert "model.w" in str(caught.value)
-    assert not other.any()
-
-
-async def test_windows_that_share_elements_are_refused_and_others_are_filled(checkpoints):
-    data = checkpoints.shard({"w": weights(4, 3)})
-    with pytest.raises(DestinationError, match="elements share memory"):
-        await fill(data, {"w": windows(stride=8)})
-    apart = windows(stride=16)
-    await fill(data, {"w": apart})
-    assert np.array_equal(apart, weights(4, 3))
-
-
-@pytest.mark.parametrize(
-    ("one", "other"),
-    [
-        (OVERLAPPING[:10], OVERLAPPING[9:19]),
-        (OVERLAPPING[0:20:2], OVERLAPPING[:10]),
-        (OVERLAPPING[0:20:2], OVERLAPPING[2:22:2]),
-        (OVERLAPPING[:10], OVERLAPPING[9::-1]),
-    ],
-)
-async def test_destinations_that_share_memory_are_an_error_that_names_both(checkpoints, one, other):
-    OVERLAPPING[:] = 0
-    with pytest.raises(DestinationError, match="'a' and 'b' share memory"):
-        await fill(checkpoints.shard({"a": weights(10), "b": weights(10)}), {"a": one, "b": other})
-    assert not OVERLAPPING.any()
-
-
-async def test_all_faults_are_told_at_once(checkpoints):
-    tensors = {f"w.{number}": weights(4) for number in range(5)}
-    into = {name: np.zeros(3, "<f4") for name in tensors}
-    with pytest.raises(DestinationError) as caught:
-        await fill(checkpoints.shard(tensors), into)
-    assert all(name in str(caught.value) for name in tensors)
-
-
-async def test_bytes_cannot_be_cast(checkpoints):
-    tensors = {"w": checkpoints.Raw("F4", (8,), bytes(4))}
-    with pytest.raises(DestinationError, match="F4"):
-        await fill(checkpoints.shard(tensors), {"w": np.zeros(4, "<f4")}, cast=True)
-
-
-async def test_strict_names_what_is_missing_and_what_is_unexpected(checkpoints):
-    data = checkpoints.shard({"both": weights(4), "extra": weights(4)})
-    into = {"both": np.zeros(4, "<f4"), "absent": np.zeros(4, "<f4")}
-    with pytest.raises(NamesError) as caught:
-        await fill(data, into)
-    assert (caught.value.missing, caught.value.unexpected) == (("absent",), ("extra",))
-    assert not into["both"].any()
-    stream = await fill(data, into, strict=False)
-    assert (stream.statistics().missing, stream.statistics().unexpected) == (("absent",), ("extra",))
-    assert np.array_equal(into["both"], weights(4))
-    assert stream.statistics().bytes_total == 16
-
-
-async def test_tied_and_empty_destinations_are_not_missing(checkpoints):
-    shared = np.zeros((4, 4), "<f4")
-    into = {"embed": shared, "head": shared, "row": shared[1], "none": np.zeros((0, 5), "<f4")}
-    await fill(checkpoints.shard({"embed": weights(4, 4)}), into)
-    assert np.array_equal(into["head"], weights(4, 4))
+# --- what is read and delivered
 
 
 async def test_what_nobody_wants_is_not_read(checkpoints):

@@ -348,6 +348,17 @@ async def test_closing_from_another_task_ends_a_consumer_that_waits(files):
     await stream.aclose()
 
 
+async def test_closing_while_the_last_tensors_are_read_is_no_end_for_a_consumer_that_waits(files):
+    store = GatedStore(MemoryStore(files))
+    stream = await make_loader(prefetch_count=12).stream(store)
+    asked = asyncio.ensure_future(anext(stream))
+    await store.waiting(12)
+    await stream.aclose()
+    with pytest.raises(StreamClosedError):
+        await asked
+    assert "closed, 0 of 12 tensors" in repr(stream)
+
+
 async def test_a_closed_stream_is_an_error_to_use(files):
     stream = await make_loader().stream(MemoryStore(files))
     await anext(stream)
@@ -378,6 +389,20 @@ async def test_closing_while_it_opens_stops_the_opening(files):
     await stream.aclose()
     with pytest.raises(StreamClosedError):
         await opening
+
+
+async def test_closing_before_the_opening_has_begun_gives_all_memory_back(files):
+    store = MemoryStore(files)
+    store.held_bytes = SIZE
+    loader = make_loader()
+    stream = loader.stream(store)
+    opening = asyncio.ensure_future(stream.__aenter__())
+    await turns(1)
+    assert loader.budget.bytes_used == SIZE
+    await stream.aclose()
+    with pytest.raises(StreamClosedError):
+        await opening
+    assert loader.budget.bytes_used == 0
 
 
 @pytest.mark.parametrize("is_reversed", [False, True])
