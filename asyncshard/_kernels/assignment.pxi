@@ -1,4 +1,4 @@
-# Who gets which parameter, and whether shards have the shapes that their ranks expect.
+# The assignment of parameters to ranks, and the check of shard shapes.
 
 from libc.stdint cimport INT64_MAX, int64_t, uint8_t
 from libc.stdlib cimport free, malloc
@@ -77,21 +77,21 @@ cdef void _assign_in_order(
 
 
 def assign_shards(const int64_t[::1] sizes, int64_t num_ranks, int64_t[::1] out):
-    """Give each parameter a rank: largest first, onto the least loaded, in O(n log k).
+    """Assign each parameter a rank: the largest parameter first, each to the rank with the least load, in O(n log k).
 
     Parameters
     ----------
     sizes : n × int64
-        Not negative; their sum fits int64.
+        The sizes of the parameters, not negative; their sum fits int64.
     num_ranks : int
-        At least 1.
+        The number of ranks, at least 1.
     out : n × int64
-        Written: the rank of each parameter. Equal sizes go in order of index, equal loads to the lower rank.
+        Receives the rank of each parameter. Of equal sizes the lower index is first, of equal loads the lower rank.
 
     Raises
     ------
     ValueError
-        A bound above is broken; then ``out`` is untouched.
+        An argument is out of its bounds; ``out`` is unchanged.
     """
     cdef Py_ssize_t count = sizes.shape[0]
     cdef Py_ssize_t i
@@ -185,14 +185,15 @@ def check_shard_shapes(
     Parameters
     ----------
     dims : int64
-        The dimensions of all shapes, not negative; shape ``i`` is ``dims[shape_offsets[i]:][:shape_ndims[i]]``, its
-        local shape the same with ``local_offsets`` and ``local_ndims``, where -1 stands for no local shape.
+        The dimensions of all shapes, not negative. Shape ``i`` is ``dims[shape_offsets[i]:][:shape_ndims[i]]``. Its
+        local shape is given in the same way by ``local_offsets`` and ``local_ndims``; -1 means no local shape.
     shard_dims, num_shards : n × int64
+        The dimension along which each tensor is cut, and the number of its shards.
     rank, world_size : int
-        -1 where unknown: what depends on it is not checked.
+        The rank and the number of ranks; -1 if unknown, and then rules that need the number are not checked.
     faults : n × uint8
-        Written, a sum: 1 for a wrong number of shards, 2 for a shard dimension out of range, 4 for a local shape that
-        is not this rank's. The last is looked for only where the others are absent.
+        Receives a sum for each shard: 1 for a wrong number of shards, 2 for a shard dimension out of range, 4 for a
+        local shape that is not this rank's. The local shape is only checked if the other rules hold.
 
     Raises
     ------

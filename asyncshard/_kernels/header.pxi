@@ -37,7 +37,7 @@ cdef struct Row:
     uint8_t dtype
 
 cdef struct Entries:
-    # Everything that the text says, in its order.
+    # All entries of the text, in its order.
     Strings names
     Arena shapes
     Arena metadata  # records: key, value, key, value, ...
@@ -310,10 +310,10 @@ cdef int read_entries(Reader *reader, Entries *entries, size_t max_tensors) noex
 
 
 cdef int sort_rows(Entries *entries) noexcept nogil:
-    """Order the rows by (begin, end, place in the header), by counting: 11 bits of `begin` a pass, least first.
+    """Sort the rows by (begin, end, position in the header), by counting 11 bits of `begin` a pass, lowest bits first.
 
-    Each pass keeps the order of equals, so the empty tensors go first: where the others are legal, two that begin at
-    one place differ in their end only if one of them is empty.
+    Each pass keeps the order of equal rows, and empty tensors are put first. That suffices: if the offsets are legal,
+    one of two tensors with the same `begin` and different ends is empty.
     """
     cdef uint32_t starts[2048]
     cdef uint32_t *spare
@@ -357,7 +357,7 @@ cdef int sort_rows(Entries *entries) noexcept nogil:
 
 
 cdef inline size_t header_row(const Entries *entries, size_t row) noexcept nogil:
-    """The place in the header of the `row`-th tensor of the file."""
+    """Return the position in the header of the `row`-th tensor of the file."""
     return row if entries.order == NULL else entries.order[row]
 
 
@@ -558,7 +558,7 @@ cdef void adopt(HeaderTable table, Entries *entries) noexcept nogil:
 
 @cython.final
 cdef class _Entries:
-    # Owns the entries while they are parsed, whichever way that ends.
+    # Owns the entries while they are parsed, and frees them whether parsing succeeds or fails.
     cdef Entries entries
 
     def __dealloc__(self):
@@ -566,7 +566,7 @@ cdef class _Entries:
 
 
 cdef object entry_error(Reader *reader, Entries *entries, size_t row, bint names_moved, Py_ssize_t base):
-    """Make the exception for the reader's fault, found when all was read, in the `row`-th tensor of the file."""
+    """Return the exception for the reader's fault in the `row`-th tensor of the file, found after the text was read."""
     cdef size_t place = row
     name = None
     if row < entries.names.count:
@@ -639,7 +639,7 @@ cdef struct Found:
 
 
 cdef uint64_t *name_slots(size_t names, size_t *count) noexcept nogil:
-    """Make room to find `names` names of several tables: 0, or 12 bits of hash, 20 of table, 32 of row plus one."""
+    """Allocate slots for `names` names of several tables: 0, or 12 bits of hash, 20 of table, 32 of row plus one."""
     cdef uint64_t *slots = NULL
     cdef size_t room = 0
     count[0] = names + names // 4 + 2

@@ -369,7 +369,7 @@ cdef int skip_number(Reader *reader) noexcept nogil:
 cdef bint is_beyond_double(
     const Reader *reader, size_t whole, size_t whole_end, size_t fraction_end, int64_t exponent
 ) noexcept nogil:
-    """Whether the decimal rounds to infinity, decided on its digits: no rounding, no locale, no GIL."""
+    """Return whether a decimal rounds to infinity, decided on its digits: no rounding, no locale, no GIL."""
     cdef size_t i = whole
     cdef size_t k = 0
     cdef int64_t leading
@@ -520,16 +520,16 @@ cdef int skip_value(Reader *reader, int outer_levels, Arena *scratch) noexcept n
 
 
 cdef int check_end(Reader *reader) noexcept nogil:
-    """After the top value only white space may stand."""
+    """Check that only white space follows the top value."""
     if peek(reader) >= 0:
         return fail_here(reader, FAULT_TRAILING)
     return 0
 
 
 cdef size_t member_position(Reader *reader, size_t opening, size_t row, Text skipped) noexcept nogil:
-    """Where the key of the `row`-th member stands in the valid object at `opening`, not counting the key `skipped`.
+    """Return the position of the `row`-th key of the valid object at `opening`, without counting the key `skipped`.
 
-    For messages only: to keep the place of every key would cost memory for each.
+    It is needed for messages only. Storing the position of every key would take memory for each of them.
     """
     cdef Arena scratch
     cdef Text key
@@ -555,7 +555,7 @@ cdef size_t member_position(Reader *reader, size_t opening, size_t row, Text ski
 
 
 cdef object format_error(const Reader *reader, Py_ssize_t base, object tensor):
-    """Make the exception for the reader's fault; `base` is the place of its text in the file."""
+    """Return the exception for the reader's fault; `base` is the offset of its text in the file."""
     if reader.fault == FAULT_MEMORY:
         return MemoryError("no memory to parse the header")
     offset = base + <Py_ssize_t> reader.fault_position

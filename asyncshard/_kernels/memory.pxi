@@ -1,4 +1,4 @@
-# Memory that is handed out and comes back: the one exception to "kernels are leaves".
+# Memory that is leased and returned: the one exception to the rule that kernels are leaves.
 #
 # A Region is reserved address space. A Lease is a part of it that knows when its last view has died: NumPy arrays and
 # torch tensors made from it keep it alive through slices, detach() and Parameter, which no weak reference to the first
@@ -101,6 +101,7 @@ cdef class ReturnList:
         Called without arguments from a dying lease while `is_awaited` is set. It may run in any thread and inside the
         garbage collector: it must take no lock.
     is_awaited : bool
+        Whether a dying lease calls `wake`.
     discards : bool
         Whether a dying lease also gives its pages back to the system.
     """
@@ -165,7 +166,7 @@ cdef class Lease:
 
     @property
     def address(self):
-        """Of the first byte."""
+        """The address of the first byte."""
         return <uintptr_t>(self._region._base + self.start)
 
     def __getbuffer__(self, Py_buffer* view, int flags):

@@ -34,7 +34,7 @@ cdef class StopFlag:
 
 
 cdef struct Cursor:
-    # Where the next byte goes: buffers that are filled one after the other.
+    # The target of the next byte: buffers that are filled one after the other.
     const iovec* buffers
     Py_ssize_t count
     Py_ssize_t current

@@ -1,7 +1,7 @@
-# Runs of bytes that lie apart in a file or a buffer, and together in another: slices of tensors.
+# Runs of bytes that lie apart in one file or buffer and together in another: slices of tensors.
 #
-# Short ranges near each other are read together, with what lies between them, into scratch memory that stays in a
-# core's cache; what is wanted is copied out of it.
+# Short ranges near each other are read together with the gaps between them, into scratch memory that stays in a core's
+# cache. The wanted bytes are copied out of it.
 
 from libc.string cimport memcpy
 

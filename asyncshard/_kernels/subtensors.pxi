@@ -1,4 +1,4 @@
-# Which of many address intervals lie inside another that is contiguous.
+# Address intervals that lie inside another interval, which is contiguous.
 
 from libc.stdint cimport int64_t, uint8_t, uint64_t
 from libc.stdlib cimport free, malloc, qsort

@@ -1,4 +1,4 @@
-# Rows of a HeaderTable as a table of their own: the header of a slice of the file, without its text.
+# A HeaderTable made of rows of another one: the header of a file slice, without a JSON text.
 
 cdef enum Misfit:
     MISFIT_NONE
@@ -15,7 +15,7 @@ cdef struct ShapeOf:
 
 
 cdef int append_shape(Arena *shapes, ShapeOf *made, shape) except -1:
-    """Add a record as `read_shape` writes it."""
+    """Append the record of a shape to `shapes`, in the form that `read_shape` writes."""
     cdef uint8_t *draft
     cdef uint8_t *end
     cdef uint64_t size

@@ -122,7 +122,7 @@ cdef size_t foreign_names(
 
 @cython.final
 cdef class _Mapping:
-    # Owns the mapping while it is parsed, whichever way that ends.
+    # Owns the mapping while it is parsed, and frees it whether parsing succeeds or fails.
     cdef Mapping mapping
 
     def __dealloc__(self):

@@ -18,19 +18,20 @@ T = TypeVar("T")
 
 
 class _Call(Future[T]):
-    """The future of a call, and whether somebody still waits for it."""
+    """The future of a call."""
 
     is_abandoned = False
+    """Whether the caller that waited for the call was cancelled."""
 
 
 _Job = tuple[_Call[Any], Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 
 _running = threading.local()
-"""The `_Call` that each thread runs, as ``call``; None between two calls."""
+"""The attribute ``call`` is the `_Call` that the current thread runs, or None between two calls."""
 
 
 def raise_if_abandoned() -> None:
-    """Raise CancelledError in a call of `DaemonThreads.run` whose caller was cancelled; for that call's own thread."""
+    """Raise CancelledError if this thread runs a call of `DaemonThreads.run` whose caller was cancelled."""
     call = getattr(_running, "call", None)
     if call is not None and call.is_abandoned:
         raise CancelledError("whoever waited for this call was cancelled")
