@@ -80,7 +80,7 @@ class DaemonThreads(Executor):
                     result = fn(*args, **kwargs)
                 except BaseException as error:
                     del fn, args, kwargs
-                    future.set_exception(error)
+                    future.set_exception(_for_future(error))
                     del error
                 else:
                     del fn, args, kwargs
@@ -141,6 +141,15 @@ class DaemonThreads(Executor):
     async def aclose(self) -> None:
         """End the threads. Every call must have been awaited before, so that the threads only have to return."""
         self.shutdown(wait=True)
+
+
+def _for_future(error: BaseException) -> BaseException:
+    """Return the error for a future, to which StopIteration must not be set: in its place RuntimeError (PEP 479)."""
+    if not isinstance(error, StopIteration):
+        return error
+    replaced = RuntimeError("a call in a thread raised StopIteration")
+    replaced.__cause__ = error
+    return replaced
 
 
 async def wait_to_end(future: asyncio.Future[T], on_cancel: Callable[[], object] | None = None) -> T:

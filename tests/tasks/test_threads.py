@@ -71,6 +71,12 @@ async def test_a_system_exit_in_a_thread_reaches_the_caller_and_ends_no_thread(t
     assert await threads.run(lambda: 1) == 1
 
 
+async def test_a_stop_iteration_in_a_thread_reaches_the_caller_as_a_runtime_error(threads):
+    with pytest.raises(RuntimeError, match="StopIteration") as caught:
+        await threads.run(next, iter(()))
+    assert type(caught.value.__cause__) is StopIteration
+
+
 async def test_a_cancelled_call_that_runs_is_waited_for_on_the_second_cancel_too(threads):
     started, gate, cancelled = threading.Event(), threading.Event(), []
 
