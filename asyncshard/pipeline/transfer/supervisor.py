@@ -71,7 +71,7 @@ class Supervisor:
         """Called with each event of this stream, from any thread."""
         self.transfer: Transfer | None = None
         self._slots = Slots(is_ordered=load.is_ordered)
-        self._crash: Exception | None = None
+        self._crash: BaseException | None = None
         self._prefetcher: Prefetcher | None = None
         self._is_halting = False
         self._is_closing = False
@@ -211,7 +211,7 @@ class Supervisor:
                 await opening.aclose()  # open still if the work was cancelled before its first step
         except asyncio.CancelledError:
             pass
-        except Exception as error:
+        except BaseException as error:  # a mapping or a sink of the caller may raise any, and the consumer would hang
             self._crash = error
         self.report(Closed())
         if not self._opened.done():

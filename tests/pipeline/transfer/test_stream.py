@@ -480,6 +480,26 @@ async def test_a_foreign_exception_of_a_store_comes_through_bare(files):
         await names_of(make_loader().stream(store))
 
 
+async def test_an_exception_of_no_usual_class_ends_the_stream_too(files):
+    class Interrupted(BaseException):
+        pass
+
+    class BrokenSink:
+        async def write(self, offset, data):
+            raise Interrupted
+
+    class BrokenMapping(dict):
+        def __contains__(self, name):
+            raise Interrupted
+
+    loader = make_loader()
+    with pytest.raises(Interrupted):
+        await loader.stream(MemoryStore(files), BrokenMapping())
+    with pytest.raises(BaseExceptionGroup) as caught:
+        await loader.stream(MemoryStore(files), {f"layer.{index}": BrokenSink() for index in range(12)}).drain()
+    assert caught.group_contains(Interrupted)
+
+
 async def test_an_object_that_changes_is_an_error_and_the_next_load_is_right(files, tensors, checkpoints):
     store = MemoryStore(files)
     loader = make_loader(prefetch_count=1)
