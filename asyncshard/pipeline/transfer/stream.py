@@ -175,8 +175,9 @@ class Stream:
         return self._transfer().progress()
 
     async def _open(self) -> Self:
+        supervisor = self._started()  # nothing is open if this fails: the next call raises the same error
         try:
-            await self._started().opened()
+            await supervisor.opened()
         except BaseException:
             await self.aclose()
             raise

@@ -7,6 +7,7 @@ import pytest
 
 from asyncshard import AsyncShardLoader, MemoryBudget
 from asyncshard.errors import (
+    BudgetError,
     CheckpointError,
     FormatError,
     ObjectChangedError,
@@ -104,6 +105,18 @@ async def test_a_stream_that_failed_to_open_raises_the_same_error_again():
     for _ in range(2):
         with pytest.raises(ObjectNotFoundError):
             await stream
+
+
+async def test_a_stream_without_a_store_or_room_for_it_raises_the_same_error_again(files):
+    store = MemoryStore(files)
+    store.held_bytes = 2 << 20
+    loader = make_loader()
+    for path, error in (("nowhere://x", ValueError), (store, BudgetError)):
+        stream = loader.stream(path)
+        for _ in range(2):
+            with pytest.raises(error):
+                await stream
+    assert loader.budget.bytes_used == 0
 
 
 async def test_of_several_broken_shards_the_first_is_reported(files):
