@@ -17,7 +17,6 @@ from asyncshard.stores.opening import StoreAccess
 if TYPE_CHECKING:
     from asyncshard.stores.disk_cache.directory import DiskCache
 
-MIB = 1 << 20
 """1 MiB has 1,048,576 bytes."""
 _ORDERS = ("plan", "completion")
 
